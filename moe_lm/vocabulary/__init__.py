@@ -1,0 +1,53 @@
+"""What a vocabulary is: a numbering of tokens, ordered by frequency as log-uniform sampling needs.
+
+Implementations stand beside this file, one each, and are chosen by the YAML of the same name.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+START, END, UNKNOWN = "<S>", "</S>", "<UNK>"
+
+
+class Vocabulary(Protocol):
+    """A finished numbering of tokens; ids run from 0 to `size` - 1, more frequent tokens first."""
+
+    size: int
+    start: int
+    """Id of `<S>`, the first input of every sentence; never predicted, yet counted in `size`."""
+    end: int
+    """Id of `</S>`, predicted at the end of every sentence and counted as a word."""
+    unknown: int
+
+    def encode(self, sentence: str) -> list[int]:
+        """Return the ids of the sentence's tokens, without `<S>` and `</S>`."""
+        ...
+
+    def token(self, index: int) -> str:
+        """Return the token of this id as text."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the sentence that these ids spell, markers left out."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the vocabulary's files into an existing folder."""
+        ...
+
+
+class VocabularyRecipe(Protocol):
+    """How a vocabulary comes about: what a YAML under `configs/vocabulary` builds."""
+
+    def inputs(self) -> dict:
+        """Return a JSON-able record that changes whenever the vocabulary may have changed."""
+        ...
+
+    def build(self, sentences: Callable[[], Iterator[str]]) -> Vocabulary:
+        """Make the vocabulary from the training split; `sentences()` starts a fresh pass over it."""
+        ...
+
+    def load(self, folder: Path) -> Vocabulary:
+        """Read what `Vocabulary.save` wrote; raises `Mistake` where a file is missing or damaged."""
+        ...
