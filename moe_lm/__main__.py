@@ -1,0 +1,52 @@
+"""The command line: moe-lm COMMAND [key=value ...]."""
+
+import importlib
+import sys
+
+from moe_lm import __version__
+from moe_lm.commands import NAMES
+from moe_lm.mistake import Mistake
+
+MISTAKE, FAILURE = 2, 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; a user's mistake ends in one line and exit code 2, a failing machine in 1."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["--version"]:
+        print(__version__)
+        return 0
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else MISTAKE
+    name, *rest = arguments
+    try:
+        if name not in NAMES:
+            raise Mistake(f"no command {name!r}; there are {', '.join(NAMES)}")
+        command = importlib.import_module(f"moe_lm.commands.{name}")
+        if "-h" in rest or "--help" in rest:
+            from moe_lm.commands.help import text
+
+            print(text(name, command))
+            return 0
+        return command.main(rest)
+    except Mistake as mistake:
+        print(f"moe-lm: {mistake}", file=sys.stderr)
+        return MISTAKE
+    except OSError as error:
+        print(f"moe-lm: {error.filename or 'input/output'}: {error.strerror or error}", file=sys.stderr)
+        return FAILURE
+    except KeyboardInterrupt:
+        print("moe-lm: interrupted", file=sys.stderr)
+        return 130
+
+
+def _usage() -> str:
+    lines = ["moe-lm COMMAND [key=value ...]      moe-lm COMMAND --help lists the keys", ""]
+    for name in NAMES:
+        lines.append(f"  {name:<10}{importlib.import_module(f'moe_lm.commands.{name}').HELP}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

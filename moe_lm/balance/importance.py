@@ -1,0 +1,17 @@
+"""The importance loss (section 4, eq. 6-7)."""
+
+from torch import Tensor
+
+from moe_lm.balance import squared_coefficient_of_variation
+from moe_lm.gate import Gating
+
+
+class Importance:
+    """CV(Importance(X))^2: experts should receive equal sums of gate values."""
+
+    def __init__(self, *, weight: float):
+        self.weight = weight
+
+    def __call__(self, gating: Gating) -> Tensor:
+        """Return the squared coefficient of variation of the importance."""
+        return squared_coefficient_of_variation(gating.importance_E)

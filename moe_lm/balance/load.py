@@ -1,0 +1,17 @@
+"""The load loss (Appendix A, eq. 8-11)."""
+
+from torch import Tensor
+
+from moe_lm.balance import squared_coefficient_of_variation
+from moe_lm.gate import Gating
+
+
+class Load:
+    """CV(Load(X))^2: experts should receive equal numbers of tokens."""
+
+    def __init__(self, *, weight: float):
+        self.weight = weight
+
+    def __call__(self, gating: Gating) -> Tensor:
+        """Return the squared coefficient of variation of the load."""
+        return squared_coefficient_of_variation(gating.load_E)

@@ -1,0 +1,217 @@
+"""Token ids to batches: which sentences make which micro-batch, as a pure function of (data, seed, step).
+
+A *pool* is the text of many steps. Its sentences, shuffled, are sorted by length and cut into micro-batches
+of equal words, so that a micro-batch holds like lengths and little padding; the micro-batches are then
+shuffled, and each step takes the next few. Nothing here knows how many processes there are.
+
+Shape suffixes: L timesteps, B sentences, T tokens, D width, N sentences of a pool.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_lm.mistake import Mistake
+from moe_lm.prepared import Split
+
+POOL_STEPS = 64
+"""Steps a pool serves: enough that a micro-batch's sentences differ little in length."""
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """Where the tokens of a micro-batch stand in the padded (L, B) rectangle of its sentences."""
+
+    num_steps: int
+    num_sentences: int
+    position_T: Tensor | None
+    """int64, ascending: index into the flattened rectangle; None where nothing is padded."""
+
+    def pad(self, x_TD: Tensor) -> Tensor:
+        """Return x_LBD with zeros in the padding."""
+        if self.position_T is not None:
+            x_TD = _Place.apply(x_TD, self.position_T, self.num_steps * self.num_sentences)
+        return x_TD.view(self.num_steps, self.num_sentences, -1)
+
+    def unpad(self, x_LBD: Tensor) -> Tensor:
+        """Return x_TD, the tokens alone."""
+        x_TD = x_LBD.reshape(self.num_steps * self.num_sentences, -1)
+        return x_TD if self.position_T is None else _Take.apply(x_TD, self.position_T)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Whole sentences that pass through the model together; input and target are one timestep apart."""
+
+    input_T: Tensor
+    """int64: `<S>` and all tokens of each sentence but the last, by timestep and then by sentence."""
+    target_T: Tensor
+    """int64: the token that follows, `</S>` at each sentence's end."""
+    sentences: Sentences
+    sentence_T: Tensor
+    """int64: which sentence of the micro-batch a token belongs to."""
+    num_words: int
+    """Words that the targets spell, `</S>` included: what perplexity divides by."""
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """Return a copy on this device."""
+        if device.type == "cpu":
+            return self
+
+        def move(x):
+            return None if x is None else x.pin_memory().to(device, non_blocking=True)
+
+        place = self.sentences
+        return MicroBatch(
+            move(self.input_T),
+            move(self.target_T),
+            Sentences(place.num_steps, place.num_sentences, move(place.position_T)),
+            move(self.sentence_T),
+            self.num_words,
+        )
+
+
+class Batches:
+    """The global batch of every step: an ordered list of micro-batches."""
+
+    def __init__(self, split: Split, *, start: int, seed: int, words: int, micro_words: int):
+        if not 1 <= micro_words <= words:
+            raise Mistake(
+                f"batch.words={words} batch.micro_words={micro_words}: need 1 <= micro_words <= words"
+            )
+        self.split, self.start, self.seed = split, start, seed
+        self.micro_batches_per_step = max(1, round(words / micro_words))
+        mean_words = split.num_words / split.num_sentences
+        self.sentences_per_pool = max(1, round(POOL_STEPS * words / mean_words))
+        self._order_of_epoch = lru_cache(maxsize=2)(self._draw_order)
+        self._cuts_of_pool = lru_cache(maxsize=1)(self._cut_pool)
+
+    def step(self, step: int) -> list[MicroBatch]:
+        """Return step's micro-batches; a pool of fewer sentences than micro-batches leaves some out."""
+        pool, place = divmod(step, POOL_STEPS)
+        first = place * self.micro_batches_per_step
+        chosen = self._cuts_of_pool(pool)[first : first + self.micro_batches_per_step]
+        return [micro_batch(self.split, indices, self.start) for indices in chosen if len(indices)]
+
+    def epoch(self, step: int) -> float:
+        """Return how many times the training split has been read before this step."""
+        return step / POOL_STEPS * self.sentences_per_pool / self.split.num_sentences
+
+    def _cut_pool(self, pool: int) -> list[np.ndarray]:
+        sentence_N = self._stream(pool * self.sentences_per_pool, (pool + 1) * self.sentences_per_pool)
+        length_N = lengths(self.split, sentence_N)
+        by_length_N = np.argsort(length_N, kind="stable")
+        num_micro_batches = POOL_STEPS * self.micro_batches_per_step
+        # Cut where the words so far pass each micro-batch's equal share of the pool.
+        total_N = np.cumsum(length_N[by_length_N])
+        share = total_N[-1] / num_micro_batches
+        cuts = np.searchsorted(total_N - length_N[by_length_N] / 2, share * np.arange(1, num_micro_batches))
+        parts = np.split(sentence_N[by_length_N], cuts)
+        order = np.argsort(random_keys(num_micro_batches, "pool", self.seed, pool), kind="stable")
+        return [parts[i] for i in order]
+
+    def _stream(self, first: int, last: int) -> np.ndarray:
+        """Sentences first..last-1 of the endless sequence of epochs, each in an order of its own."""
+        size, pieces = self.split.num_sentences, []
+        for epoch in range(first // size, (last - 1) // size + 1):
+            order = self._order_of_epoch(epoch)
+            pieces.append(order[max(first - epoch * size, 0) : last - epoch * size])
+        return np.concatenate(pieces)
+
+    def _draw_order(self, epoch: int) -> np.ndarray:
+        return np.argsort(random_keys(self.split.num_sentences, "epoch", self.seed, epoch), kind="stable")
+
+
+def in_order(
+    split: Split, *, start: int, max_sentences: int, max_words: int, limit: int | None = None
+) -> Iterator[tuple[np.ndarray, MicroBatch]]:
+    """Yield every sentence of a split once (or of its first `limit`), by length, with their indices.
+
+    A micro-batch holds at most `max_sentences` sentences and, padded, `max_words` tokens or one sentence.
+    """
+    count = split.num_sentences if limit is None else min(limit, split.num_sentences)
+    length_N = lengths(split, np.arange(count))
+    by_length_N = np.argsort(length_N, kind="stable")
+    first = 0
+    while first < count:
+        last = min(first + max_sentences, count)
+        # Sorted: the last sentence is the longest, so the rectangle is its length times the sentences.
+        while last - first > 1 and (last - first) * length_N[by_length_N[last - 1]] > max_words:
+            last = first + max(1, max_words // int(length_N[by_length_N[last - 1]]))
+        chosen = by_length_N[first:last]
+        yield chosen, micro_batch(split, chosen, start)
+        first = last
+
+
+def micro_batch(split: Split, indices: np.ndarray, start: int) -> MicroBatch:
+    """Lay these sentences out timestep by timestep, without padding in the tokens."""
+    length_B = lengths(split, indices)
+    num_steps, num_sentences = int(length_B.max()), len(indices)
+    step_L1 = np.arange(num_steps)[:, None]
+    present_LB = step_L1 < length_B
+    position_T = np.flatnonzero(present_LB)
+    offset_LB = split.starts[indices] + step_L1
+    target_T = split.tokens[offset_LB[present_LB]].astype(np.int64)
+    rectangle = np.full((num_steps, num_sentences), start, dtype=np.int64)
+    rectangle[present_LB] = target_T
+    input_LB = np.concatenate([np.full((1, num_sentences), start, dtype=np.int64), rectangle[:-1]])
+    padded = len(position_T) < num_steps * num_sentences
+    return MicroBatch(
+        input_T=torch.from_numpy(input_LB[present_LB]),
+        target_T=torch.from_numpy(target_T),
+        sentences=Sentences(num_steps, num_sentences, torch.from_numpy(position_T) if padded else None),
+        sentence_T=torch.from_numpy(position_T % num_sentences),
+        num_words=int(split.words[indices].sum()),
+    )
+
+
+def lengths(split: Split, indices: np.ndarray) -> np.ndarray:
+    """Return how many tokens each of these sentences predicts, `</S>` included."""
+    return np.asarray(split.starts[indices + 1] - split.starts[indices])
+
+
+def derive_seed(*parts: object) -> int:
+    """Return a 63-bit seed that depends on every part; the same on every machine and version."""
+    text = ":".join(str(part) for part in parts)
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def random_keys(count: int, *parts: object) -> np.ndarray:
+    """Return uint64 keys whose order is a random permutation.
+
+    Raw Philox bits: NumPy promises their stability, which it does not for `permutation`.
+    """
+    return np.random.Philox(key=derive_seed(*parts)).random_raw(count)
+
+
+class _Place(torch.autograd.Function):
+    """Rows to distinct positions among zeros. Autograd's own backward would add where copying does."""
+
+    @staticmethod
+    def forward(ctx, x_TD, position_T, num_rows):
+        ctx.save_for_backward(position_T)
+        return x_TD.new_zeros(num_rows, x_TD.shape[1]).index_copy_(0, position_T, x_TD)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Take(torch.autograd.Function):
+    """Rows from distinct positions; the reverse of `_Place`."""
+
+    @staticmethod
+    def forward(ctx, x, position_T):
+        ctx.save_for_backward(position_T)
+        ctx.num_rows = x.shape[0]
+        return x.index_select(0, position_T)
+
+    @staticmethod
+    def backward(ctx, grad_TD):
+        (position_T,) = ctx.saved_tensors
+        return grad_TD.new_zeros(ctx.num_rows, grad_TD.shape[1]).index_copy_(0, position_T, grad_TD), None

@@ -1,0 +1,150 @@
+"""Checkpoints: a folder a step with safetensors and a JSON state; complete before it counts, never a pickle.
+
+checkpoints/0000001000/model.safetensors  optimizer.safetensors  state.json
+"""
+
+import json
+import os
+import shutil
+from hashlib import blake2b
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from moe_lm.mistake import Mistake
+
+FORMAT = 1
+_PARTS = ("model", "optimizer")
+
+
+def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, state: dict) -> Path:
+    """Write the checkpoint of this step; a crash at any moment leaves the earlier ones as they were.
+
+    Raises `Mistake` where it cannot be written (disk full, read-only).
+    """
+    final = folder / f"{step:010d}"
+    if final.exists():
+        return final
+    partial = folder / f".{final.name}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        save_file(_detached(model.state_dict()), partial / "model.safetensors")
+        save_file(_flatten(model, optimizer), partial / "optimizer.safetensors")
+        sums = {part: _checksum(partial / f"{part}.safetensors") for part in _PARTS}
+        text = json.dumps({"format": FORMAT, "step": step, "checksums": sums, **state}, indent=1)
+        (partial / "state.json").write_text(text)
+        for path in partial.iterdir():
+            _flush(path)
+        partial.rename(final)
+        _flush(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise Mistake(
+            f"cannot write checkpoint {final}: {error}; earlier checkpoints are untouched"
+        ) from error
+    return final
+
+
+def steps(folder: Path) -> list[int]:
+    """Return the steps of all complete checkpoints, ascending."""
+    return sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit() and path.is_dir())
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Return the folder of this step's checkpoint."""
+    return folder / f"{step:010d}"
+
+
+def prune(folder: Path, keep_last: int, keep: set[int]) -> None:
+    """Delete all checkpoints but the last few, the steps in `keep`, and leftovers of crashes."""
+    for step in steps(folder)[:-keep_last]:
+        if step not in keep:
+            shutil.rmtree(path_of(folder, step))
+    for leftover in folder.glob(".*.partial"):
+        shutil.rmtree(leftover)
+
+
+def load_state(path: Path) -> dict:
+    """Return the JSON state; raises `Mistake` where it is missing or damaged."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise _damaged(path, f"state.json is not of format {FORMAT}")
+    return state
+
+
+def load_model(path: Path, model: nn.Module) -> None:
+    """Fill the model's parameters; raises `Mistake` where file and model do not fit."""
+    tensors = _load(path, "model")
+    wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    if wanted != found:
+        name = sorted(set(wanted.items()) ^ set(found.items()))[0][0]
+        raise Mistake(
+            f"{path} does not fit the model: {name} is {found.get(name)}, wanted {wanted.get(name)}"
+        )
+    model.load_state_dict(tensors)
+
+
+def load_optimizer(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """Fill the optimizer's state, tensor by tensor under the parameters' names."""
+    tensors = _load(path, "optimizer")
+    index = {name: i for i, (name, _) in enumerate(model.named_parameters())}
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition("/")
+        if name not in index:
+            raise _damaged(path, f"optimizer state of an unknown parameter {name}")
+        state.setdefault(index[name], {})[kind] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _flatten(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{kind}/{name}": value.detach()
+        for name, parameter in model.named_parameters()
+        for kind, value in optimizer.state[parameter].items()
+    }
+
+
+def _detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def _load(path: Path, part: str) -> dict[str, Tensor]:
+    file = path / f"{part}.safetensors"
+    try:
+        if _checksum(file) != load_state(path)["checksums"][part]:
+            raise _damaged(path, f"{file.name} does not match its checksum")
+        return load_file(file)
+    except (OSError, KeyError, TypeError, SafetensorError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, reason: object) -> Mistake:
+    return Mistake(
+        f"checkpoint {path} is damaged ({reason}): delete that folder to go on from the one before"
+    )
+
+
+def _checksum(file: Path) -> str:
+    digest = blake2b(digest_size=16)
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,54 @@
+"""moe-lm evaluate: exact perplexity of a run on a split."""
+
+import json
+import sys
+
+from tqdm import tqdm
+
+from moe_lm.commands import build as make
+from moe_lm.commands.configuration import composed, resolved
+from moe_lm.commands.data import prepared_data
+from moe_lm.commands.load import load
+from moe_lm.corpus import SPLITS
+from moe_lm.mistake import Mistake
+from moe_lm.perplexity import measure
+
+HELP = "exact perplexity of a run on a split"
+
+
+def main(arguments: list[str]) -> int:
+    """Print perplexity, nats and predicted words of every sentence of the split."""
+    config = resolved(composed("evaluate", arguments))
+    split, batch = config["split"], config["batch"]
+    if split not in SPLITS:
+        raise Mistake(f"split={split}: choose {', '.join(SPLITS)}")
+    for key, value in batch.items():
+        if value < 1:
+            raise Mistake(f"batch.{key}={value}: must be at least 1")
+    on = make.device(config["machine"]["device"])
+    make.set_threads(config["machine"]["threads"])
+    make.keep_memory()
+    trained = load(config["run"], str(config["checkpoint"]), on)
+    data = prepared_data(trained.config | {"data": config["data"]}, say=lambda line: print(line, file=sys.stderr))
+    if data.fingerprint != trained.fingerprint:
+        raise Mistake(f"the data in {config['data']} are not those {config['run']} was trained on: the text has changed")
+    part = data.splits[split]
+    with tqdm(total=part.num_words, unit="word", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+        measured = measure(
+            trained.model,
+            part,
+            start=trained.vocabulary.start,
+            max_sentences=batch["sentences"],
+            max_words=batch["words"],
+            watch=bar.update,
+        )
+    figures = {"run": config["run"], "step": trained.step, "split": split, "sentences": measured.sentences}
+    figures |= measured.line()
+    if config["json"]:
+        print(json.dumps(figures))
+    else:
+        print(
+            f"{config['run']} step {trained.step}, {split}: perplexity {measured.perplexity:.4f} "
+            f"({measured.nats:.3f} nats, {measured.words:,} words with </S>, {measured.sentences:,} sentences)"
+        )
+    return 0

@@ -1,0 +1,61 @@
+"""A run's directory to the model it trained."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moe_lm import checkpoint
+from moe_lm.commands import build as make
+from moe_lm.mistake import Mistake
+from moe_lm.model import LanguageModel
+from moe_lm.run import Run
+from moe_lm.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model in eval mode, with what it takes to read text with it."""
+
+    model: LanguageModel
+    vocabulary: Vocabulary
+    config: dict
+    step: int
+    fingerprint: str
+    """Of the data it was trained on."""
+
+
+def load(folder: str, which: str, on: torch.device) -> Trained:
+    """Load a checkpoint (`last`, `best` or a step) of a run; raises `Mistake` where anything is amiss."""
+    run = Run(make.existing(folder))
+    config = run.config()
+    make.check_targets(config)
+    try:
+        recipe = make.build(config["vocabulary"])
+        vocabulary = recipe.load(run.vocabulary)
+        with torch.device("meta"):
+            model = make.build_model(config, vocabulary.size)
+    except (KeyError, TypeError) as error:
+        raise Mistake(f"{run.config_file} is damaged: {error!r}") from error
+    path = find(run, which)
+    model = model.to_empty(device="cpu")
+    checkpoint.load_model(path, model)
+    return Trained(model.to(on).eval(), vocabulary, config, int(path.name), checkpoint.load_state(path)["data"])
+
+
+def find(run: Run, which: str) -> Path:
+    """Return the folder of the checkpoint that `checkpoint=...` names."""
+    steps = checkpoint.steps(run.checkpoints)
+    if not steps:
+        raise Mistake(f"{run.folder} has no checkpoint yet: train it first")
+    last = checkpoint.path_of(run.checkpoints, steps[-1])
+    if which == "last":
+        return last
+    if which == "best":
+        best = checkpoint.load_state(last)["progress"]["best"]
+        if best is None:
+            raise Mistake(f"{run.folder} was never validated: no best checkpoint; use checkpoint=last")
+        which = str(int(best["step"]))
+    if not which.isdigit() or int(which) not in steps:
+        raise Mistake(f"{run.folder} has no checkpoint {which}: choose last, best or {', '.join(map(str, steps))}")
+    return checkpoint.path_of(run.checkpoints, int(which))

@@ -1,0 +1,94 @@
+"""Cross-entropy over many candidates, a block of tokens at a time: the logits never exist all at once.
+
+Shape suffixes: T tokens, D width, C candidate words.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def summed_nats(
+    hidden_TD: Tensor, weight_CD: Tensor, bias_C: Tensor, true_T: Tensor, hit_T: Tensor, max_logits: int
+) -> Tensor:
+    """Return sum over tokens of -log p(true word) in float64, differentiable in the first four arguments.
+
+    The candidates' logits are hidden weight^T + bias, the true word's are `true_T`; where the true word is
+    itself a candidate, `hit_T` (int64) names that column, which is left out (-1: it is none).
+    """
+    device = hidden_TD.device.type
+    product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_CD.dtype
+    with torch.autocast(device, enabled=False):
+        return _SummedNats.apply(hidden_TD, weight_CD, bias_C, true_T, hit_T, max_logits, product)
+
+
+@torch.no_grad()
+def exact_nats(
+    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor, target_T: Tensor, max_logits: int
+) -> Tensor:
+    """Return each token's -log p(target) over all V words, float64 (T,)."""
+    nats_T = hidden_TD.new_zeros(hidden_TD.shape[0], dtype=torch.float64)
+    rows = max(1, max_logits // weight_VD.shape[0])
+    for first in range(0, hidden_TD.shape[0], rows):
+        block = slice(first, first + rows)
+        logits = torch.addmm(bias_V, hidden_TD[block].to(weight_VD.dtype), weight_VD.t())
+        true = logits.gather(1, target_T[block].unsqueeze(1)).squeeze(1)
+        nats_T[block] = logits.logsumexp(dim=1).double() - true.double()
+    return nats_T
+
+
+class _SummedNats(torch.autograd.Function):
+    """The gradients are made in the forward pass, while a block's probabilities are at hand.
+
+    The three products run in the type `product`; sums, exponentials and gradients keep the arguments' types.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_TD, weight_CD, bias_C, true_T, hit_T, max_logits, product):
+        arguments = (hidden_TD, weight_CD, bias_C, true_T)
+        needed = any(ctx.needs_input_grad)
+        grads = [torch.zeros_like(x) for x in arguments] if needed else []
+        total = hidden_TD.new_zeros((), dtype=torch.float64)
+        weight = weight_CD.to(product)
+        rows = max(1, max_logits // weight.shape[0])
+        for first in range(0, hidden_TD.shape[0], rows):
+            block = slice(first, first + rows)
+            hidden = hidden_TD[block].to(product)
+            probability, true_probability, nats = _probabilities(
+                hidden, weight, bias_C, true_T[block], hit_T[block]
+            )
+            total += nats.sum(dtype=torch.float64)
+            if needed:
+                grads[2].add_(probability.sum(dim=0))
+                grads[3][block] = true_probability - 1
+                probability = probability.to(product)
+                grads[0][block] = probability @ weight
+                _add_product(grads[1], probability.t(), hidden)
+        ctx.save_for_backward(*grads)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return *(saved * grad.to(saved.dtype) for saved in ctx.saved_tensors), None, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)
+
+
+def _probabilities(hidden_TD, weight_CD, bias_C, true_T, hit_T):
+    """Return the candidates' probabilities, the true word's, and -log of the latter."""
+    logits_TC = torch.mm(hidden_TD, weight_CD.t()).to(bias_C.dtype).add_(bias_C)
+    hit_T1 = hit_T.unsqueeze(1)
+    column_T1 = hit_T1.clamp(min=0)
+    kept_T1 = logits_TC.gather(1, column_T1).masked_fill(hit_T1 >= 0, -torch.inf)
+    logits_TC.scatter_(1, column_T1, kept_T1)
+    top_T = torch.maximum(logits_TC.amax(dim=1), true_T)
+    logits_TC.sub_(top_T.unsqueeze(1)).exp_()
+    true_exp_T = (true_T - top_T).exp()
+    sum_T = logits_TC.sum(dim=1) + true_exp_T
+    return logits_TC.div_(sum_T.unsqueeze(1)), true_exp_T / sum_T, sum_T.log() + top_T - true_T

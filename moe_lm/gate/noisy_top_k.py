@@ -1,0 +1,75 @@
+"""Noisy top-k gating (section 2.1, eq. 3-5) with the smooth load estimator (Appendix A, eq. 8-10).
+
+Shape suffixes: T tokens, D width, E experts, K experts a token, A = T*K assignments.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_lm.gate import Gating
+from moe_lm.mistake import Mistake
+
+
+class NoisyTopK(nn.Module):
+    """G(x) = Softmax(KeepTopK(x W_g + eps * (Softplus(x W_noise) + noise_epsilon), k)), noise in training only."""
+
+    def __init__(self, *, width: int, num_experts: int, k: int, noise_epsilon: float):
+        super().__init__()
+        if not 1 <= k <= num_experts:
+            raise Mistake(
+                f"model.k={k} experts a token of model.num_experts={num_experts}: "
+                "k must be at least 1 and at most num_experts"
+            )
+        self.k = k
+        self.noise_epsilon = noise_epsilon
+        # Both start at zero, so that every expert is equally likely at first (Appendix A).
+        self.gate_DE = nn.Parameter(torch.zeros(width, num_experts))
+        self.noise_DE = nn.Parameter(torch.zeros(width, num_experts))
+
+    def forward(self, x_TD: Tensor) -> Gating:
+        """Assign each token to its k experts; float32 arithmetic whatever the autocast type."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return self._gating(x_TD.to(self.gate_DE.dtype))
+
+    def operations_per_timestep(self) -> int:
+        """Both matrices: the paper's ops/timestep counts W_noise too."""
+        return self.gate_DE.numel() + self.noise_DE.numel()
+
+    def _gating(self, x_TD: Tensor) -> Gating:
+        clean_TE = x_TD @ self.gate_DE
+        num_tokens, num_experts = clean_TE.shape
+        noisy_TE, deviation_TE = clean_TE, None
+        if self.training:
+            deviation_TE = F.softplus(x_TD @ self.noise_DE) + self.noise_epsilon
+            noisy_TE = clean_TE + torch.randn_like(clean_TE) * deviation_TE
+        top_TK, expert_TK = noisy_TE.topk(min(self.k + 1, num_experts), dim=1)
+        gate_TK = top_TK[:, : self.k].softmax(dim=1)
+        expert_A, order_A = expert_TK[:, : self.k].reshape(-1).sort(stable=True)
+        gate_A = gate_TK.reshape(-1).index_select(0, order_A)
+        if deviation_TE is None or self.k == num_experts:
+            load_E = torch.bincount(expert_A, minlength=num_experts).to(clean_TE.dtype)
+        else:
+            load_E = probability_in_top_k(clean_TE, noisy_TE, deviation_TE, top_TK, self.k).sum(dim=0)
+        return Gating(
+            token_A=order_A // self.k,
+            expert_A=expert_A,
+            gate_A=gate_A,
+            num_tokens=num_tokens,
+            importance_E=clean_TE.new_zeros(num_experts).index_add(0, expert_A, gate_A),
+            load_E=load_E,
+            num_asked=num_tokens * self.k,
+        )
+
+
+def probability_in_top_k(
+    clean_TE: Tensor, noisy_TE: Tensor, deviation_TE: Tensor, top_TK: Tensor, k: int
+) -> Tensor:
+    """P(x, i) of eq. 9: the chance that expert i stays chosen if its noise alone is drawn again.
+
+    `top_TK` holds each token's k+1 largest noisy logits, descending. The k-th largest value with i left
+    out is the (k+1)-th of them for an expert that is in the top k, and the k-th for one that is not.
+    """
+    threshold_in_T1, threshold_out_T1 = top_TK[:, k : k + 1], top_TK[:, k - 1 : k]
+    threshold_TE = torch.where(noisy_TE > threshold_in_T1, threshold_in_T1, threshold_out_T1)
+    return torch.special.ndtr((clean_TE - threshold_TE) / deviation_TE)

@@ -1,0 +1,87 @@
+"""Training metrics: sums between two log lines, balance figures (Table 6), and where the lines go."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from moe_lm.run import Run
+
+
+class Interval:
+    """Sums of figures over the steps since the last log line; no wait for the device until they are read."""
+
+    def __init__(self, sums: Mapping[str, float] | None = None):
+        self._sums: dict[str, Tensor | float] = dict(sums or {})
+
+    def add(self, **figures: Tensor | float) -> None:
+        """Add one step's figures."""
+        for name, value in figures.items():
+            if isinstance(value, Tensor):
+                value = value.detach().double()
+            self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def sums(self) -> dict[str, float]:
+        """Return the sums as plain numbers: what a checkpoint stores and another interval starts from."""
+        return {name: float(value) for name, value in self._sums.items()}
+
+
+def balance_figures(statistics: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return CV(importance), CV(load) and max/mean load, averaged over the gated layers."""
+    if not statistics:
+        return {}
+    rows = [
+        torch.stack([_variation(part["importance_E"]), _variation(part["load_E"]), _peak(part["load_E"])])
+        for part in statistics.values()
+    ]
+    names = ("cv_importance", "cv_load", "max_over_mean_load")
+    return dict(zip(names, torch.stack(rows).mean(dim=0), strict=True))
+
+
+def _variation(x_E: Tensor) -> Tensor:
+    return x_E.std(correction=0) / (x_E.mean() + 1e-10)
+
+
+def _peak(x_E: Tensor) -> Tensor:
+    return x_E.max() / (x_E.mean() + 1e-10)
+
+
+class MetricsLog:
+    """metrics.jsonl, the truth, and Weights & Biases as a view of it where asked for."""
+
+    def __init__(self, run: Run, *, wandb: bool, config: dict):
+        self._run = run
+        self._wandb = _start_wandb(run, config) if wandb else None
+
+    def write(self, line: dict) -> None:
+        """Append one line."""
+        self._run.append_metrics(line)
+        if self._wandb is not None:
+            prefix = f"{line['split']}/" if "split" in line else "train/"
+            numbers = {prefix + key: value for key, value in line.items() if isinstance(value, int | float)}
+            self._wandb.log(numbers, step=line["step"])
+
+    def close(self) -> None:
+        """Let Weights & Biases finish."""
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _start_wandb(run: Run, config: dict):
+    """Offline without an API key, so that nothing asks at a prompt; the id makes a resumed run one run."""
+    import os
+
+    import wandb
+
+    key = os.environ.get("WANDB_API_KEY") or wandb.api.api_key
+    mode = os.environ.get("WANDB_MODE") or ("online" if key else "offline")
+    identity = "".join(c if c.isalnum() else "-" for c in str(run.folder))[-64:]
+    return wandb.init(
+        project="moe-lm",
+        name=run.folder.name,
+        id=identity,
+        resume="allow",
+        dir=run.folder,
+        config=config,
+        mode=mode,
+    )

@@ -1,0 +1,58 @@
+"""The language model: embedding, a stack of layers with residual sums, softmax (Appendix C.1).
+
+Shape suffixes: T tokens, D width, V vocabulary.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_lm.batches import MicroBatch
+from moe_lm.gate import Gating
+from moe_lm.layer import Layer
+from moe_lm.mistake import Mistake
+from moe_lm.softmax import Softmax
+
+
+class LanguageModel(nn.Module):
+    """x_1 = Drop(Emb); x_{i+1} = x_i + Drop(layer_i(x_i)); the last x goes to the softmax."""
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        vocabulary_size: int,
+        dropout: float,
+        layers: Mapping[str, Layer],
+        softmax: Callable[..., Softmax],
+    ):
+        super().__init__()
+        if not 0 <= dropout < 1:
+            raise Mistake(f"model.dropout={dropout}: must be at least 0 and below 1")
+        self.dropout = dropout
+        self.embedding_VD = nn.Parameter(torch.empty(vocabulary_size, width))
+        nn.init.normal_(self.embedding_VD, std=width**-0.5)
+        self.layers = nn.ModuleDict(layers)
+        self.softmax = softmax(width=width, vocabulary_size=vocabulary_size)
+
+    def forward(self, batch: MicroBatch, seed: int = 0) -> tuple[Tensor, dict[str, Gating]]:
+        """Return the summed nats of the micro-batch (float64) and each gated layer's decision by name."""
+        hidden_TD, gatings = self.hidden(batch)
+        return self.softmax(hidden_TD, batch.target_T, seed), gatings
+
+    def hidden(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Gating]]:
+        """Return the last layer's states and the gatings."""
+        gatings = {}
+        x_TD = F.dropout(F.embedding(batch.input_T, self.embedding_VD), self.dropout, self.training)
+        for name, layer in self.layers.items():
+            y_TD, gating = layer(x_TD, batch.sentences)
+            x_TD = x_TD + F.dropout(y_TD, self.dropout, self.training)
+            if gating is not None:
+                gatings[name] = gating
+        return x_TD, gatings
+
+    def token_nats(self, batch: MicroBatch) -> Tensor:
+        """Return each predicted token's exact nats (float64, T)."""
+        return self.softmax.token_nats(self.hidden(batch)[0], batch.target_T)

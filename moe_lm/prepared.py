@@ -1,0 +1,292 @@
+"""Token ids on disk: a corpus and a vocabulary made into one folder of flat arrays, once.
+
+The folder holds `data.json`, the vocabulary's files, and per split of N sentences `<split>.tokens` (int32, the ids
+of sentence 0 followed by `</S>`, then sentence 1, ...; no `<S>`), `<split>.starts` (int64, N + 1) and
+`<split>.words` (uint32, N), all little-endian. It appears whole or not at all.
+"""
+
+import errno
+import json
+import os
+import shutil
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from moe_lm.corpus import SPLITS, Corpus
+from moe_lm.mistake import Mistake
+from moe_lm.vocabulary import Vocabulary, VocabularyRecipe
+
+_FORMAT = 1
+_DTYPES = {"tokens": "<i4", "starts": "<i8", "words": "<u4"}
+_BUFFER = 1 << 20  # tokens held in memory before they are written
+# What a disk says; a corpus fetched over a network raises other kinds of OSError, which are not ours to explain.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+_DISK |= {errno.ENOTDIR, errno.EEXIST, errno.EIO, errno.ENAMETOOLONG}
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of N sentences, memory-mapped."""
+
+    tokens: np.ndarray
+    """int32: each sentence's ids followed by `</S>`."""
+    starts: np.ndarray
+    """int64, N + 1: where each sentence begins in `tokens`; the last entry is their number."""
+    words: np.ndarray
+    """uint32, N: words of each sentence with `</S>`, which is what perplexity divides by."""
+
+    @property
+    def num_sentences(self) -> int:
+        """Return N."""
+        return len(self.words)
+
+    @property
+    def num_words(self) -> int:
+        """Return the number of words, one `</S>` a sentence included."""
+        return int(self.words.sum(dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What training and evaluation read: the vocabulary and the three splits."""
+
+    vocabulary: Vocabulary
+    splits: dict[str, Split]
+    fingerprint: str
+    """blake2b over the vocabulary's files and every token."""
+    statistics: dict
+    """Per split `sentences words tokens unknown_words empty_lines longer_than_max_words` (in training those are
+    left out), and for the held-out splits `unigram_perplexity` (per word)."""
+
+
+def prepare(
+    *,
+    corpus: Corpus,
+    recipe: VocabularyRecipe,
+    folder: Path,
+    settings: dict,
+    say: Callable[[str], None],
+    progress: bool,
+) -> Prepared:
+    """Make `folder` unless it stands there with the same inputs; raises `Mistake` for bad text or disk.
+
+    `settings` is the configuration that the inputs came from: any change of it prepares anew.
+    """
+    inputs = {"settings": settings, "corpus": corpus.inputs(), "vocabulary": recipe.inputs()}
+    inputs = json.loads(json.dumps(inputs | {"max_words": corpus.max_words}))
+    if current := _open_current(folder, recipe, inputs):
+        return current
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(folder, say):
+            # Another process may have made it while this one waited.
+            if current := _open_current(folder, recipe, inputs):
+                return current
+            _make(corpus, recipe, folder, inputs, say, progress)
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        reason = f"{error.strerror}; mend that or choose another folder"
+        raise Mistake(f"cannot write {folder}: {reason}") from error
+    return open_prepared(folder, recipe)
+
+
+def open_prepared(folder: Path, recipe: VocabularyRecipe) -> Prepared:
+    """Map a prepared folder into memory; raises `Mistake` where it is missing, damaged or foreign."""
+    record = _read_record(folder)
+    splits = {}
+    for split in SPLITS:
+        paths = {part: folder / f"{split}.{part}" for part in _DTYPES}
+        splits[split] = Split(**{part: np.memmap(path, _DTYPES[part], "r") for part, path in paths.items()})
+    return Prepared(recipe.load(folder), splits, record["fingerprint"], record["statistics"])
+
+
+def _open_current(folder: Path, recipe: VocabularyRecipe, inputs: dict) -> Prepared | None:
+    try:
+        if _read_record(folder)["inputs"] == inputs:
+            return open_prepared(folder, recipe)
+    except Mistake:
+        pass  # missing, damaged or of another format: to be made anew, which mends it
+    return None
+
+
+def _read_record(folder: Path) -> dict:
+    """Return `data.json` once every file of the folder is found to have the size it names."""
+    try:
+        record = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+        if record["format"] != _FORMAT:
+            raise Mistake(f"{folder} has format {record['format']}, this version reads {_FORMAT}; prepare again")
+        wrong = [name for name, size in record["files"].items() if (folder / name).stat().st_size != size]
+    except FileNotFoundError as error:
+        raise Mistake(f"{folder} is not prepared ({Path(error.filename).name} is missing); prepare it") from error
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise Mistake(f"{folder}/data.json cannot be read ({error}); prepare it again") from error
+    if wrong:
+        raise Mistake(f"{folder / wrong[0]} is damaged: not the size it was written with; prepare it again")
+    return record
+
+
+def _lock(folder: Path, say: Callable[[str], None]) -> AbstractContextManager:
+    lock = FileLock(folder.parent / f".{folder.name}.lock")
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        say(f"waiting: another process prepares {folder}")
+        return lock.acquire()
+
+
+def _make(corpus, recipe, folder: Path, inputs: dict, say: Callable[[str], None], progress: bool) -> None:
+    """Write everything into a temporary folder beside `folder`, then put it in its place."""
+    ours = (folder / "data.json").exists() or (folder / "train.tokens").exists()
+    if folder.exists() and any(folder.iterdir()) and not ours:
+        raise Mistake(f"{folder} holds other files than prepared text; choose another folder or empty it")
+    for stale in folder.parent.iterdir():
+        if stale.name.startswith(f".{folder.name}.partial-"):  # a crash left it: the lock is ours
+            shutil.rmtree(stale)
+    temporary = folder.parent / f".{folder.name}.partial-{os.getpid()}-{os.urandom(4).hex()}"
+    temporary.mkdir()
+    try:
+        record = {"format": _FORMAT, "inputs": inputs} | _write(corpus, recipe, temporary, say, progress)
+        record["files"] = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+        (temporary / "data.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        for path in [*temporary.iterdir(), temporary]:
+            _sync(path)
+        replaced = temporary.with_name(f"{temporary.name}-replaced")
+        if folder.exists():
+            folder.rename(replaced)
+        temporary.rename(folder)
+        _sync(folder.parent)
+        if replaced.exists():
+            shutil.rmtree(replaced)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(corpus, recipe, folder: Path, say: Callable[[str], None], progress: bool) -> dict:
+    """Write the vocabulary and the arrays; return fingerprint and statistics."""
+    for split in SPLITS:
+        if not any(line.split() for line in _kept(corpus, split)):
+            longest = f" of at most {corpus.max_words} words" if split == "train" else ""
+            raise Mistake(f"the {split} split of the corpus has no sentence{longest}; give it some text")
+
+    def training() -> Iterator[str]:
+        return iter(tqdm(_kept(corpus, "train"), "vocabulary", disable=not progress, unit=" sentences"))
+
+    vocabulary = recipe.build(training)
+    vocabulary.save(folder)
+    say(f"vocabulary: {vocabulary.size:,} tokens")
+    digest = blake2b(digest_size=16)
+    for path in sorted(folder.iterdir()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    statistics, counts = {}, {}
+    for split in SPLITS:
+        writer = _SplitWriter(folder, split, vocabulary, digest, corpus.max_words)
+        for line in tqdm(corpus.sentences(split), split, disable=not progress, unit=" sentences"):
+            writer.add(line)
+        statistics[split], counts[split] = writer.finish(), writer.counts
+        say(_line(split, statistics[split], corpus.max_words))
+    for split in SPLITS[1:]:
+        statistics[split]["unigram_perplexity"] = _unigram_perplexity(
+            counts["train"], counts[split], statistics[split]["words"]
+        )
+    held_out = ", ".join(f"{split} {statistics[split]['unigram_perplexity']:,.1f}" for split in SPLITS[1:])
+    say(f"unigram perplexity: {held_out}")
+    return {"fingerprint": digest.hexdigest(), "statistics": statistics}
+
+
+def _kept(corpus: Corpus, split: str) -> Iterator[str]:
+    """Stream the sentences that are not left out for their length."""
+    for line in corpus.sentences(split):
+        # n words are at least 2n - 1 characters, so most lines need no splitting.
+        if split != "train" or len(line) < 2 * corpus.max_words or len(line.split()) <= corpus.max_words:
+            yield line
+
+
+class _SplitWriter:
+    """Appends one split's sentences to its three files, about a million tokens at a time."""
+
+    def __init__(self, folder: Path, split: str, vocabulary: Vocabulary, digest, max_words: int) -> None:
+        self._paths = {part: folder / f"{split}.{part}" for part in _DTYPES}
+        self._is_train, self._vocabulary, self._digest, self._max_words = (
+            split == "train",
+            vocabulary,
+            digest,
+            max_words,
+        )
+        self._tokens, self._lengths, self._words = array("i"), array("q", [0]), array("I")
+        self._num_written = 0
+        self._statistics = dict.fromkeys(
+            ("sentences", "words", "tokens", "unknown_words", "empty_lines", "longer_than_max_words"), 0
+        )
+        self.counts = np.zeros(vocabulary.size, np.int64)
+        """How often each id occurs."""
+
+    def add(self, line: str) -> None:
+        num_words = len(line.split())
+        if num_words == 0:
+            self._statistics["empty_lines"] += 1
+            return
+        if num_words > self._max_words:
+            self._statistics["longer_than_max_words"] += 1
+            if self._is_train:
+                return
+        ids = self._vocabulary.encode(line)
+        self._tokens.extend(ids)
+        self._tokens.append(self._vocabulary.end)
+        self._lengths.append(len(ids) + 1)
+        self._words.append(num_words + 1)
+        if len(self._tokens) >= _BUFFER:
+            self._flush()
+
+    def _flush(self) -> None:
+        tokens = np.array(self._tokens, _DTYPES["tokens"])
+        starts = np.array(self._num_written + np.cumsum(self._lengths), _DTYPES["starts"])
+        words = np.array(self._words, _DTYPES["words"])
+        for part, values in {"tokens": tokens, "starts": starts, "words": words}.items():
+            with self._paths[part].open("ab") as file:
+                file.write(values.tobytes())
+        self._digest.update(tokens.tobytes())
+        self.counts += np.bincount(tokens, minlength=len(self.counts))
+        self._num_written += len(tokens)
+        self._statistics["sentences"] += len(words)
+        self._statistics["words"] += int(words.sum(dtype=np.int64))
+        self._tokens, self._lengths, self._words = array("i"), array("q"), array("I")
+
+    def finish(self) -> dict:
+        """Write what is left and return the split's statistics."""
+        self._flush()
+        unknown = int(self.counts[self._vocabulary.unknown])
+        return self._statistics | {"tokens": self._num_written, "unknown_words": unknown}
+
+
+def _unigram_perplexity(train_V: np.ndarray, held_out_V: np.ndarray, num_words: int) -> float:
+    """Return the perplexity per word of the held-out counts under add-one smoothed training frequencies."""
+    log_probability_V = np.log(train_V + 1) - np.log(train_V.sum() + len(train_V))
+    return float(np.exp(-(held_out_V @ log_probability_V) / num_words))
+
+
+def _line(split: str, statistics: dict, max_words: int) -> str:
+    predicted, sentences = statistics["words"], statistics["sentences"]
+    line = f"{split}: {sentences:,} sentences, {predicted:,} words with </S>, {statistics['tokens']:,} tokens"
+    line += f", {100 * statistics['unknown_words'] / (predicted - sentences):.2f} % unknown"
+    if longer := statistics["longer_than_max_words"]:
+        line += f"; {longer:,} of more than {max_words} words {'left out' if split == 'train' else 'kept'}"
+    if empty := statistics["empty_lines"]:
+        line += f"; {empty:,} empty lines skipped"
+    return line

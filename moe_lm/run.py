@@ -1,0 +1,131 @@
+"""A run's directory: its configuration, its lock, its metrics, its result.
+
+runs/<name>/config.yaml  metrics.jsonl  checkpoints/<step>/  vocabulary/  result.json
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+from filelock import FileLock, Timeout
+
+from moe_lm.mistake import Mistake
+
+IDENTITY = ("model", "corpus", "vocabulary", "batch", "softmax", "optimizer", "schedule", "balance", "seed")
+"""What makes a run this run: another value under the same name is refused."""
+
+
+class Run:
+    """The directory of one training run."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.config_file = folder / "config.yaml"
+        self.metrics_file = folder / "metrics.jsonl"
+        self.result_file = folder / "result.json"
+        self.checkpoints = folder / "checkpoints"
+        self.vocabulary = folder / "vocabulary"
+        self._lock = FileLock(folder / ".lock")
+
+    def claim(self, config: dict) -> None:
+        """Create the directory or take it up again, locked against a second process until this one ends.
+
+        Raises `Mistake` where it holds another run, is in use, or cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+            if self.config_file.exists():
+                self._compare(config)
+            write_text(self.config_file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        except Timeout:
+            raise Mistake(
+                f"{self.folder} is in use by another process: wait for it or choose another name"
+            ) from None
+        except OSError as error:
+            raise Mistake(f"cannot write to the run directory {self.folder}: {error.strerror}") from error
+
+    def config(self) -> dict:
+        """Return the stored configuration as plain data; raises `Mistake` where there is none."""
+        try:
+            config = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise Mistake(f"{self.folder} is no run: it has no config.yaml") from None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise Mistake(f"{self.config_file} cannot be read: {str(error).splitlines()[0]}") from error
+        if not isinstance(config, dict):
+            raise Mistake(f"{self.config_file} holds no configuration")
+        return config
+
+    def result(self) -> dict | None:
+        """Return the result of a finished run, else None."""
+        if not self.result_file.exists():
+            return None
+        try:
+            return json.loads(self.result_file.read_text())
+        except (OSError, ValueError) as error:
+            raise Mistake(
+                f"{self.result_file} is damaged ({error}): delete it and repeat the command"
+            ) from error
+
+    def keep_vocabulary(self, save: Callable[[Path], None]) -> None:
+        """Copy the vocabulary into the run, so that scoring text needs nothing but this directory."""
+        if self.vocabulary.exists():
+            return
+        partial = self.folder / ".vocabulary.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        save(partial)
+        partial.rename(self.vocabulary)
+
+    def append_metrics(self, line: dict) -> None:
+        """Add a line to metrics.jsonl."""
+        with self.metrics_file.open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop the lines after this step, and a last line that a crash left unfinished."""
+        if not self.metrics_file.exists():
+            return
+        kept = []
+        for line in self.metrics_file.read_text().splitlines(keepends=True):
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        write_text(self.metrics_file, "".join(kept))
+
+    def write_result(self, result: dict) -> None:
+        """Write result.json: from now on the run counts as finished."""
+        write_text(self.result_file, json.dumps(result, indent=1) + "\n")
+
+    def _compare(self, config: dict) -> None:
+        stored = flatten({key: self.config().get(key) for key in IDENTITY})
+        wanted = flatten({key: config.get(key) for key in IDENTITY})
+        for key in sorted(stored.keys() | wanted.keys()):
+            if stored.get(key) != wanted.get(key):
+                raise Mistake(
+                    f"{self.folder} holds another run: {key}={stored.get(key)} there, {wanted.get(key)} here; "
+                    "choose another name=... or delete that folder"
+                )
+
+
+def flatten(config: object, prefix: str = "") -> dict[str, object]:
+    """Return nested dicts as one level of dotted keys."""
+    if not isinstance(config, dict):
+        return {prefix: config}
+    flat = {}
+    for key, value in config.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file at once: a crash leaves the old one or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)

@@ -1,0 +1,27 @@
+"""What a softmax layer is: hidden states and the words that followed, to nats.
+
+Shape suffixes: T tokens, D width, V vocabulary.
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Softmax(Protocol):
+    """The output layer; in eval mode exact over the whole vocabulary, whatever it does in training."""
+
+    weight_VD: Tensor
+    bias_V: Tensor
+
+    def __call__(self, hidden_TD: Tensor, target_T: Tensor, seed: int) -> Tensor:
+        """Return the summed nats (float64 scalar); `seed` fixes whatever is drawn."""
+        ...
+
+    def token_nats(self, hidden_TD: Tensor, target_T: Tensor) -> Tensor:
+        """Return each token's exact nats (float64, T); no gradients."""
+        ...
+
+    def operations_per_timestep(self) -> int:
+        """Multiply-adds a token costs in training's forward pass (not in the paper's ops/timestep)."""
+        ...

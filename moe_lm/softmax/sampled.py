@@ -1,0 +1,95 @@
+"""Sampled softmax: importance sampling over shared log-uniform negatives (Jozefowicz et al. 2016).
+
+Shape suffixes: T tokens, D width, V vocabulary, S sampled words.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_lm.cross_entropy import exact_nats, summed_nats
+from moe_lm.mistake import Mistake
+
+
+class SampledSoftmax(nn.Module):
+    """In training the target against `num_sampled` distinct words; exact in eval mode, or for V <= num_sampled.
+
+    Every logit is lowered by the log of its word's expected count among the sampled; a sampled word that is
+    the target itself is left out.
+    """
+
+    def __init__(self, *, width: int, vocabulary_size: int, num_sampled: int, max_logits: int):
+        super().__init__()
+        if num_sampled < 1:
+            raise Mistake(f"softmax.num_sampled={num_sampled}: must be at least 1")
+        self.num_sampled = num_sampled
+        self.max_logits = max_logits
+        self.weight_VD = nn.Parameter(torch.empty(vocabulary_size, width))
+        self.bias_V = nn.Parameter(torch.zeros(vocabulary_size))
+        nn.init.normal_(self.weight_VD, std=width**-0.5)
+
+    def forward(self, hidden_TD: Tensor, target_T: Tensor, seed: int) -> Tensor:
+        """Return the summed nats; equal seeds draw equal words."""
+        if not self.training:
+            return self.token_nats(hidden_TD, target_T).sum()
+        size = self.weight_VD.shape[0]
+        if self.num_sampled >= size:
+            candidate_S, log_count = torch.arange(size, device=target_T.device), None
+        else:
+            candidate_S, num_tries = (
+                x.to(target_T.device) for x in draw_distinct(self.num_sampled, size, seed)
+            )
+            log_count = _log_expected_count(torch.cat([candidate_S, target_T]), num_tries, size)
+        # One gather for both: its gradient is a whole (V, D) matrix.
+        word = torch.cat([candidate_S, target_T])
+        rows, bias = F.embedding(word, self.weight_VD), self.bias_V.index_select(0, word)
+        if log_count is not None:
+            bias = bias - log_count.to(bias.dtype)
+        num_candidates = len(candidate_S)
+        true_T = (hidden_TD * rows[num_candidates:]).sum(dim=1) + bias[num_candidates:]
+        hit_T = _find(candidate_S, target_T)
+        return summed_nats(
+            hidden_TD, rows[:num_candidates], bias[:num_candidates], true_T, hit_T, self.max_logits
+        )
+
+    def token_nats(self, hidden_TD: Tensor, target_T: Tensor) -> Tensor:
+        """Return each token's exact nats."""
+        return exact_nats(hidden_TD, self.weight_VD, self.bias_V, target_T, self.max_logits)
+
+    def operations_per_timestep(self) -> int:
+        """Products with the sampled rows and the target's."""
+        size, width = self.weight_VD.shape
+        return (self.num_sampled + 1 if self.num_sampled < size else size) * width
+
+
+def draw_distinct(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Draw ids with P(i) = log((i+2)/(i+1)) / log(size+1) until `count` < size are distinct.
+
+    Returns the distinct ids, ascending (int64), and the number of draws it took (int64 scalar).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = np.empty(0, dtype=np.int64)
+    first_seen = drawn
+    while len(first_seen) < count:
+        uniform = torch.rand(max(2 * count, len(drawn)), generator=generator, dtype=torch.float64)
+        ids = (uniform * math.log(size + 1)).exp().long().sub_(1).clamp_(0, size - 1)
+        drawn = np.concatenate([drawn, ids.numpy()])
+        _, first_seen = np.unique(drawn, return_index=True)
+    num_tries = np.sort(first_seen)[count - 1] + 1
+    return torch.from_numpy(np.unique(drawn[:num_tries])), torch.tensor(num_tries)
+
+
+def _log_expected_count(word: Tensor, num_tries: Tensor, size: int) -> Tensor:
+    """Log of the chance that a word is among the distinct ones: 1 - (1 - P(word))^tries; float64."""
+    word = word.double()
+    probability = torch.log1p(1 / (word + 1)) / math.log(size + 1)
+    return torch.log(-torch.expm1(num_tries * torch.log1p(-probability)))
+
+
+def _find(ascending_S: Tensor, value_T: Tensor) -> Tensor:
+    """Return where each value stands in the ascending list, -1 where it does not."""
+    place_T = torch.searchsorted(ascending_S, value_T).clamp_(max=len(ascending_S) - 1)
+    return torch.where(ascending_S.index_select(0, place_T) == value_T, place_T, -1)

@@ -1,0 +1,146 @@
+"""A vocabulary of whole words, read from a file or counted from the training split."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+
+from moe_lm.mistake import Mistake
+from moe_lm.vocabulary import END, START, UNKNOWN
+
+_MARKERS = (START, END, UNKNOWN)
+_FILE = "vocabulary.txt"
+
+
+class WordVocabulary:
+    """Words in the order of their ids; any other word, or one spelt like a marker, is unknown."""
+
+    def __init__(self, *, words: list[str], counts: list[int] | None) -> None:
+        """Number the words, the markers among them, as they come; `counts` is for the record only."""
+        self._words, self._counts = words, counts
+        ids = {word: index for index, word in enumerate(words)}
+        self.size = len(words)
+        self.start, self.end, self.unknown = ids.pop(START), ids.pop(END), ids[UNKNOWN]
+        self._ids = ids
+
+    def encode(self, sentence: str) -> list[int]:
+        """Return one id per word of the sentence, without `<S>` and `</S>`."""
+        find, unknown = self._ids.get, self.unknown
+        return [find(word, unknown) for word in sentence.split()]
+
+    def token(self, index: int) -> str:
+        """Return the word of this id."""
+        return self._words[index]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the words joined by spaces; `<S>` and `</S>` are left out, an unknown word reads `<UNK>`."""
+        return " ".join(self._words[index] for index in ids if index not in (self.start, self.end))
+
+    def save(self, folder: Path) -> None:
+        """Write `vocabulary.txt`: a word a line, and after a tab its count where the words were counted."""
+        lines = self._words
+        if self._counts is not None:
+            lines = [f"{word}\t{count}" for word, count in zip(self._words, self._counts, strict=True)]
+        (folder / _FILE).write_bytes("".join(f"{line}\n" for line in lines).encode())
+
+
+class Words:
+    """The recipe of a word vocabulary: from `file`, or the training words seen at least `min_count` times."""
+
+    def __init__(self, *, file: str | None, min_count: int, max_size: int | None) -> None:
+        """`max_size` counts the markers too and applies to counted words only; a file is taken whole."""
+        if min_count < 1:
+            raise Mistake(f"vocabulary.min_count={min_count} is impossible; give 1 to keep every word, or more")
+        if max_size is not None and max_size < 4:
+            raise Mistake(f"vocabulary.max_size={max_size} leaves no word beside the three markers; give 4 or more")
+        if file is not None and max_size is not None:
+            raise Mistake("vocabulary.max_size does not apply to vocabulary.file; drop one, or shorten the file")
+        self._file = None if file is None else Path(file).expanduser().resolve()
+        self._min_count, self._max_size = min_count, max_size
+
+    def inputs(self) -> dict:
+        """Return the vocabulary file's path, bytes and modification time in nanoseconds, if there is one."""
+        if self._file is None:
+            return {"file": None}
+        try:
+            stat = self._file.stat()
+        except OSError as error:
+            raise _unreadable(self._file, error) from error
+        return {"file": [str(self._file), stat.st_size, stat.st_mtime_ns]}
+
+    def build(self, sentences: Callable[[], Iterator[str]]) -> WordVocabulary:
+        """Read the file, or count in one pass and order by decreasing count, ties by the word."""
+        if self._file is None:
+            return self._count(sentences())
+        words, _ = _read(self._file)
+        # Where the file has no markers, the frequent ones come first, <S>, which is never predicted, last.
+        words = [marker for marker in (END, UNKNOWN) if marker not in words] + words
+        return WordVocabulary(words=words if START in words else [*words, START], counts=None)
+
+    def load(self, folder: Path) -> WordVocabulary:
+        """Read `vocabulary.txt` from the folder; raises `Mistake` where it is missing or damaged."""
+        words, counts = _read(folder / _FILE)
+        missing = [marker for marker in _MARKERS if marker not in words]
+        if missing:
+            raise Mistake(f"{folder / _FILE} is damaged: it lacks {', '.join(missing)}; prepare the corpus again")
+        return WordVocabulary(words=words, counts=counts if len(counts) == len(words) else None)
+
+    def _count(self, sentences: Iterator[str]) -> WordVocabulary:
+        num_sentences = 0
+
+        def split() -> Iterator[list[str]]:
+            nonlocal num_sentences
+            for sentence in sentences:
+                words = sentence.split()
+                num_sentences += bool(words)
+                yield words
+
+        counts = Counter(chain.from_iterable(split()))  # counted in C
+        total = counts.total()
+        for marker in _MARKERS:  # spelt out in the text they are unknown words
+            counts.pop(marker, None)
+        kept = sorted(
+            (item for item in counts.items() if item[1] >= self._min_count),
+            key=lambda item: (-item[1], item[0]),
+        )
+        if self._max_size is not None:
+            del kept[self._max_size - len(_MARKERS) :]
+        if not kept:
+            raise Mistake(
+                f"no word is left: none of the {len(counts):,} training words occurs vocabulary.min_count="
+                f"{self._min_count} times; lower it"
+            )
+        kept += [(END, num_sentences), (UNKNOWN, total - sum(count for _, count in kept))]
+        kept.sort(key=lambda item: (-item[1], item[0]))
+        kept.append((START, 0))
+        return WordVocabulary(words=[word for word, _ in kept], counts=[count for _, count in kept])
+
+
+def _unreadable(path: Path, error: OSError) -> Mistake:
+    return Mistake(f"vocabulary file {path} cannot be read: {error.strerror}; check vocabulary.file")
+
+
+def _read(path: Path) -> tuple[list[str], list[int]]:
+    """Return the words of a file and the counts that it gives; lines end at "\\n", empty ones are skipped."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    line_of: dict[str, int] = {}
+    counts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            fields = line.decode().split()
+        except UnicodeDecodeError as error:
+            raise Mistake(f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file") from error
+        if not fields:
+            continue
+        if len(fields) > 2 or (len(fields) == 2 and not fields[1].isdecimal()):
+            raise Mistake(f"{path}, line {number}: expected a word, and perhaps its count, not {len(fields)} fields")
+        if fields[0] in line_of:
+            raise Mistake(f"{path}, line {number}: {fields[0]} is already on line {line_of[fields[0]]}; keep one")
+        line_of[fields[0]] = number
+        counts += [int(count) for count in fields[1:]]
+    if not set(line_of) - set(_MARKERS):
+        raise Mistake(f"vocabulary file {path} holds no word; give a word a line, the most frequent first")
+    return list(line_of), counts
