@@ -81,9 +81,7 @@ class Batches:
 
     def __init__(self, split: Split, *, start: int, seed: int, words: int, micro_words: int):
         if not 1 <= micro_words <= words:
-            raise Mistake(
-                f"batch.words={words} batch.micro_words={micro_words}: need 1 <= micro_words <= words"
-            )
+            raise Mistake(f"batch.words={words} batch.micro_words={micro_words}: need 1 <= micro_words <= words")
         self.split, self.start, self.seed = split, start, seed
         self.micro_batches_per_step = max(1, round(words / micro_words))
         mean_words = split.num_words / split.num_sentences

@@ -44,9 +44,7 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, state:
         _flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise Mistake(
-            f"cannot write checkpoint {final}: {error}; earlier checkpoints are untouched"
-        ) from error
+        raise Mistake(f"cannot write checkpoint {final}: {error}; earlier checkpoints are untouched") from error
     return final
 
 
@@ -87,9 +85,7 @@ def load_model(path: Path, model: nn.Module) -> None:
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if wanted != found:
         name = sorted(set(wanted.items()) ^ set(found.items()))[0][0]
-        raise Mistake(
-            f"{path} does not fit the model: {name} is {found.get(name)}, wanted {wanted.get(name)}"
-        )
+        raise Mistake(f"{path} does not fit the model: {name} is {found.get(name)}, wanted {wanted.get(name)}")
     model.load_state_dict(tensors)
 
 
@@ -129,9 +125,7 @@ def _load(path: Path, part: str) -> dict[str, Tensor]:
 
 
 def _damaged(path: Path, reason: object) -> Mistake:
-    return Mistake(
-        f"checkpoint {path} is damaged ({reason}): delete that folder to go on from the one before"
-    )
+    return Mistake(f"checkpoint {path} is damaged ({reason}): delete that folder to go on from the one before")
 
 
 def _checksum(file: Path) -> str:

@@ -23,9 +23,7 @@ def summed_nats(
 
 
 @torch.no_grad()
-def exact_nats(
-    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor, target_T: Tensor, max_logits: int
-) -> Tensor:
+def exact_nats(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor, target_T: Tensor, max_logits: int) -> Tensor:
     """Return each token's -log p(target) over all V words, float64 (T,)."""
     nats_T = hidden_TD.new_zeros(hidden_TD.shape[0], dtype=torch.float64)
     rows = max(1, max_logits // weight_VD.shape[0])
@@ -54,9 +52,7 @@ class _SummedNats(torch.autograd.Function):
         for first in range(0, hidden_TD.shape[0], rows):
             block = slice(first, first + rows)
             hidden = hidden_TD[block].to(product)
-            probability, true_probability, nats = _probabilities(
-                hidden, weight, bias_C, true_T[block], hit_T[block]
-            )
+            probability, true_probability, nats = _probabilities(hidden, weight, bias_C, true_T[block], hit_T[block])
             total += nats.sum(dtype=torch.float64)
             if needed:
                 grads[2].add_(probability.sum(dim=0))

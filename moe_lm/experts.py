@@ -40,9 +40,7 @@ def initialize_(weight: Tensor, deviation: float) -> None:
     nn.init.uniform_(weight, -bound, bound)
 
 
-def grouped_products(
-    x_AD: Tensor, ends_E: Tensor, w1_EDH: Tensor, w2_EHD: Tensor, dtype: torch.dtype
-) -> Tensor:
+def grouped_products(x_AD: Tensor, ends_E: Tensor, w1_EDH: Tensor, w2_EHD: Tensor, dtype: torch.dtype) -> Tensor:
     """Both products as grouped GEMM: no launch per expert and no wait for the counts."""
     offsets_E = ends_E.to(torch.int32)
     h_AH = F.grouped_mm(x_AD.to(dtype), w1_EDH.to(dtype), offs=offsets_E).relu()

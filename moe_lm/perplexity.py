@@ -42,7 +42,7 @@ def measure(
     max_sentences: int,
     max_words: int,
     limit: int | None = None,
-    watch: Callable[[int], None] = lambda words: None,
+    watch: Callable[[int], object] = int,
 ) -> Measured:
     """Return nats and words of every sentence of the split, each once, or of its first `limit`.
 
@@ -53,9 +53,7 @@ def measure(
     device = model.embedding_VD.device
     nats = torch.zeros((), dtype=torch.float64, device=device)
     words = sentences = 0
-    for chosen, batch in in_order(
-        split, start=start, max_sentences=max_sentences, max_words=max_words, limit=limit
-    ):
+    for chosen, batch in in_order(split, start=start, max_sentences=max_sentences, max_words=max_words, limit=limit):
         nats += model.token_nats(batch.to(device)).sum()
         words += batch.num_words
         sentences += len(chosen)

@@ -9,7 +9,6 @@ import errno
 import json
 import os
 import shutil
-from array import array
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,11 +21,10 @@ from tqdm import tqdm
 
 from moe_lm.corpus import SPLITS, Corpus
 from moe_lm.mistake import Mistake
+from moe_lm.split_writer import DTYPES, SplitWriter, statistics_line, unigram_perplexity
 from moe_lm.vocabulary import Vocabulary, VocabularyRecipe
 
 _FORMAT = 1
-_DTYPES = {"tokens": "<i4", "starts": "<i8", "words": "<u4"}
-_BUFFER = 1 << 20  # tokens held in memory before they are written
 # What a disk says; a corpus fetched over a network raises other kinds of OSError, which are not ours to explain.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 _DISK |= {errno.ENOTDIR, errno.EEXIST, errno.EIO, errno.ENAMETOOLONG}
@@ -104,8 +102,8 @@ def open_prepared(folder: Path, recipe: VocabularyRecipe) -> Prepared:
     record = _read_record(folder)
     splits = {}
     for split in SPLITS:
-        paths = {part: folder / f"{split}.{part}" for part in _DTYPES}
-        splits[split] = Split(**{part: np.memmap(path, _DTYPES[part], "r") for part, path in paths.items()})
+        paths = {part: folder / f"{split}.{part}" for part in DTYPES}
+        splits[split] = Split(**{part: np.memmap(path, DTYPES[part], "r") for part, path in paths.items()})
     return Prepared(recipe.load(folder), splits, record["fingerprint"], record["statistics"])
 
 
@@ -196,13 +194,13 @@ def _write(corpus, recipe, folder: Path, say: Callable[[str], None], progress: b
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     statistics, counts = {}, {}
     for split in SPLITS:
-        writer = _SplitWriter(folder, split, vocabulary, digest, corpus.max_words)
+        writer = SplitWriter(folder, split, vocabulary, digest, corpus.max_words)
         for line in tqdm(corpus.sentences(split), split, disable=not progress, unit=" sentences"):
             writer.add(line)
         statistics[split], counts[split] = writer.finish(), writer.counts
-        say(_line(split, statistics[split], corpus.max_words))
+        say(statistics_line(split, statistics[split], corpus.max_words))
     for split in SPLITS[1:]:
-        statistics[split]["unigram_perplexity"] = _unigram_perplexity(
+        statistics[split]["unigram_perplexity"] = unigram_perplexity(
             counts["train"], counts[split], statistics[split]["words"]
         )
     held_out = ", ".join(f"{split} {statistics[split]['unigram_perplexity']:,.1f}" for split in SPLITS[1:])
@@ -216,77 +214,3 @@ def _kept(corpus: Corpus, split: str) -> Iterator[str]:
         # n words are at least 2n - 1 characters, so most lines need no splitting.
         if split != "train" or len(line) < 2 * corpus.max_words or len(line.split()) <= corpus.max_words:
             yield line
-
-
-class _SplitWriter:
-    """Appends one split's sentences to its three files, about a million tokens at a time."""
-
-    def __init__(self, folder: Path, split: str, vocabulary: Vocabulary, digest, max_words: int) -> None:
-        self._paths = {part: folder / f"{split}.{part}" for part in _DTYPES}
-        self._is_train, self._vocabulary, self._digest, self._max_words = (
-            split == "train",
-            vocabulary,
-            digest,
-            max_words,
-        )
-        self._tokens, self._lengths, self._words = array("i"), array("q", [0]), array("I")
-        self._num_written = 0
-        self._statistics = dict.fromkeys(
-            ("sentences", "words", "tokens", "unknown_words", "empty_lines", "longer_than_max_words"), 0
-        )
-        self.counts = np.zeros(vocabulary.size, np.int64)
-        """How often each id occurs."""
-
-    def add(self, line: str) -> None:
-        num_words = len(line.split())
-        if num_words == 0:
-            self._statistics["empty_lines"] += 1
-            return
-        if num_words > self._max_words:
-            self._statistics["longer_than_max_words"] += 1
-            if self._is_train:
-                return
-        ids = self._vocabulary.encode(line)
-        self._tokens.extend(ids)
-        self._tokens.append(self._vocabulary.end)
-        self._lengths.append(len(ids) + 1)
-        self._words.append(num_words + 1)
-        if len(self._tokens) >= _BUFFER:
-            self._flush()
-
-    def _flush(self) -> None:
-        tokens = np.array(self._tokens, _DTYPES["tokens"])
-        starts = np.array(self._num_written + np.cumsum(self._lengths), _DTYPES["starts"])
-        words = np.array(self._words, _DTYPES["words"])
-        for part, values in {"tokens": tokens, "starts": starts, "words": words}.items():
-            with self._paths[part].open("ab") as file:
-                file.write(values.tobytes())
-        self._digest.update(tokens.tobytes())
-        self.counts += np.bincount(tokens, minlength=len(self.counts))
-        self._num_written += len(tokens)
-        self._statistics["sentences"] += len(words)
-        self._statistics["words"] += int(words.sum(dtype=np.int64))
-        self._tokens, self._lengths, self._words = array("i"), array("q"), array("I")
-
-    def finish(self) -> dict:
-        """Write what is left and return the split's statistics."""
-        self._flush()
-        unknown = int(self.counts[self._vocabulary.unknown])
-        return self._statistics | {"tokens": self._num_written, "unknown_words": unknown}
-
-
-def _unigram_perplexity(train_V: np.ndarray, held_out_V: np.ndarray, num_words: int) -> float:
-    """Return the perplexity per word of the held-out counts under add-one smoothed training frequencies."""
-    log_probability_V = np.log(train_V + 1) - np.log(train_V.sum() + len(train_V))
-    return float(np.exp(-(held_out_V @ log_probability_V) / num_words))
-
-
-def _line(split: str, statistics: dict, max_words: int) -> str:
-    predicted, sentences = statistics["words"], statistics["sentences"]
-    line = f"{split}: {sentences:,} sentences, {predicted:,} words with </S>, {statistics['tokens']:,} tokens"
-    line += f", {100 * statistics['unknown_words'] / (predicted - sentences):.2f} % unknown"
-    if longer := statistics["longer_than_max_words"]:
-        line += f"; {longer:,} of more than {max_words} words {'left out' if split == 'train' else 'kept'}"
-    if empty := statistics["empty_lines"]:
-        line += f"; {empty:,} empty lines skipped"
-    return line

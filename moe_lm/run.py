@@ -33,18 +33,18 @@ class Run:
     def claim(self, config: dict) -> None:
         """Create the directory or take it up again, locked against a second process until this one ends.
 
+        A directory without checkpoint, metrics or result takes any configuration.
+
         Raises `Mistake` where it holds another run, is in use, or cannot be written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
-            if self.config_file.exists():
+            if self.config_file.exists() and self._has_begun():
                 self._compare(config)
             write_text(self.config_file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         except Timeout:
-            raise Mistake(
-                f"{self.folder} is in use by another process: wait for it or choose another name"
-            ) from None
+            raise Mistake(f"{self.folder} is in use by another process: wait for it or choose another name") from None
         except OSError as error:
             raise Mistake(f"cannot write to the run directory {self.folder}: {error.strerror}") from error
 
@@ -67,9 +67,7 @@ class Run:
         try:
             return json.loads(self.result_file.read_text())
         except (OSError, ValueError) as error:
-            raise Mistake(
-                f"{self.result_file} is damaged ({error}): delete it and repeat the command"
-            ) from error
+            raise Mistake(f"{self.result_file} is damaged ({error}): delete it and repeat the command") from error
 
     def keep_vocabulary(self, save: Callable[[Path], None]) -> None:
         """Copy the vocabulary into the run, so that scoring text needs nothing but this directory."""
@@ -99,6 +97,10 @@ class Run:
     def write_result(self, result: dict) -> None:
         """Write result.json: from now on the run counts as finished."""
         write_text(self.result_file, json.dumps(result, indent=1) + "\n")
+
+    def _has_begun(self) -> bool:
+        """Whether there is anything to lose: a first attempt that a mistake ended left only a configuration."""
+        return self.metrics_file.exists() or self.checkpoints.exists() or self.result_file.exists()
 
     def _compare(self, config: dict) -> None:
         stored = flatten({key: self.config().get(key) for key in IDENTITY})

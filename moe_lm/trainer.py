@@ -101,9 +101,7 @@ class Trainer:
             path = checkpoint.path_of(self.run.checkpoints, steps[-1])
             state = checkpoint.load_state(path)
             if state["data"] != self.fingerprint:
-                raise Mistake(
-                    f"the data have changed since {self.run.folder} was begun: choose another name=..."
-                )
+                raise Mistake(f"the data have changed since {self.run.folder} was begun: choose another name=...")
             checkpoint.load_model(path, self.model)
             checkpoint.load_optimizer(path, self.model, self.optimizer)
             self.progress = Progress(**state["progress"])
@@ -157,9 +155,7 @@ class Trainer:
         progress.words += num_words
         progress.tokens += sum(len(batch.target_T) for batch in micro_batches)
         self._interval.add(steps=1, words=num_words, nats=total, grad_norm=norm)
-        self._interval.add(
-            **balance_figures(seen), **{f"balance_{name}": value for name, value in terms.items()}
-        )
+        self._interval.add(**balance_figures(seen), **{f"balance_{name}": value for name, value in terms.items()})
         return num_words
 
     @torch.no_grad()
@@ -175,9 +171,7 @@ class Trainer:
     def _seeded(self, micro_batch: int):
         """Noise and dropout depend on seed, step and micro-batch alone, so both passes draw the same."""
         torch.manual_seed(self._step_seed(micro_batch))
-        with torch.autocast(
-            self._device.type, self.settings.autocast, enabled=self.settings.autocast is not None
-        ):
+        with torch.autocast(self._device.type, self.settings.autocast, enabled=self.settings.autocast is not None):
             yield
 
     def _step_seed(self, purpose: object) -> int:

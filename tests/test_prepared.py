@@ -17,6 +17,7 @@ import pytest
 from filelock import FileLock
 
 import moe_lm.prepared
+import moe_lm.split_writer
 from moe_lm.mistake import Mistake
 from moe_lm.prepared import open_prepared, prepare
 from moe_lm.vocabulary.subwords import Subwords
@@ -117,7 +118,7 @@ def long_text():
 
 @pytest.mark.parametrize("buffer", [1, 7, 1 << 20])
 def test_the_size_of_the_buffer_changes_nothing(tmp_path, monkeypatch, buffer):
-    monkeypatch.setattr(moe_lm.prepared, "_BUFFER", buffer)
+    monkeypatch.setattr(moe_lm.split_writer, "BUFFER", buffer)
     corpus = Lines(long_text())
     prepared = make(tmp_path / "data", corpus)
     train = prepared.splits["train"]

@@ -37,6 +37,9 @@ def composed(command: str, arguments: list[str]) -> DictConfig:
     overrides = [quoted(argument) for argument in arguments]
     parsed = parse(overrides)
     with initialize_config_dir(str(folder().resolve()), version_base="1.3"):
+        for text, override in zip(overrides, parsed, strict=True):
+            if text[0] in "+~" and not _selects(override):
+                raise Mistake(f"{text}: keys can be neither added nor removed, only set: key=value")
         selections = [text for text, override in zip(overrides, parsed, strict=True) if _selects(override)]
         plain = _compose(command, selections, overrides)
         config = _compose(command, overrides, overrides, flatten(OmegaConf.to_container(plain)))
@@ -104,7 +107,7 @@ def _compose(command: str, overrides: list[str], given: list[str], known: dict |
 def _explain(error: Exception, given: list[str], known: dict) -> str:
     """One line for what Hydra says in several."""
     text = str(error)
-    if match := re.search(r"Could not find '([\w/.\-]+)/([^'/]*)'", text):
+    if match := re.search(r"Could not (?:find|load) '([\w/.\-]+)/([^'/]*)'", text):
         group, choice = match.groups()
         offered = choices(group)
         return f"{group}={choice}: no such choice{_nearest(choice, offered)}; there are {', '.join(offered)}"
@@ -116,6 +119,8 @@ def _explain(error: Exception, given: list[str], known: dict) -> str:
         return f"configuration ({' '.join(given)}): {_first_line(error)}"
     full = next((g.lstrip("+~").partition("=")[0] for g in given if key in g.partition("=")[0]), key)
     names = [*_prefixes(known), *(path.name for path in folder().iterdir() if path.is_dir())]
+    layers = {name.split(".")[2] for name in names if name.startswith("model.layers.")}
+    names += [f"layer@model.layers.{layer}" for layer in layers]
     return f"unknown key {full}{_nearest(full, names)}"
 
 

@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     trained = load(config["run"], str(config["checkpoint"]), on)
     data = prepared_data(trained.config | {"data": config["data"]}, say=lambda line: print(line, file=sys.stderr))
     if data.fingerprint != trained.fingerprint:
-        raise Mistake(f"the data in {config['data']} are not those {config['run']} was trained on: the text has changed")
+        raise Mistake(f"{config['run']} was trained on other data than those in {config['data']}: the text changed")
     part = data.splits[split]
     with tqdm(total=part.num_words, unit="word", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
         measured = measure(

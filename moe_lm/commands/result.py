@@ -16,9 +16,7 @@ from moe_lm.prepared import Prepared
 from moe_lm.trainer import Trainer
 
 
-def measure_split(
-    model: LanguageModel, config: dict, data: Prepared, split: str, limit: int | None = None
-) -> Measured:
+def measure_split(model: LanguageModel, config: dict, data: Prepared, split: str, limit: int | None = None) -> Measured:
     """Measure the model on a split (or its first sentences), in batches of the training's size."""
     words = config["batch"]["micro_words"]
     start = data.vocabulary.start

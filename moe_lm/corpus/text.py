@@ -5,7 +5,7 @@ import gzip
 import io
 import lzma
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from glob import glob
 from pathlib import Path
 
@@ -38,7 +38,7 @@ class Text:
     def sentences(self, split: str) -> Iterator[str]:
         """Stream the lines of the split's files in sorted order; raises `Mistake` for a bad file."""
         for path in self._files()[split]:
-            yield from _lines(path)
+            yield from lines(path)
 
     def inputs(self) -> dict:
         """Return each file's absolute path, size in bytes and modification time in nanoseconds, by split."""
@@ -76,20 +76,26 @@ def _matches(split: str, patterns: list[str]) -> list[Path]:
     return sorted(found)
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Stream the file's lines, decoded one by one so that a bad byte is reported with its line."""
-    number = 0
+def lines(path: Path) -> Iterator[str]:
+    """Stream a file's lines, unpacked by its suffix; raises `Mistake` where it cannot be read."""
     try:
         with _open(path) as stream:
-            for number, line in enumerate(stream, start=1):
-                yield (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode().rstrip("\n")
-    except UnicodeDecodeError as error:
-        raise Mistake(f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
-    except _DAMAGED as error:
-        reason = str(error) or type(error).__name__
-        raise Mistake(f"{path}: damaged or cut short after line {number} ({reason}); fetch it again") from error
+            yield from decoded_lines(stream, str(path))
     except OSError as error:
         raise Mistake(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def decoded_lines(stream: Iterable[bytes], name: str) -> Iterator[str]:
+    """Decode lines one by one, so that a bad byte is reported with its line."""
+    number = 0
+    try:
+        for number, line in enumerate(stream, start=1):
+            yield (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode().rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise Mistake(f"{name}, line {number}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
+    except _DAMAGED as error:
+        reason = str(error) or type(error).__name__
+        raise Mistake(f"{name}: damaged or cut short after line {number} ({reason}); fetch it again") from error
 
 
 def _open(path: Path) -> io.BufferedIOBase:

@@ -62,9 +62,7 @@ class NoisyTopK(nn.Module):
         )
 
 
-def probability_in_top_k(
-    clean_TE: Tensor, noisy_TE: Tensor, deviation_TE: Tensor, top_TK: Tensor, k: int
-) -> Tensor:
+def probability_in_top_k(clean_TE: Tensor, noisy_TE: Tensor, deviation_TE: Tensor, top_TK: Tensor, k: int) -> Tensor:
     """P(x, i) of eq. 9: the chance that expert i stays chosen if its noise alone is drawn again.
 
     `top_TK` holds each token's k+1 largest noisy logits, descending. The k-th largest value with i left

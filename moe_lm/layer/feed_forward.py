@@ -4,6 +4,7 @@ Shape suffixes: T tokens, D width.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,9 @@ class FeedForward(nn.Module):
     def __init__(self, *, width: int, hidden: int, num_hidden: int):
         super().__init__()
         if min(width, hidden, num_hidden) < 1:
-            raise Mistake(
-                f"feed_forward: width={width} hidden={hidden} num_hidden={num_hidden} must be at least 1"
-            )
+            raise Mistake(f"feed_forward: width={width} hidden={hidden} num_hidden={num_hidden} must be at least 1")
         sizes = [width, *[hidden] * num_hidden, width]
-        self.weights = nn.ParameterList(
-            nn.Parameter(torch.empty(a, b)) for a, b in zip(sizes, sizes[1:], strict=False)
-        )
+        self.weights = nn.ParameterList(nn.Parameter(torch.empty(a, b)) for a, b in pairwise(sizes))
         for weight in self.weights[:-1]:
             initialize_(weight, math.sqrt(2 / weight.shape[0]))
         initialize_(self.weights[-1], math.sqrt(1 / hidden))

@@ -39,9 +39,7 @@ class SampledSoftmax(nn.Module):
         if self.num_sampled >= size:
             candidate_S, log_count = torch.arange(size, device=target_T.device), None
         else:
-            candidate_S, num_tries = (
-                x.to(target_T.device) for x in draw_distinct(self.num_sampled, size, seed)
-            )
+            candidate_S, num_tries = (x.to(target_T.device) for x in draw_distinct(self.num_sampled, size, seed))
             log_count = _log_expected_count(torch.cat([candidate_S, target_T]), num_tries, size)
         # One gather for both: its gradient is a whole (V, D) matrix.
         word = torch.cat([candidate_S, target_T])
@@ -51,9 +49,7 @@ class SampledSoftmax(nn.Module):
         num_candidates = len(candidate_S)
         true_T = (hidden_TD * rows[num_candidates:]).sum(dim=1) + bias[num_candidates:]
         hit_T = _find(candidate_S, target_T)
-        return summed_nats(
-            hidden_TD, rows[:num_candidates], bias[:num_candidates], true_T, hit_T, self.max_logits
-        )
+        return summed_nats(hidden_TD, rows[:num_candidates], bias[:num_candidates], true_T, hit_T, self.max_logits)
 
     def token_nats(self, hidden_TD: Tensor, target_T: Tensor) -> Tensor:
         """Return each token's exact nats."""

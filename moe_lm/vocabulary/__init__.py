@@ -24,6 +24,10 @@ class Vocabulary(Protocol):
         """Return the ids of the sentence's tokens, without `<S>` and `</S>`."""
         ...
 
+    def tokens_per_word(self, ids: list[int]) -> list[int]:
+        """Return how many of a sentence's ids, in order, spell each of its words."""
+        ...
+
     def token(self, index: int) -> str:
         """Return the token of this id as text."""
         ...

@@ -42,6 +42,15 @@ class SubwordVocabulary:
         id_of = self._id_of
         return [id_of[piece] for piece in self._pieces.encode(_plain(sentence))]
 
+    def tokens_per_word(self, ids: list[int]) -> list[int]:
+        """Return how many pieces each word took: a word's first piece begins with the sign for a space."""
+        counts: list[int] = []
+        for index in ids:
+            if not counts or self.token(index).startswith("▁"):
+                counts.append(0)
+            counts[-1] += 1
+        return counts
+
     def token(self, index: int) -> str:
         """Return the piece of this id; "▁" stands for the space before a word."""
         return self._pieces.id_to_piece(self._order[index])

@@ -28,6 +28,10 @@ class WordVocabulary:
         find, unknown = self._ids.get, self.unknown
         return [find(word, unknown) for word in sentence.split()]
 
+    def tokens_per_word(self, ids: list[int]) -> list[int]:
+        """Return a 1 for each id: every word is one token."""
+        return [1] * len(ids)
+
     def token(self, index: int) -> str:
         """Return the word of this id."""
         return self._words[index]
