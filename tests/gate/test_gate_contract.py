@@ -1,0 +1,184 @@
+"""What every gate under configs/gate promises, found by its YAML; a new gate is tested by being there.
+
+Shape suffixes: T tokens, D width, E experts, A assignments.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import moe_lm
+from moe_lm.commands.build import build
+from moe_lm.commands.configuration import folder
+
+WIDTH = 6
+GATES = sorted(path.stem for path in (folder() / "gate").glob("*.yaml"))
+TOKEN_WISE = {"noisy_top_k"}
+"""Gates known to decide about each token alone; of the others the additivity is tested where they turn out to."""
+
+
+def make(name, num_experts, train):
+    """The gate its YAML describes, with random parameters (a new gate's may all be zero)."""
+    config = OmegaConf.to_container(OmegaConf.load(folder() / "gate" / f"{name}.yaml"))
+    gate = build(config)(width=WIDTH, num_experts=num_experts, k=min(2, num_experts)).train(train)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in gate.parameters():
+            parameter.normal_()
+    return gate
+
+
+def tokens(num_tokens, seed=1):
+    return torch.randn(num_tokens, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def test_gates_are_found():
+    """The folder of configurations is the right one."""
+    assert "noisy_top_k" in GATES
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("num_tokens", [0, 1, 200])
+@pytest.mark.parametrize("num_experts", [1, 2, 7, 64])
+@pytest.mark.parametrize("name", GATES)
+def test_contract(name, num_experts, num_tokens, train):
+    """Types, order, ranges, counts and sums of a gating are as `Gating` says; gradients are finite."""
+    gate, x_TD = make(name, num_experts, train), tokens(num_tokens).requires_grad_()
+    gating = gate(x_TD)
+
+    assert gating.token_A.dtype == gating.expert_A.dtype == torch.int64
+    assert gating.gate_A.dtype == gating.importance_E.dtype == gating.load_E.dtype == torch.float32
+    assert gating.token_A.shape == gating.expert_A.shape == gating.gate_A.shape
+    assert gating.importance_E.shape == gating.load_E.shape == (num_experts,)
+    assert (gating.num_tokens, gating.num_experts) == (num_tokens, num_experts)
+
+    pairs = list(zip(gating.expert_A.tolist(), gating.token_A.tolist(), strict=True))
+    assert pairs == sorted(set(pairs)), "ascending by expert, then by token, none twice"
+    assert all(0 <= expert < num_experts and 0 <= token < num_tokens for expert, token in pairs)
+    assert isinstance(gating.num_asked, int)
+    assert isinstance(gating.num_dropped, int)
+    assert len(pairs) == gating.num_asked - gating.num_dropped
+    assert gating.num_dropped >= 0
+
+    importance, count = [0.0] * num_experts, [0] * num_experts
+    for (expert, _), value in zip(pairs, gating.gate_A.tolist(), strict=True):
+        importance[expert] += value
+        count[expert] += 1
+    assert gating.gate_A.isfinite().all()
+    torch.testing.assert_close(gating.importance_E, torch.tensor(importance), rtol=1e-4, atol=1e-5)
+    assert gating.load_E.isfinite().all()
+    assert (gating.load_E >= 0).all()
+    assert gating.load_E.sum() <= gating.num_tokens * num_experts + 1e-3
+    if not train and not gating.num_dropped:
+        assert gating.load_E.tolist() == count
+    assert all(isinstance(x, torch.Tensor) and x.isfinite().all() for x in gating.sums.values())
+
+    total = gating.gate_A.square().sum() + gating.importance_E.square().sum() + gating.load_E.square().sum()
+    if total.requires_grad:
+        total.backward()
+    for parameter in (x_TD, *gate.parameters()):
+        assert parameter.grad is None or parameter.grad.isfinite().all()
+    assert isinstance(gate.operations_per_timestep(), int)
+    assert gate.operations_per_timestep() >= 0
+
+
+@pytest.mark.parametrize("num_experts", [2, 7, 64])
+@pytest.mark.parametrize("name", GATES)
+def test_statistics_add_up_over_tokens(name, num_experts):
+    """In eval mode a batch's importance, load and sums are those of its two parts added, where choices agree."""
+    gate, x_TD = make(name, num_experts, train=False), tokens(120)
+    whole, parts = gate(x_TD), [gate(x_TD[:50]), gate(x_TD[50:])]
+    pairs = {
+        (token + offset, expert)
+        for part, offset in zip(parts, (0, 50), strict=True)
+        for token, expert in zip(part.token_A.tolist(), part.expert_A.tolist(), strict=True)
+    }
+    same = pairs == set(zip(whole.token_A.tolist(), whole.expert_A.tolist(), strict=True))
+    assert same or name not in TOKEN_WISE
+    if not same:
+        pytest.skip(f"{name} decides over the whole batch")
+    torch.testing.assert_close(whole.importance_E, parts[0].importance_E + parts[1].importance_E)
+    torch.testing.assert_close(whole.load_E, parts[0].load_E + parts[1].load_E)
+    assert whole.num_asked == parts[0].num_asked + parts[1].num_asked
+    assert set(whole.sums) == set(parts[0].sums) == set(parts[1].sums)
+    for key, value in whole.sums.items():
+        torch.testing.assert_close(value, parts[0].sums[key] + parts[1].sums[key])
+
+
+NEW_GATE = '''"""Every token goes to the first k experts, in equal parts."""
+
+import torch
+from torch import nn
+
+from moe_lm.gate import Gating
+
+
+class FirstK(nn.Module):
+    def __init__(self, *, width, num_experts, k, share):
+        super().__init__()
+        self.num_experts, self.k, self.share = num_experts, k, share
+
+    def forward(self, x_TD):
+        expert_A = torch.arange(self.k).repeat_interleave(len(x_TD))
+        gate_A = torch.full((len(expert_A),), self.share / self.k)
+        zeros_E = torch.zeros(self.num_experts)
+        return Gating(
+            token_A=torch.arange(len(x_TD)).repeat(self.k),
+            expert_A=expert_A,
+            gate_A=gate_A,
+            num_tokens=len(x_TD),
+            importance_E=zeros_E.index_add(0, expert_A, gate_A),
+            load_E=zeros_E.index_add(0, expert_A, torch.ones_like(gate_A)),
+            num_asked=len(expert_A),
+        )
+
+    def operations_per_timestep(self):
+        return 0
+'''
+NEW_YAML = "_target_: moe_lm.gate.first_k.FirstK\n_partial_: true\nshare: 1.0\n"
+USE_IT = """
+import sys
+import pytest
+import moe_lm
+from moe_lm.batches import micro_batch
+from moe_lm.commands.build import build_model
+from moe_lm.commands.configuration import composed, resolved
+print("PACKAGE", moe_lm.__file__)
+choice = ["gate@model.layers.middle.gate=first_k", "model.layers.middle.gate.share=0.5"]
+config = resolved(composed("train", [*choice, "model.width=4", "model.expert_hidden=3", "model.num_experts=6"]))
+print("COMPOSED", config["model"]["layers"]["middle"]["gate"])
+print("BUILT", type(build_model(config, 11).layers["middle"].gate).__name__)
+sys.exit(pytest.main(["-v", "-p", "no:cacheprovider", "-k", "contract and not adding", "test_gate_contract.py"]))
+"""
+
+
+def test_adding_a_gate_takes_one_module_and_one_yaml(tmp_path):
+    """With a module and a YAML dropped in, the contract tests run over the new gate and `train` can choose it."""
+    package, here = Path(moe_lm.__file__).parent, Path(__file__)
+    shutil.copytree(package, tmp_path / "moe_lm", ignore=shutil.ignore_patterns("__pycache__", "configs"))
+    shutil.copytree(folder(), tmp_path / "configs")
+    shutil.copy(here, tmp_path / here.name)
+    (tmp_path / "moe_lm" / "gate" / "first_k.py").write_text(NEW_GATE, encoding="utf-8")
+    (tmp_path / "configs" / "gate" / "first_k.yaml").write_text(NEW_YAML, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", USE_IT],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"PACKAGE {tmp_path}" in done.stdout
+    assert "'_target_': 'moe_lm.gate.first_k.FirstK'" in done.stdout
+    assert "'share': 0.5" in done.stdout
+    assert "noise_epsilon" not in done.stdout
+    assert "BUILT FirstK" in done.stdout
+    passed = [line for line in done.stdout.splitlines() if "PASSED" in line and "[first_k-" in line]
+    assert len(passed) == 24, done.stdout
