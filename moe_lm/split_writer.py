@@ -84,4 +84,6 @@ def statistics_line(split: str, statistics: dict, max_words: int) -> str:
         line += f"; {longer:,} of more than {max_words} words {'left out' if split == 'train' else 'kept'}"
     if empty := statistics["empty_lines"]:
         line += f"; {empty:,} empty lines skipped"
+    if "unigram_perplexity" in statistics:
+        line += f"; unigram perplexity {statistics['unigram_perplexity']:,.1f}"
     return line

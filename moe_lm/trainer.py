@@ -116,7 +116,7 @@ class Trainer:
         with self._bar() as bar:
             while self.progress.words < self.settings.num_words and not self.stop_requested:
                 started = time.perf_counter()
-                words = self._step()
+                words = self.step()
                 seconds = time.perf_counter() - started
                 self.progress.seconds += seconds
                 self._interval.add(seconds=seconds)
@@ -129,7 +129,8 @@ class Trainer:
         """Return the training FLOPs spent so far."""
         return self.progress.tokens * self._flops_per_token
 
-    def _step(self) -> int:
+    def step(self) -> int:
+        """Make one update on the next batch and return its words."""
         progress, settings = self.progress, self.settings
         micro_batches = self.batches.step(progress.step)
         num_words = sum(batch.num_words for batch in micro_batches)

@@ -151,6 +151,8 @@ def _check_types(plain: DictConfig, config: DictConfig, keys: set[str]) -> None:
         default, wanted = defaults[key], type(defaults[key])
         if wanted is int and isinstance(value, float) and value.is_integer():
             OmegaConf.update(config, key, int(value))  # 1e6
+        elif wanted is list and isinstance(value, str):
+            OmegaConf.update(config, key, [value])  # a single glob
         elif wanted is float and isinstance(value, int) and not isinstance(value, bool):
             OmegaConf.update(config, key, float(value))
         elif type(value) is not wanted:

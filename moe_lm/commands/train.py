@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
         print(f"{run.folder} is finished: {summary(result)}")
         return 0
     data = prepared_data(config, say=_say)
-    trainer = _trainer(config, data, run, on)
+    trainer = trainer_of(config, data, run, on)
     if trainer.resume():
         _say(f"{run.folder}: resumed at step {trainer.progress.step}, {trainer.progress.words:,} words")
     run.result_file.unlink(missing_ok=True)
@@ -60,7 +60,8 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _trainer(config: dict, data: Prepared, run: Run, on: torch.device) -> Trainer:
+def trainer_of(config: dict, data: Prepared, run: Run, on: torch.device) -> Trainer:
+    """Return the trainer of a resolved configuration, its model newly initialised from `seed`."""
     vocabulary, batch = data.vocabulary, config["batch"]
     torch.manual_seed(config["seed"])
     model = make.build_model(config, vocabulary.size).to(on)

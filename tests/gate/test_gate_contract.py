@@ -181,4 +181,4 @@ def test_adding_a_gate_takes_one_module_and_one_yaml(tmp_path):
     assert "noise_epsilon" not in done.stdout
     assert "BUILT FirstK" in done.stdout
     passed = [line for line in done.stdout.splitlines() if "PASSED" in line and "[first_k-" in line]
-    assert len(passed) == 24, done.stdout
+    assert len(passed) == 24 + 3, done.stdout

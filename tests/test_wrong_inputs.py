@@ -1,0 +1,284 @@
+"""Every wrong input ends in one line that starts with `moe-lm: ` and says what to mend; never a traceback."""
+
+import io
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TRAINING, with_overrides
+
+PROGRESS = re.compile(r"(vocabulary|train|valid|test|unigram perplexity|runs/\S+): ")
+
+
+def assert_one_line(outcome, *expected: str) -> None:
+    assert outcome.code != 0
+    *before, last = outcome.err.splitlines()
+    assert last.startswith("moe-lm: "), outcome.err
+    assert all(PROGRESS.match(line) for line in before), outcome.err
+    assert "Traceback" not in outcome.err
+    for words in expected:
+        assert words in last, last
+
+
+# Overrides of a good training, and what the line must contain.
+TRAIN = [
+    # Spelling.
+    ("batch.word=3", "unknown key batch.word", "did you mean batch.words?"),
+    ("model.widht=3", "unknown key model.widht", "did you mean model.width?"),
+    ("bach=3", "unknown key bach", "did you mean batch?"),
+    ("learning_rate=3", "unknown key learning_rate", "did you mean optimizer.learning_rate?"),
+    ("batch={word: 3}", "batch.word", "did you mean batch.words?"),
+    ("model.layers.middle.gat.noise_epsilon=1", "unknown key", "did you mean model.layers.middle.gate.noise_epsilon?"),
+    ("layer@model.layers.midle=lstm", "unknown key layer@model.layers.midle", "layer@model.layers.middle?"),
+    ("layer=lstm", "unknown key layer", "did you mean layer@model.layers."),
+    ("model=moe_5", "model=moe_5: no such choice", "did you mean moe_4?", "moe_256"),
+    ("softmax=samplde", "did you mean sampled?"),
+    ("balance=[importanc]", "importanc", "did you mean importance?"),
+    ("layer@model.layers.middle=lstmm", "did you mean lstm?"),
+    ("gate@model.layers.middle.gate=noisy", "did you mean noisy_top_k?"),
+    ("+unknown=3", "+unknown=3", "key=value"),
+    ("++batch.words=3", "++batch.words=3", "key=value"),
+    ("+layer@elsewhere=lstm", "+layer@elsewhere=lstm"),
+    ("+corpus@elsewhere=text", "+corpus@elsewhere=text"),
+    ("~seed", "~seed"),
+    ("~softmax", "~softmax"),
+    ("~balance", "~balance"),
+    ("hydra.verbose=true", "hydra.verbose"),
+    ("seed", "'seed' is no override", "key=value"),
+    ("-m", "'-m' is no override"),
+    ("seed=1,2", "seed=1,2", "sweep"),
+    ("batch.words=[1", "batch.words=[1"),
+    ("seed=${nope}", "nope"),
+    ("seed=${oc.env:NO_SUCH_VARIABLE_HERE}", "NO_SUCH_VARIABLE_HERE"),
+    ("seed=???", "seed=..."),
+    # Types.
+    ("batch=3", "batch=3", "batch.words"),
+    ("training=3", "training=3", "training.num_words"),
+    ("model=3", "model=3", "no such choice"),
+    ("batch.words={a: 1}", "batch.words", "a whole number"),
+    ("batch.words=many", "batch.words=many", "a whole number"),
+    ("batch.words=[3]", "batch.words=[3]", "a whole number"),
+    ("batch.words=200.5", "batch.words=200.5", "a whole number"),
+    ("batch.words=null", "batch.words=None", "a whole number"),
+    ("batch={words: many}", "batch.words=many", "a whole number"),
+    ("seed=true", "seed=True", "a whole number"),
+    ("balance.exact=3", "balance.exact=3", "true or false"),
+    ("optimizer.learning_rate=fast", "optimizer.learning_rate=fast", "a number"),
+    ("model.order=3", "model.order=3", "a list"),
+    ("model.order=[1,2]", "model.order", "lower, middle, upper"),
+    ("model.layers.middle=3", "model.layers.middle=3"),
+    ("corpus.train=[3]", "corpus.train", "3"),
+    ("corpus.train=[[a]]", "corpus.train"),
+    ("vocabulary.max_size=many", "max_size", "many"),
+    ("vocabulary.file=[a]", "[a]"),
+    # Sizes.
+    ("model.num_experts=3 model.k=4", "model.k=4", "model.num_experts=3"),
+    ("model.k=0", "model.k=0", "at least 1"),
+    ("model.width=0", "model.width=0", "at least 1"),
+    ("model.width=-8", "model.width=-8", "at least 1"),
+    ("model.expert_hidden=0", "model.expert_hidden=0", "at least 1"),
+    ("model.num_experts=0", "model.num_experts=0", "at least 1"),
+    ("model=moe_1_wide model.width=0", "width=0", "at least 1"),
+    ("model=moe_1_wide model.width=-8 model.order=[middle]", "width=-8", "at least 1"),
+    ("model.dropout=1", "model.dropout=1", "below 1"),
+    ("model.dropout=-0.1", "model.dropout=-0.1"),
+    ("model.layers.middle.gate.noise_epsilon=-1", "noise_epsilon=-1"),
+    ("batch.words=0", "batch.words=0"),
+    ("batch.words=-1 batch.micro_words=-1", "batch.words=-1"),
+    ("batch.micro_words=0", "batch.micro_words=0"),
+    ("batch.micro_words=201", "batch.micro_words=201", "micro_words <= words"),
+    ("training.num_words=0", "training.num_words=0", "at least 1"),
+    ("training.num_words=-5", "training.num_words=-5", "at least 1"),
+    ("training.log_every=0", "training.log_every=0", "at least 1"),
+    ("training.valid_every=-1", "training.valid_every=-1", "at least 1"),
+    ("valid.max_sentences=0", "valid.max_sentences=0", "at least 1"),
+    ("valid.max_sentences=-3", "valid.max_sentences=-3", "at least 1"),
+    ("checkpoint.keep_last=0", "checkpoint.keep_last=0", "at least 1"),
+    ("checkpoint.every_seconds=-1", "checkpoint.every_seconds=-1"),
+    ("softmax.num_sampled=0", "softmax.num_sampled=0", "at least 1"),
+    ("softmax.max_logits=0", "max_logits=0", "at least 1"),
+    ("softmax=full softmax.max_logits=-1", "max_logits=-1", "at least 1"),
+    ("schedule.warmup_steps=0", "schedule.warmup_steps=0", "at least 1"),
+    ("optimizer.learning_rate=0", "learning_rate=0", "positive"),
+    ("optimizer.clip_norm=-1", "clip_norm=-1", "positive"),
+    ("balance.load.weight=-1", "load.weight=-1"),
+    ("balance.importance.weight=-1", "importance.weight=-1"),
+    ("vocabulary.min_count=0", "vocabulary.min_count=0"),
+    ("vocabulary.max_size=3", "vocabulary.max_size=3"),
+    ("corpus.max_words=0", "corpus.max_words=0"),
+    ("seed=99999999999999999999999", "seed="),
+    ("machine.device=tpu", "machine.device=tpu", "auto, cpu or cuda"),
+    ("machine.threads=0", "machine.threads=0", "at least 1"),
+    ("machine.threads=many", "machine.threads=many", "at least 1"),
+    ("machine.threads=true", "machine.threads=True", "at least 1"),
+    ("machine.precision=float8", "machine.precision=float8", "bfloat16"),
+    # Layers.
+    ("model.order=[lower,extra]", "extra", "+layer@model.layers.extra=lstm"),
+    ("model.order=[lower,lower]", "model.order", "once"),
+    ("model.order=[]", "model.order"),
+    ("+layer@model.layers.extra=lstm", "model.order", "extra"),
+    # Text.
+    ("corpus.train=[text/none.txt]", "corpus.train", "text/none.txt"),
+    ("corpus.valid=[text]", "corpus.valid", "is a folder"),
+    ("corpus.test=[]", "corpus.test=[...]"),
+    ("corpus.test=[text/train.txt]", "corpus.train", "corpus.test"),
+    ("vocabulary.file=none.txt", "none.txt", "vocabulary.file"),
+    ("runs=text/train.txt", "text/train.txt/tiny"),
+    ("data=text/train.txt", "text/train.txt"),
+    ("name=" + 300 * "n", "too long"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "expected"), [(row[0], row[1:]) for row in TRAIN], ids=lambda x: str(x)[:60])
+def test_training_refuses(workspace, moe_lm, overrides, expected):
+    overrides = re.split(r" (?=[\w.+~@]+=)", overrides)
+    if overrides[0].startswith("model=moe_1") or overrides[0].startswith("model="):
+        arguments = [*TRAINING, *overrides]
+    else:
+        arguments = with_overrides(list(TRAINING), *overrides)
+    assert_one_line(moe_lm("train", *arguments), *expected)
+
+
+# Commands on a finished run.
+OTHERS = [
+    ("", ""),
+    ("trian", "no command 'trian'", "train"),
+    ("evaluate", "needs run=..."),
+    ("evaluate run=runs/none", "runs/none does not exist"),
+    ("evaluate run=text", "text is no run"),
+    ("evaluate run=text/train.txt", "text/train.txt does not exist"),
+    ("evaluate run=runs/tiny split=dev", "split=dev", "train, valid, test"),
+    ("evaluate run=runs/tiny split=3", "split=3"),
+    ("evaluate run=runs/tiny checkpoint=7", "no checkpoint 7", "last, best or 10, 11, 12"),
+    ("evaluate run=runs/tiny checkpoint=newest", "no checkpoint newest"),
+    ("evaluate run=runs/tiny checkpoint=-1", "no checkpoint -1"),
+    ("evaluate run=runs/tiny checkpoint=²", "no checkpoint ²"),
+    ("evaluate run=runs/tiny checkpoint=null", "checkpoint"),
+    ("evaluate run=runs/tiny batch.sentences=0", "batch.sentences=0", "at least 1"),
+    ("evaluate run=runs/tiny batch.words=-1", "batch.words=-1", "at least 1"),
+    ("evaluate run=runs/tiny batch=1", "batch=1"),
+    ("evaluate run=runs/tiny machine.device=tpu", "machine.device=tpu"),
+    ("evaluate run=runs/tiny json=maybe", "json=maybe", "true or false"),
+    ("evaluate run=runs/tiny splt=test", "unknown key splt", "did you mean split?"),
+    ("evaluate runs/tiny", "'runs/tiny' is no override", "key=value"),
+    ("score", "needs run=..."),
+    ("score run=runs/none text/test.txt", "runs/none does not exist"),
+    ("score run=runs/tiny none.txt", "none.txt", "No such file"),
+    ("score run=runs/tiny text", "text", "directory"),
+    ("score run=runs/tiny empty.txt", "empty.txt holds no sentence"),
+    ("score run=runs/tiny file=null", "standard input holds no sentence"),
+    ("score run=runs/tiny bad.txt", "bad.txt, line 2: not UTF-8"),
+    ("score run=runs/tiny cut.gz", "cut.gz", "damaged"),
+    ("score run=runs/tiny batch.sentences=0 text/test.txt", "batch.sentences", "at least 1"),
+    ("score run=runs/tiny checkpoint=3 text/test.txt", "no checkpoint 3"),
+    ("prepare corpus=txt", "corpus=txt", "did you mean text?"),
+    ("prepare corpus=text", "corpus.train=[...]"),
+    ("prepare corpus=text corpus.train=[empty.txt] corpus.valid=[text/valid.txt] corpus.test=[text/test.txt]", "train split"),
+    ("prepare corpus=text corpus.train=[bad.txt] corpus.valid=[text/valid.txt] corpus.test=[text/test.txt]", "bad.txt, line 2"),
+    ("prepare corpus=text corpus.train=[text/train.txt] corpus.valid=[empty.txt] corpus.test=[text/test.txt]", "valid split"),
+    ("prepare vocabulary=subwords vocabulary.size=3", "vocabulary.size=3"),
+    ("prepare seed=3", "unknown key seed"),
+    ("report", "needs runs=..."),
+    ("report runs=none", "none"),
+    ("report runs=text", "no run in text"),
+    ("sweep study=none", "study=none", "no such study"),
+    ("sweep", "study=..."),
+]
+
+
+@pytest.mark.parametrize(("command", "expected"), [(row[0], row[1:]) for row in OTHERS], ids=lambda x: str(x)[:60])
+def test_other_commands_refuse(own_trained, moe_lm, monkeypatch, command, expected):
+    Path("empty.txt").write_text("\n \n")
+    Path("bad.txt").write_bytes(b"a b\n\xff\xfe c\n")
+    Path("cut.gz").write_bytes(b"\x1f\x8b\x08\x00cut")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    outcome = moe_lm(*command.split())
+    if not command:
+        assert outcome.code == 2
+        assert "train" in outcome.out
+        return
+    assert_one_line(outcome, *expected)
+
+
+DAMAGE = [
+    ("config.yaml", b"a: [", "config.yaml", ("train", "evaluate", "score")),
+    ("config.yaml", b"3", "config.yaml", ("train", "evaluate", "score")),
+    ("config.yaml", b"model: 3", "config.yaml", ("evaluate", "score")),
+    ("config.yaml", b"\xff\xfe", "config.yaml", ("train", "evaluate", "score")),
+    ("config.yaml", None, "config.yaml", ("evaluate", "score")),
+    ("result.json", b"{", "result.json", ("train", "report")),
+    ("result.json", b"[]", "result.json", ("train", "report")),
+    ("result.json", b"{}", "result.json", ("train", "report")),
+    ("metrics.jsonl", b'{"step": 1\n', "metrics.jsonl", ("more", "report")),
+    ("metrics.jsonl", b"[]\n", "metrics.jsonl", ("more", "report")),
+    ("metrics.jsonl", b'{"words": 3}\n', "metrics.jsonl", ("more", "report")),
+    ("metrics.jsonl", b"\xff\n", "metrics.jsonl", ("more", "report")),
+    ("vocabulary/vocabulary.txt", b"a b c d\n", "vocabulary.txt", ("evaluate", "score")),
+    ("vocabulary/vocabulary.txt", b"", "vocabulary.txt", ("evaluate", "score")),
+    ("vocabulary/vocabulary.txt", None, "vocabulary.txt", ("evaluate", "score")),
+    ("vocabulary/vocabulary.txt", b"<S>\n</S>\n<UNK>\na\n", "does not fit", ("evaluate", "score")),
+]
+COMMANDS = {
+    "train": ["train", *TRAINING],
+    "more": ["train", *with_overrides(list(TRAINING), "training.num_words=5000")],
+    "evaluate": ["evaluate", "run=runs/tiny"],
+    "score": ["score", "run=runs/tiny", "text/test.txt"],
+    "report": ["report", "runs=runs"],
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected", "command"),
+    [(file, content, expected, command) for file, content, expected, commands in DAMAGE for command in commands],
+)
+def test_damaged_files_of_a_run_are_named(own_trained, moe_lm, file, content, expected, command):
+    path = Path("runs/tiny") / file
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    assert_one_line(moe_lm(*COMMANDS[command]), expected)
+    assert not path.exists() if content is None else path.read_bytes() == content
+
+
+def test_a_run_without_checkpoint_cannot_be_evaluated(own_trained, moe_lm):
+    Path("runs/tiny/checkpoints").rename("elsewhere")
+    for command in ("evaluate", "score"):
+        assert_one_line(moe_lm(*COMMANDS[command]), "runs/tiny has no checkpoint")
+
+
+def test_a_best_checkpoint_needs_a_validation(workspace, moe_lm):
+    assert moe_lm("train", *with_overrides(list(TRAINING), "training.valid_every=100")).code == 0
+    assert_one_line(moe_lm("evaluate", "run=runs/tiny", "checkpoint=best"), "never validated", "checkpoint=last")
+
+
+def test_changed_text_is_refused(own_trained, moe_lm):
+    Path("text/test.txt").write_text("w1 w2\n")
+    assert_one_line(moe_lm("evaluate", "run=runs/tiny"), "the text changed")
+    assert_one_line(moe_lm(*COMMANDS["more"]), "data have changed")
+
+
+def test_a_read_only_run_directory_is_named(own_trained, moe_lm, monkeypatch):
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied", "runs/tiny/.config.yaml.partial")
+
+    monkeypatch.setattr("moe_lm.run.write_text", refuse)
+    assert_one_line(moe_lm(*COMMANDS["more"]), "runs/tiny", "Permission denied")
+
+
+def test_a_closed_pipe_is_no_error_message(own_trained, moe_lm, monkeypatch):
+    def refuse(*arguments, **options):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("moe_lm.commands.evaluate.main", refuse)
+    outcome = moe_lm("evaluate", "run=runs/tiny")
+    assert (outcome.code, outcome.err) == (141, "")
+
+
+@pytest.mark.parametrize("command", ["prepare", "train", "sweep", "evaluate", "score", "report"])
+def test_help_names_every_key(moe_lm, command):
+    outcome = moe_lm(command, "--help")
+    assert outcome.code == 0
+    assert outcome.err == ""
+    assert f"moe-lm {command}" in outcome.out
