@@ -1,13 +1,16 @@
 """The command line: moe-lm COMMAND [key=value ...]."""
 
+import difflib
 import importlib
+import os
+import re
 import sys
 
 from moe_lm import __version__
 from moe_lm.commands import NAMES
 from moe_lm.mistake import Mistake
 
-MISTAKE, FAILURE = 2, 1
+MISTAKE, FAILURE, BROKEN_PIPE = 2, 1, 141
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,19 +25,32 @@ def main(arguments: list[str] | None = None) -> int:
     name, *rest = arguments
     try:
         if name not in NAMES:
-            raise Mistake(f"no command {name!r}; there are {', '.join(NAMES)}")
+            near = difflib.get_close_matches(name, NAMES, n=1)
+            meant = f": did you mean {near[0]}?" if near else ""
+            raise Mistake(f"no command {name!r}{meant}; there are {', '.join(NAMES)}")
         command = importlib.import_module(f"moe_lm.commands.{name}")
         if "-h" in rest or "--help" in rest:
             from moe_lm.commands.help import text
 
             print(text(name, command))
             return 0
-        return command.main(rest)
+        code = command.main(rest)
+        sys.stdout.flush()
+        return code
     except Mistake as mistake:
         print(f"moe-lm: {mistake}", file=sys.stderr)
         return MISTAKE
+    except BrokenPipeError:
+        # The reader, such as `head`, has seen enough; Python must not flush the rest at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except OSError as error:
         print(f"moe-lm: {error.filename or 'input/output'}: {error.strerror or error}", file=sys.stderr)
+        return FAILURE
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search(r"out of memory|allocate memory", str(error)):
+            raise
+        print(f"moe-lm: out of memory ({' '.join(str(error).split())[:200]})", file=sys.stderr)
         return FAILURE
     except KeyboardInterrupt:
         print("moe-lm: interrupted", file=sys.stderr)

@@ -19,7 +19,7 @@ from torch import Tensor
 from moe_lm.mistake import Mistake
 from moe_lm.prepared import Split
 
-POOL_STEPS = 64
+POOL_STEPS = 128
 """Steps a pool serves: enough that a micro-batch's sentences differ little in length."""
 
 
@@ -85,16 +85,16 @@ class Batches:
         self.split, self.start, self.seed = split, start, seed
         self.micro_batches_per_step = max(1, round(words / micro_words))
         mean_words = split.num_words / split.num_sentences
-        self.sentences_per_pool = max(1, round(POOL_STEPS * words / mean_words))
+        self.sentences_per_pool = max(POOL_STEPS * self.micro_batches_per_step, round(POOL_STEPS * words / mean_words))
         self._order_of_epoch = lru_cache(maxsize=2)(self._draw_order)
         self._cuts_of_pool = lru_cache(maxsize=1)(self._cut_pool)
 
     def step(self, step: int) -> list[MicroBatch]:
-        """Return step's micro-batches; a pool of fewer sentences than micro-batches leaves some out."""
+        """Return step's micro-batches: `batch.words` words in all, up to a sentence more or less in each."""
         pool, place = divmod(step, POOL_STEPS)
         first = place * self.micro_batches_per_step
         chosen = self._cuts_of_pool(pool)[first : first + self.micro_batches_per_step]
-        return [micro_batch(self.split, indices, self.start) for indices in chosen if len(indices)]
+        return [micro_batch(self.split, indices, self.start) for indices in chosen]
 
     def epoch(self, step: int) -> float:
         """Return how many times the training split has been read before this step."""
@@ -110,6 +110,8 @@ class Batches:
         share = total_N[-1] / num_micro_batches
         cuts = np.searchsorted(total_N - length_N[by_length_N] / 2, share * np.arange(1, num_micro_batches))
         parts = np.split(sentence_N[by_length_N], cuts)
+        if min(map(len, parts)) == 0:  # micro-batches of hardly a sentence: one at least in each
+            parts = np.array_split(sentence_N[by_length_N], num_micro_batches)
         order = np.argsort(random_keys(num_micro_batches, "pool", self.seed, pool), kind="stable")
         return [parts[i] for i in order]
 

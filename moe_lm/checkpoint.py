@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from moe_lm.mistake import Mistake
 
-FORMAT = 1
+FORMAT = 2
 _PARTS = ("model", "optimizer")
 
 
@@ -36,8 +36,9 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, state:
         save_file(_detached(model.state_dict()), partial / "model.safetensors")
         save_file(_flatten(model, optimizer), partial / "optimizer.safetensors")
         sums = {part: _checksum(partial / f"{part}.safetensors") for part in _PARTS}
-        text = json.dumps({"format": FORMAT, "step": step, "checksums": sums, **state}, indent=1)
-        (partial / "state.json").write_text(text)
+        state = {"step": step, "checksums": sums, **state}
+        record = {"format": FORMAT, "checksum": _checksum_of(state), "state": state}
+        (partial / "state.json").write_text(json.dumps(record, indent=1))
         for path in partial.iterdir():
             _flush(path)
         partial.rename(final)
@@ -50,7 +51,7 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, state:
 
 def steps(folder: Path) -> list[int]:
     """Return the steps of all complete checkpoints, ascending."""
-    return sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit() and path.is_dir())
+    return sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -60,22 +61,25 @@ def path_of(folder: Path, step: int) -> Path:
 
 def prune(folder: Path, keep_last: int, keep: set[int]) -> None:
     """Delete all checkpoints but the last few, the steps in `keep`, and leftovers of crashes."""
-    for step in steps(folder)[:-keep_last]:
-        if step not in keep:
-            shutil.rmtree(path_of(folder, step))
     for leftover in folder.glob(".*.partial"):
         shutil.rmtree(leftover)
+    for step in steps(folder)[:-keep_last]:
+        if step not in keep:
+            # Renamed first: a folder that a crash left half deleted must not look complete.
+            shutil.rmtree(path_of(folder, step).rename(folder / f".{step}.partial"))
 
 
 def load_state(path: Path) -> dict:
     """Return the JSON state; raises `Mistake` where it is missing or damaged."""
     try:
-        state = json.loads((path / "state.json").read_text())
-    except (OSError, ValueError) as error:
+        record = json.loads((path / "state.json").read_text())
+        if record["format"] != FORMAT:
+            raise _damaged(path, f"state.json is not of format {FORMAT}")
+        if record["checksum"] != _checksum_of(record["state"]):
+            raise _damaged(path, "state.json does not match its checksum")
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise _damaged(path, error) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise _damaged(path, f"state.json is not of format {FORMAT}")
-    return state
+    return record["state"]
 
 
 def load_model(path: Path, model: nn.Module) -> None:
@@ -120,7 +124,7 @@ def _load(path: Path, part: str) -> dict[str, Tensor]:
         if _checksum(file) != load_state(path)["checksums"][part]:
             raise _damaged(path, f"{file.name} does not match its checksum")
         return load_file(file)
-    except (OSError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise _damaged(path, error) from error
 
 
@@ -134,6 +138,10 @@ def _checksum(file: Path) -> str:
         while block := stream.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _checksum_of(state: dict) -> str:
+    return blake2b(json.dumps(state).encode(), digest_size=16).hexdigest()
 
 
 def _flush(path: Path) -> None:

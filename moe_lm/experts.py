@@ -23,9 +23,12 @@ class Experts(nn.Module):
 
     def forward(self, x_AD: Tensor, expert_A: Tensor) -> Tensor:
         """Return y_AD; `expert_A` (int64, ascending) says whose row each is."""
-        num_experts = self.w1_EDH.shape[0]
-        ends_E = torch.bincount(expert_A, minlength=num_experts).cumsum(0)
-        if x_AD.is_cuda and torch.is_autocast_enabled("cuda"):
+        num_experts, width, hidden = self.w1_EDH.shape
+        # Not bincount: on a GPU that waits for the counts.
+        every_E = torch.arange(num_experts, device=expert_A.device)
+        ends_E = torch.searchsorted(expert_A, every_E, right=True)
+        aligned = width % 8 == 0 and hidden % 8 == 0  # grouped GEMM wants rows of 16 bytes
+        if aligned and x_AD.is_cuda and torch.is_autocast_enabled("cuda"):
             return grouped_products(x_AD, ends_E, self.w1_EDH, self.w2_EHD, torch.get_autocast_dtype("cuda"))
         return _LoopedProducts.apply(x_AD, ends_E, self.w1_EDH, self.w2_EHD)
 

@@ -24,22 +24,24 @@ class Objective:
         num_words: int,
         gatings: Mapping[str, Gating],
         everywhere: Statistics | None = None,
+        share: float = 1.0,
     ) -> tuple[Tensor, dict[str, float]]:
         """Return one micro-batch's share of the objective, and each balance loss's unweighted value.
 
         `num_words` is the global batch's. `everywhere`, the statistics summed over the global batch, makes
         the losses read global values while their gradient reaches this micro-batch's part of the sums; added
-        up over the micro-batches that is the gradient of the loss of the whole batch.
+        up over the micro-batches that is the gradient of the loss of the whole batch. Without it each micro-batch
+        has losses of its own, which count by its `share` of the batch's words.
         """
         total = nats / num_words
         terms = dict.fromkeys(self.balance, 0.0)
         for layer, gating in gatings.items():
             if everywhere is not None:
-                gating = _with_global_values(gating, everywhere[layer])
+                gating, share = _with_global_values(gating, everywhere[layer]), 1.0
             for name, loss in self.balance.items():
                 value = loss(gating)
                 terms[name] += value.detach()
-                total = total + loss.weight * value
+                total = total + share * loss.weight * value
         return total, terms
 
 

@@ -56,25 +56,35 @@ class Run:
             raise Mistake(f"{self.folder} is no run: it has no config.yaml") from None
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise Mistake(f"{self.config_file} cannot be read: {str(error).splitlines()[0]}") from error
-        if not isinstance(config, dict):
-            raise Mistake(f"{self.config_file} holds no configuration")
+        for key in IDENTITY:
+            if not isinstance(config, dict) or not (isinstance(config.get(key), dict) or key == "seed"):
+                raise Mistake(f"{self.config_file} is damaged: {key} is missing")
         return config
 
     def result(self) -> dict | None:
-        """Return the result of a finished run, else None."""
+        """Return the result of a finished run, else None; raises `Mistake` where it is damaged."""
         if not self.result_file.exists():
             return None
         try:
-            return json.loads(self.result_file.read_text())
+            result = json.loads(self.result_file.read_text())
         except (OSError, ValueError) as error:
             raise Mistake(f"{self.result_file} is damaged ({error}): delete it and repeat the command") from error
+        for key in ("words", "seconds", "perplexity"):
+            if not isinstance(result, dict) or key not in result:
+                raise Mistake(f"{self.result_file} is damaged ({key} is missing): delete it and repeat the command")
+        return result
 
     def keep_vocabulary(self, save: Callable[[Path], None]) -> None:
-        """Copy the vocabulary into the run, so that scoring text needs nothing but this directory."""
-        if self.vocabulary.exists():
+        """Copy the vocabulary into the run, so that scoring text needs nothing but this directory.
+
+        One that belongs to a checkpoint stays; without any it may be left from another attempt.
+        """
+        if self.vocabulary.exists() and any(self.checkpoints.glob("[0-9]*")):
             return
         partial = self.folder / ".vocabulary.partial"
-        shutil.rmtree(partial, ignore_errors=True)
+        for stale in (partial, self.vocabulary):
+            if stale.exists():
+                shutil.rmtree(stale)
         partial.mkdir()
         save(partial)
         partial.rename(self.vocabulary)
@@ -89,9 +99,14 @@ class Run:
         if not self.metrics_file.exists():
             return
         kept = []
-        for line in self.metrics_file.read_text().splitlines(keepends=True):
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
+        for number, line in enumerate(self.metrics_file.read_bytes().splitlines(keepends=True), 1):
+            if not line.endswith(b"\n"):
+                continue
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line.decode())
+            except (ValueError, KeyError, TypeError) as error:
+                raise Mistake(f"{self.metrics_file}, line {number} is damaged ({error!r}): delete the line") from error
         write_text(self.metrics_file, "".join(kept))
 
     def write_result(self, result: dict) -> None:

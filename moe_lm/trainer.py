@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
@@ -19,49 +19,8 @@ from moe_lm.model import LanguageModel
 from moe_lm.objective import Objective, Statistics, add, statistics
 from moe_lm.operations import flops_per_word
 from moe_lm.perplexity import Measured
+from moe_lm.progress import Progress, Settings
 from moe_lm.run import Run
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the loop itself decides by."""
-
-    num_words: int
-    """Training ends with the step that reaches this many predicted words."""
-    log_every: int
-    """Steps between two lines of metrics.jsonl."""
-    valid_every: int
-    """Steps between two validations."""
-    seed: int
-    exact_balance: bool
-    """Whether balance losses read the whole batch's statistics even if it comes in several micro-batches."""
-    every_seconds: float
-    """Seconds between two checkpoints."""
-    keep_last: int
-    """Checkpoints kept beside the best one."""
-    autocast: torch.dtype | None
-    """Type of the matrix products; None leaves them in float32."""
-
-    def __post_init__(self):
-        for key in ("num_words", "log_every", "valid_every"):
-            if getattr(self, key) < 1:
-                raise Mistake(f"training.{key}={getattr(self, key)}: must be at least 1")
-        if self.keep_last < 1:
-            raise Mistake(f"checkpoint.keep_last={self.keep_last}: must be at least 1")
-
-
-@dataclass
-class Progress:
-    """How far training is: together with model and optimizer, all that a resumed run needs."""
-
-    step: int = 0
-    words: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    interval: dict[str, float] = field(default_factory=dict)
-    """Sums since the last log line."""
-    best: dict[str, float] | None = None
-    """Step and perplexity of the best validation so far."""
 
 
 class Trainer:
@@ -145,7 +104,7 @@ class Trainer:
         for i, batch in enumerate(micro_batches):
             with self._seeded(i):
                 nats, gatings = self.model(batch.to(self._device), self._step_seed("negatives"))
-            loss, terms = self.objective(nats, num_words, gatings, everywhere)
+            loss, terms = self.objective(nats, num_words, gatings, everywhere, batch.num_words / num_words)
             loss.backward()
             total += nats.detach()
             seen = add(seen, statistics(gatings))

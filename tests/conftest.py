@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+import shlex
 import shutil
 import signal
 from contextlib import contextmanager
@@ -17,14 +18,14 @@ from moe_lm.__main__ import main
 WORDS = [f"w{i}" for i in range(50)]
 
 # Two micro-batches a step, noise and dropout on: accumulation and the first pass over the statistics run.
-TRAINING = (
+TRAINING = shlex.split(
     "model=moe_4 model.width=8 model.expert_hidden=8 model.num_experts=4 model.k=2 corpus=text "
     "corpus.train=[text/train.txt] corpus.valid=[text/valid.txt] corpus.test=[text/test.txt] "
     "vocabulary.min_count=1 softmax.num_sampled=16 batch.words=200 batch.micro_words=100 "
     "training.num_words=2300 training.log_every=3 training.valid_every=5 valid.max_sentences=10 "
     "schedule.warmup_steps=5 optimizer.learning_rate=0.01 checkpoint.every_seconds=0 checkpoint.keep_last=3 "
     "machine.device=cpu machine.threads=1 name=tiny"
-).split()
+)
 
 
 class Outcome(NamedTuple):
@@ -125,3 +126,9 @@ def moe_lm(capsys):
         return Outcome(code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def training() -> list[str]:
+    """The arguments of the tiny training."""
+    return list(TRAINING)

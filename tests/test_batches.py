@@ -9,11 +9,21 @@ import numpy as np
 import pytest
 import torch
 
-from moe_lm.batches import Batches, Sentences, in_order, lengths, micro_batch
+from moe_lm.batches import POOL_STEPS, Batches, Sentences, in_order, lengths, micro_batch
 from moe_lm.mistake import Mistake
 from moe_lm.prepared import Split
 
 START, END, FILL, FIRST = 0, 1, 2, 10
+
+
+SMALL_PARTS = pytest.param(
+    2048,
+    128,
+    16,
+    marks=pytest.mark.xfail(
+        strict=True, reason="one empty cut turns the pool to equal sentences: micro-batches of 15 to 927 words"
+    ),
+)
 
 
 def split_of(length_N, words_per_token=1):
@@ -114,12 +124,12 @@ def test_padding_holds_nothing_of_the_tokens():
 def test_every_sentence_comes_once_an_epoch(num_sentences, num_pools):
     """Over whole pools, every sentence comes as often as every other, or once more in the epoch under way."""
     batches = batches_of(split_of(realistic(num_sentences)))
-    counts = Counter(n for s in range(64 * num_pools) for batch in batches.step(s) for n in named(batch))
+    counts = Counter(n for s in range(POOL_STEPS * num_pools) for batch in batches.step(s) for n in named(batch))
     epochs, rest = divmod(num_pools * batches.sentences_per_pool, num_sentences)
     assert sum(counts.values()) == epochs * num_sentences + rest
     assert {counts[n] for n in range(num_sentences)} <= {epochs, epochs + 1}
     assert sum(count == epochs + 1 for count in counts.values()) == (rest if epochs else len(counts))
-    assert batches.epoch(64 * num_pools) == pytest.approx(epochs + rest / num_sentences)
+    assert batches.epoch(POOL_STEPS * num_pools) == pytest.approx(epochs + rest / num_sentences)
 
 
 def test_a_step_is_a_pure_function_of_seed_and_step():
@@ -151,18 +161,8 @@ def test_epochs_and_seeds_differ_in_order():
 
 
 def test_order_is_the_same_on_every_machine():
-    """Fixed by blake2b and Philox: these are the first sentences for seed 1, whatever NumPy's version."""
-    keys = np.random.Philox(key=blake2b_number("epoch:1:0")).random_raw(1000)
-    want = sorted(range(1000), key=lambda n: keys[n])
-    assert batches_of(split_of(realistic(1000)))._stream(0, 1000).tolist() == want
-
-
-def blake2b_number(text):
-    import hashlib
-
-    return int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest()[-16:], 16) * 0 + (
-        int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") // 2
-    )
+    """The first sentences for seed 1, as a Philox written in plain Python gives them; resuming depends on it."""
+    assert batches_of(split_of([2] * 1000))._stream(0, 5).tolist() == [285, 93, 617, 520, 96]
 
 
 @pytest.mark.parametrize(("words", "micro_words"), [(4096, 4096), (8192, 8192), (8192, 1024)])
@@ -170,34 +170,45 @@ def test_padding_stays_below_two_percent(words, micro_words):
     """Of the LSTM's steps over four pools of news-like sentences, at most 2 % are padding (docs/design.md)."""
     batches = batches_of(split_of(realistic(60_000)), words=words, micro_words=micro_words)
     steps = tokens = 0
-    for s in range(4 * 64):
+    for s in range(256):
         for batch in batches.step(s):
             steps += batch.sentences.num_steps * batch.sentences.num_sentences
             tokens += len(batch.target_T)
     assert 0 < 1 - tokens / steps <= 0.02
 
 
-@pytest.mark.parametrize(("words", "micro_words", "num_parts"), [(4096, 4096, 1), (8192, 1024, 8), (3000, 1000, 3)])
+@pytest.mark.parametrize(
+    ("words", "micro_words", "num_parts"), [(4096, 4096, 1), (8192, 1024, 8), (3000, 1000, 3), SMALL_PARTS]
+)
 def test_steps_hold_the_words_asked_for(words, micro_words, num_parts):
     """Each step has words / micro_words micro-batches near micro_words, and words on average to 1 %."""
     batches = batches_of(split_of(realistic(30_000)), words=words, micro_words=micro_words)
-    steps = [batches.step(s) for s in range(3 * 64)]
+    steps = [batches.step(s) for s in range(3 * POOL_STEPS)]
     assert {len(step) for step in steps} == {num_parts}
     sizes = [[batch.num_words for batch in step] for step in steps]
     assert np.mean([sum(parts) for parts in sizes]) == pytest.approx(words, rel=0.01)
     assert all(abs(size - micro_words) < 0.1 * micro_words + 250 for parts in sizes for size in parts)
 
 
+@pytest.mark.xfail(strict=True, reason="words / micro_words is rounded to the nearest whole number, not up")
+@pytest.mark.parametrize(("words", "micro_words"), [(8192, 5600), (1000, 450)])
+def test_micro_batches_hold_no_more_than_asked_for(words, micro_words):
+    """On average a micro-batch has at most micro_words, also where they do not divide the words."""
+    batches = batches_of(split_of(realistic(30_000)), words=words, micro_words=micro_words)
+    sizes = [batch.num_words for s in range(POOL_STEPS) for batch in batches.step(s)]
+    assert np.mean(sizes) <= 1.02 * micro_words
+
+
 def test_a_step_mixes_lengths():
-    """Which micro-batches form a step is random: lengths of a step's parts differ, and short come before long or after."""
+    """Which micro-batches form a step is random: its parts differ in length, and short ones do not all come first."""
     batches = batches_of(split_of(realistic(30_000)), words=8192, micro_words=1024)
     spread, firsts = [], []
-    for s in range(64):
+    for s in range(POOL_STEPS):
         longest = [batch.sentences.num_steps for batch in batches.step(s)]
         spread.append(max(longest) - min(longest))
         firsts.append(longest[0])
     assert np.median(spread) > 20
-    assert abs(np.corrcoef(np.arange(64), firsts)[0, 1]) < 0.5  # 4 standard errors of unrelated numbers
+    assert abs(np.corrcoef(np.arange(POOL_STEPS), firsts)[0, 1]) < 0.5  # 4 standard errors of unrelated numbers
 
 
 def test_sentences_in_a_pool_are_grouped_across_the_epochs_shuffle():
@@ -205,13 +216,13 @@ def test_sentences_in_a_pool_are_grouped_across_the_epochs_shuffle():
     split = split_of(realistic(1500))
     batches = batches_of(split)
     neighbours = {0: set(), 1: set()}
-    per_epoch = 1500 / batches.sentences_per_pool * 64
+    per_epoch = 1500 / batches.sentences_per_pool * POOL_STEPS
     for s in range(int(2 * per_epoch)):
         for batch in batches.step(s):
             numbers = named(batch)
             if 7 in numbers:
                 neighbours[int(s >= per_epoch)] |= set(numbers)
-    assert len(neighbours[0] & neighbours[1]) < len(neighbours[0] | neighbours[1])
+    assert len(neighbours[0] & neighbours[1]) < len(neighbours[0] | neighbours[1]) / 2
 
 
 def test_words_are_the_splits_and_not_tokens():
@@ -247,7 +258,7 @@ def test_lengths_count_the_end_of_sentence():
 @pytest.mark.parametrize(("words", "micro_words"), [(10, 11), (10, 0), (0, 0)])
 def test_wrong_sizes_are_mistakes(words, micro_words):
     """micro_words beyond words, or none, is refused with the keys to change."""
-    with pytest.raises(Mistake, match="batch.micro_words"):
+    with pytest.raises(Mistake, match=r"batch\.micro_words"):
         batches_of(split_of([3, 4]), words=words, micro_words=micro_words)
 
 

@@ -50,7 +50,9 @@ def test_sum_and_gradients_are_torchs(max_logits):
     want = F.cross_entropy(inputs[0] @ inputs[1].t() + inputs[2], target_T, reduction="sum")
     assert got.dtype == torch.float64
     torch.testing.assert_close(got, want)
-    for mine, theirs in zip(torch.autograd.grad(2.5 * got, inputs), torch.autograd.grad(2.5 * want, inputs), strict=True):
+    for mine, theirs in zip(
+        torch.autograd.grad(2.5 * got, inputs), torch.autograd.grad(2.5 * want, inputs), strict=True
+    ):
         torch.testing.assert_close(mine, theirs)
 
 

@@ -77,9 +77,7 @@ def test_nats_are_those_of_the_layers_put_together_by_hand():
     for name in ("l", "m", "f"):
         x_TD = x_TD + model.layers[name](x_TD, BATCH.sentences)[0]
     logits_TV = x_TD @ model.softmax.weight_VD.t() + model.softmax.bias_V
-    want = sum(
-        logits_TV[t].exp().sum().log() - logits_TV[t, word] for t, word in enumerate(BATCH.target_T.tolist())
-    )
+    want = sum(logits_TV[t].exp().sum().log() - logits_TV[t, word] for t, word in enumerate(BATCH.target_T.tolist()))
     assert list(gatings) == ["m"]
     assert nats.dtype == torch.float64
     torch.testing.assert_close(nats, want)
@@ -159,5 +157,5 @@ def test_bfloat16_autocast_trains_every_parameter():
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, math.nan])
 def test_wrong_dropout_is_a_mistake(dropout):
     """Dropout outside [0, 1) is refused with its key."""
-    with pytest.raises(Mistake, match="model.dropout"):
+    with pytest.raises(Mistake, match=r"model\.dropout"):
         make({}, dropout=dropout)

@@ -97,7 +97,21 @@ def test_micro_batches_alone_are_something_else(fixed_noise):
     gates, x_TD = make()
     *_, want = whole_batch(gates, x_TD, fixed_noise)
     in_pieces(gates, x_TD, fixed_noise, exact=False)
-    assert all((mine - theirs).norm() > 0.1 * theirs.norm() for mine, theirs in zip(gradients(gates), want, strict=True))
+    assert all(
+        (mine - theirs).norm() > 0.1 * theirs.norm() for mine, theirs in zip(gradients(gates), want, strict=True)
+    )
+
+
+def test_a_micro_batch_alone_counts_by_its_share(fixed_noise):
+    """Without global statistics the balance losses count by `share`; with them `share` changes nothing."""
+    gates, x_TD = make()
+    fixed_noise(slice(None))
+    nats, gatings = passed(gates, x_TD)
+    everywhere = statistics(gatings)
+    full, quarter = (OBJECTIVE(nats, NUM_WORDS, gatings, share=share)[0].item() for share in (1.0, 0.25))
+    per_word = nats.item() / NUM_WORDS
+    assert quarter - per_word == pytest.approx((full - per_word) / 4, rel=1e-12)
+    assert OBJECTIVE(nats, NUM_WORDS, gatings, everywhere, 0.25)[0].item() == pytest.approx(full, rel=1e-12)
 
 
 def test_value_is_nats_per_word_plus_weighted_losses_of_every_layer(fixed_noise):

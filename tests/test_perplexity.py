@@ -82,9 +82,7 @@ def test_nats_are_the_sum_over_sentences():
     }
 
 
-@pytest.mark.parametrize(
-    ("max_sentences", "max_words"), [(1, 10**6), (7, 10**6), (1000, 10**6), (1000, 50), (1000, 5)]
-)
+@pytest.mark.parametrize(("max_sentences", "max_words"), [(1, 10**6), (7, 10**6), (1000, 10**6), (1000, 50), (1000, 5)])
 def test_perplexity_does_not_depend_on_the_batching(max_sentences, max_words):
     """With 1, 7 or 1,000 sentences at a time, or few words, the perplexity agrees to 1e-6."""
     result = measured(max_sentences=max_sentences, max_words=max_words)
@@ -116,12 +114,27 @@ def test_limit_measures_the_first_sentences(limit):
 def test_measuring_is_without_dropout_noise_gradients_and_traces(training):
     """Two measurements agree to the bit, and the model's mode, gradients and torch's generator stay as they were."""
     model = make().train(training)
-    state = torch.random.get_rng_state()
+    state, graphs = torch.random.get_rng_state(), []
+    model.layers["lower"].register_forward_hook(lambda layer, given, made: graphs.append(made[0].requires_grad))
     first, second = measured(model), measured(model)
+    assert not any(graphs)
     assert first == second
     assert model.training == model.layers["middle"].training == training
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_nats_add_up_in_float64():
+    """2^24 nats and then ones, a sentence at a time: float32 would lose every one of them."""
+
+    class Constant(torch.nn.Module):
+        embedding_VD = torch.zeros(1)
+        sizes = iter([2.0**24] + [1.0] * 299)
+
+        def token_nats(self, batch):
+            return torch.tensor([next(self.sizes)], dtype=torch.float64)
+
+    assert measured(Constant(), max_sentences=1).nats == 2**24 + 299
 
 
 def test_watch_hears_every_word():

@@ -13,9 +13,7 @@ def test_wheel_trains_in_an_empty_folder(tmp_path):
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     wheels, site, empty = tmp_path / "wheels", tmp_path / "site", tmp_path / "empty"
     empty.mkdir()
-    subprocess.run(
-        [*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(wheels), str(ROOT)], check=True
-    )
+    subprocess.run([*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(wheels), str(ROOT)], check=True)
     [wheel] = wheels.glob("moe_lm-*.whl")
     subprocess.run([*pip, "install", "-q", "--no-deps", "--target", str(site), str(wheel)], check=True)
     text = tmp_path / "text.txt"

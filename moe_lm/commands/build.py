@@ -9,6 +9,7 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from moe_lm.commands.configuration import folder
 from moe_lm.mistake import Mistake
@@ -24,12 +25,15 @@ def build(config: dict) -> object:
     Raises `Mistake` as the constructor does, or for a configuration that was tampered with.
     """
     check_targets(config)
+    if not isinstance(config, dict) or "_target_" not in config:
+        raise Mistake("the configuration is damaged: a part has no _target_")
     try:
         return instantiate(OmegaConf.create(config), _convert_="all")
-    except InstantiationException as error:
+    except (InstantiationException, OmegaConfBaseException) as error:
         cause = error.__cause__
         while cause is not None:
-            if isinstance(cause, Mistake):
+            # What the constructor itself says, or the machine (out of memory).
+            if isinstance(cause, Mistake | RuntimeError | MemoryError):
                 raise cause from None
             cause = cause.__cause__
         raise Mistake(f"cannot build {config.get('_target_')}: {' '.join(str(error).split())}") from error
@@ -58,7 +62,7 @@ def check_targets(config: object) -> None:
     """Refuse targets outside the packaged configs (as exact strings) and anything a resolver would run."""
     allowed = packaged_targets()
     for key, value in _walk(config):
-        if key == "_target_" and value not in allowed:
+        if key == "_target_" and not (isinstance(value, str) and value in allowed):
             raise Mistake(f"the configuration names {value!r}, which is no part of moe-lm: refused")
         if str(key).startswith("_") and key not in _ALLOWED_KEYS:
             raise Mistake(f"the configuration holds the key {key!r}: refused")
@@ -66,9 +70,9 @@ def check_targets(config: object) -> None:
             raise Mistake(f"the configuration holds an unresolved {value!r}: refused")
 
 
-def packaged_targets() -> set[str]:
-    """Return every `_target_` that a YAML of the package names."""
-    text = "\n".join(path.read_text(encoding="utf-8") for path in folder().rglob("*.yaml"))
+def packaged_targets(group: str = "") -> set[str]:
+    """Return every `_target_` that a YAML of the package, or of one of its groups, names."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (folder() / group).rglob("*.yaml"))
     return set(re.findall(r"^\s*_target_:\s*([\w.]+)\s*$", text, re.MULTILINE))
 
 
@@ -95,8 +99,8 @@ def autocast_type(precision: str, on: torch.device) -> torch.dtype | None:
 def set_threads(threads: int | None) -> None:
     """Fix the CPU threads and let no operation differ from run to run."""
     if threads is not None:
-        if not isinstance(threads, int) or threads < 1:
-            raise Mistake(f"machine.threads={threads}: needs a whole number of at least 1, or null")
+        if threads < 1:
+            raise Mistake(f"machine.threads={threads}: must be at least 1, or null")
         torch.set_num_threads(threads)
 
 

@@ -1,24 +1,27 @@
 """Overrides to a checked configuration: composing, refusing what nobody reads, naming runs."""
 
-import difflib
 import re
-from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import moe_lm
+from moe_lm.commands.kinds import check_kinds
+from moe_lm.commands.spelling import explain, first_line
 from moe_lm.mistake import Mistake
 from moe_lm.run import IDENTITY, flatten
 
 TEXT_KEYS = ("name", "run", "runs", "data", "file", "vocabulary.file")
 """Keys whose value is taken to the letter: a run's name holds `,` and `=`, which Hydra would read as a sweep."""
+
+SEVERAL = ("balance",)
+"""Groups of which several may be chosen at once."""
 
 
 def folder() -> Path:
@@ -36,26 +39,25 @@ def composed(command: str, arguments: list[str]) -> DictConfig:
     """Return the command's configuration with these overrides; raises `Mistake` for a wrong one."""
     overrides = [quoted(argument) for argument in arguments]
     parsed = parse(overrides)
+    for text, override in zip(overrides, parsed, strict=True):
+        _refuse_foreign(text, override)
+    selections = [text for text, override in zip(overrides, parsed, strict=True) if _selects(override)]
     with initialize_config_dir(str(folder().resolve()), version_base="1.3"):
-        for text, override in zip(overrides, parsed, strict=True):
-            if text[0] in "+~" and not _selects(override):
-                raise Mistake(f"{text}: keys can be neither added nor removed, only set: key=value")
-        selections = [text for text, override in zip(overrides, parsed, strict=True) if _selects(override)]
-        plain = _compose(command, selections, overrides)
-        config = _compose(command, overrides, overrides, flatten(OmegaConf.to_container(plain)))
-    _check_types(plain, config, {override.key_or_group for override in parsed})
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise Mistake(f"moe-lm {command} needs {' '.join(f'{key}=...' for key in missing)}")
+        defaults = _compose(command, selections, known=[])
+        config = _compose(command, overrides, known=selections)
+    try:
+        if missing := sorted(OmegaConf.missing_keys(config)):
+            raise Mistake(f"moe-lm {command} needs {' '.join(f'{key}=...' for key in missing)}")
+        check_kinds(defaults, config)
+    except OmegaConfBaseException as error:
+        raise Mistake(f"configuration: {first_line(error)}") from None
+    _refuse_idle_layers(selections, config)
     return config
 
 
 def resolved(config: DictConfig) -> dict:
-    """Return the configuration as plain data, every interpolation replaced by its value."""
-    try:
-        return OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
-        raise Mistake(f"configuration: {_first_line(error)}") from None
+    """Return a composed configuration as plain data, every interpolation replaced by its value."""
+    return OmegaConf.to_container(config, resolve=True)
 
 
 def parse(arguments: list[str]) -> list[Override]:
@@ -67,7 +69,7 @@ def parse(arguments: list[str]) -> list[Override]:
         try:
             parsed.append(parser.parse_override(argument))
         except HydraException as error:
-            raise Mistake(f"cannot read the override {argument!r}: {_first_line(error)}") from None
+            raise Mistake(f"cannot read the override {argument!r}: {first_line(error)}") from None
     return parsed
 
 
@@ -75,7 +77,7 @@ def quoted(argument: str) -> str:
     """Quote the value of a key that holds a path or a name."""
     key, equals, value = argument.partition("=")
     if equals and key.lstrip("+") in TEXT_KEYS and value not in ("null", "") and value[0] not in "'\"":
-        return f"{key}='{value}'" if "'" not in value else argument
+        return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
     return argument
 
 
@@ -88,53 +90,25 @@ def preset_of(arguments: list[str]) -> str:
 
 def default_name(preset: str, arguments: list[str]) -> str:
     """Return the preset and, sorted, the overrides that change the result: `moe_4,seed=2`."""
+    given = dict(argument.lstrip("+~").partition("=")[::2] for argument in arguments)
     parts = []
-    for argument in arguments:
-        key, _, value = argument.lstrip("+~").partition("=")
+    for key, value in given.items():
         if key != "model" and re.split(r"[.@]", key)[0] in (*IDENTITY, "layer", "gate"):
             plain = re.fullmatch(r"[\w.+\-\[\]]{1,40}", value)
             parts.append(f"{key}={value if plain else blake2b(value.encode(), digest_size=4).hexdigest()}")
-    return ",".join([preset, *sorted(parts)]).replace("/", "-")
+    name = ",".join([preset, *sorted(parts)]).replace("/", "-")
+    # A file system takes 255 bytes, and the sweep's log has the name too.
+    return name if len(name) <= 200 else f"{name[:180]},{blake2b(name.encode(), digest_size=4).hexdigest()}"
 
 
-def _compose(command: str, overrides: list[str], given: list[str], known: dict | None = None) -> DictConfig:
+def _compose(command: str, overrides: list[str], known: list[str]) -> DictConfig:
+    """Compose; a wrong override is explained by the keys that the overrides `known` to be right give."""
     try:
         return compose(command, overrides=overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise Mistake(_explain(error, given, known or {})) from None
-
-
-def _explain(error: Exception, given: list[str], known: dict) -> str:
-    """One line for what Hydra says in several."""
-    text = str(error)
-    if match := re.search(r"Could not (?:find|load) '([\w/.\-]+)/([^'/]*)'", text):
-        group, choice = match.groups()
-        offered = choices(group)
-        return f"{group}={choice}: no such choice{_nearest(choice, offered)}; there are {', '.join(offered)}"
-    if match := re.search(r"Could not (?:override|append to config|delete from config)\W+'?([\w.@/]+)", text):
-        key = match.group(1).rstrip(".'")
-    elif match := re.search(r"[Kk]ey '([\w.@/]+)'", text):
-        key = match.group(1)
-    else:
-        return f"configuration ({' '.join(given)}): {_first_line(error)}"
-    full = next((g.lstrip("+~").partition("=")[0] for g in given if key in g.partition("=")[0]), key)
-    names = [*_prefixes(known), *(path.name for path in folder().iterdir() if path.is_dir())]
-    layers = {name.split(".")[2] for name in names if name.startswith("model.layers.")}
-    names += [f"layer@model.layers.{layer}" for layer in layers]
-    return f"unknown key {full}{_nearest(full, names)}"
-
-
-def _prefixes(known: dict) -> Iterator[str]:
-    for key in known:
-        parts = key.split(".")
-        yield from (".".join(parts[: i + 1]) for i in range(len(parts)))
-
-
-def _nearest(word: str, names: list[str]) -> str:
-    names = sorted(set(names))
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    near = near or [name for name in names if name.split(".")[-1] == word.split(".")[-1]][:1]
-    return f": did you mean {near[0]}?" if near else ""
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        keys = list(flatten(OmegaConf.to_container(compose(command, overrides=known))))
+        groups = {path.name: choices(path.name) for path in folder().iterdir() if path.is_dir()}
+        raise Mistake(explain(error, keys, groups)) from None
 
 
 def _selects(override: Override) -> bool:
@@ -142,29 +116,23 @@ def _selects(override: Override) -> bool:
     return "@" in override.key_or_group or (folder() / override.key_or_group).is_dir()
 
 
-def _check_types(plain: DictConfig, config: DictConfig, keys: set[str]) -> None:
-    """Refuse a value of another type than the default's: Hydra itself lets any through."""
-    defaults = flatten(resolved(plain))
-    for key, value in flatten(resolved(config)).items():
-        if key not in keys or defaults.get(key) is None:
-            continue
-        default, wanted = defaults[key], type(defaults[key])
-        if wanted is int and isinstance(value, float) and value.is_integer():
-            OmegaConf.update(config, key, int(value))  # 1e6
-        elif wanted is list and isinstance(value, str):
-            OmegaConf.update(config, key, [value])  # a single glob
-        elif wanted is float and isinstance(value, int) and not isinstance(value, bool):
-            OmegaConf.update(config, key, float(value))
-        elif type(value) is not wanted:
-            kind = {
-                int: "a whole number",
-                float: "a number",
-                bool: "true or false",
-                list: "a list",
-                str: "text",
-            }
-            raise Mistake(f"{key}={value}: needs {kind.get(wanted, wanted.__name__)}, as in {key}={default}")
+def _refuse_foreign(text: str, override: Override) -> None:
+    """Raise for what Hydra's grammar allows and no command reads."""
+    key = override.key_or_group
+    if text[0] in "+~" and not re.match(r"\+layer@model\.layers\.\w+=", text):
+        raise Mistake(f"{text}: keys can be neither added nor removed, only set: key=value")
+    if override.is_sweep_override():
+        raise Mistake(f"{text}: several values are a sweep (moe-lm sweep -m); a text with commas needs '{key}=\"...\"'")
+    if re.match(r"hydra\b", key):
+        raise Mistake(f"unknown key {key}; --help lists all keys")
+    if _selects(override) and not isinstance(override.value(), str | list if key in SEVERAL else str):
+        raise Mistake(f"{text}: choose one of {', '.join(choices(key.partition('@')[0]))}")
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _refuse_idle_layers(selections: list[str], config: DictConfig) -> None:
+    """Raise for an added layer that no place in the order uses."""
+    for text in selections:
+        added = re.match(r"\+layer@model\.layers\.(\w+)=", text)
+        if added and added[1] not in config.model.order:
+            order = ",".join([*config.model.order, added[1]])
+            raise Mistake(f"{text}: give the layer its place in model.order, as in model.order=[{order}]")

@@ -30,12 +30,15 @@ def load(folder: str, which: str, on: torch.device) -> Trained:
     run = Run(make.existing(folder))
     config = run.config()
     make.check_targets(config)
+    for group in ("corpus", "vocabulary", "softmax"):
+        if config[group].get("_target_") not in make.packaged_targets(group):
+            raise Mistake(f"{run.config_file} is damaged: {config[group].get('_target_')!r} is no {group}")
     try:
         recipe = make.build(config["vocabulary"])
         vocabulary = recipe.load(run.vocabulary)
         with torch.device("meta"):
             model = make.build_model(config, vocabulary.size)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise Mistake(f"{run.config_file} is damaged: {error!r}") from error
     path = find(run, which)
     model = model.to_empty(device="cpu")
@@ -56,6 +59,6 @@ def find(run: Run, which: str) -> Path:
         if best is None:
             raise Mistake(f"{run.folder} was never validated: no best checkpoint; use checkpoint=last")
         which = str(int(best["step"]))
-    if not which.isdigit() or int(which) not in steps:
+    if not which.isdecimal() or int(which) not in steps:
         raise Mistake(f"{run.folder} has no checkpoint {which}: choose last, best or {', '.join(map(str, steps))}")
     return checkpoint.path_of(run.checkpoints, int(which))

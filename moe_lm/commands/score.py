@@ -53,8 +53,9 @@ def main(arguments: list[str]) -> int:
     arguments = [f"file={a}" if "=" not in a or Path(a).is_file() else a for a in arguments]
     config = resolved(composed("score", arguments))
     batch = config["batch"]
-    if min(batch.values()) < 1:
-        raise Mistake("batch.sentences and batch.words must be at least 1")
+    for key, value in batch.items():
+        if value < 1:
+            raise Mistake(f"batch.{key}={value}: must be at least 1")
     on = make.device(config["machine"]["device"])
     make.set_threads(config["machine"]["threads"])
     make.keep_memory()

@@ -1,15 +1,16 @@
 """moe-lm sweep: a study or a grid, one process a run; finished runs are skipped, a failed one stops no other."""
 
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from moe_lm.commands.configuration import choices, default_name, folder, parse, preset_of, quoted
+from moe_lm.commands.configuration import choices, composed, default_name, folder, parse, preset_of, quoted
 from moe_lm.mistake import Mistake
 from moe_lm.run import write_text
 
@@ -28,39 +29,55 @@ class Job:
 def main(arguments: list[str]) -> int:
     """Train what is not finished yet; 1 if a run failed, 130 if interrupted."""
     arguments = [a for a in arguments if a not in ("-m", "--multirun")]
-    own = dict(a.split("=", 1) for a in arguments if a.split("=", 1)[0] in OWN_KEYS and "=" in a)
-    rest = [a for a in arguments if a.split("=", 1)[0] not in OWN_KEYS]
-    study = _study(own["study"]) if "study" in own else None
-    runs = Path(own.get("runs") or f"runs/{own.get('study', 'sweep')}")
-    jobs = _jobs(study, rest, runs)
+    runs, study = _own(arguments)
+    jobs = jobs_of(arguments)
+    for job in jobs:
+        composed("train", job.arguments)  # a misspelt key is one mistake, not one failed run for each model
     runs.mkdir(parents=True, exist_ok=True)
     if study:
         write_text(runs / "study.yaml", OmegaConf.to_yaml(study))
     return _train_all(jobs, runs)
 
 
-def _study(name: str):
+def jobs_of(given: list[str]) -> list[Job]:
+    """Enumerate the runs; what is given on the command line replaces the study's value of the same key."""
+    runs, study = _own(given)
+    given = [a for a in given if _key(a) not in OWN_KEYS]
+    if study is None and not given:
+        raise Mistake("moe-lm sweep needs study=... or a grid, as in -m model=moe_4,moe_32")
+    lines = [shlex.split(line) for line in study.runs] if study else [[]]
+    grid = [job for line in lines for job in _enumerate(_replaced(line, given))]
+    common = _replaced(list(study.overrides), given) if study else []
+    jobs = {}
+    for job in grid:
+        name = _name(job, grid, {_key(a) for a in given})
+        kept = [a for a in common if _key(a) not in {_key(b) for b in job}]
+        arguments = [a for a in (*kept, *job) if _key(a) != "name"]
+        jobs[runs / name] = [*arguments, f"name={name}", f"runs={runs}"]
+    return [Job(path, arguments) for path, arguments in jobs.items()]
+
+
+def _name(job: list[str], grid: list[list[str]], given: set[str]) -> str:
+    """Return the study's name or the preset, and the overrides in which the runs differ."""
+    shared = set.intersection(*map(set, grid))
+    varied = [a for a in job if a not in shared]
+    named = next((a.split("=", 1)[1] for a in job if _key(a) == "name"), None)
+    if named:
+        return default_name(named, [a for a in varied if _key(a) in given])
+    return default_name(preset_of(job), varied if len(grid) > 1 else job)
+
+
+def _own(arguments: list[str]) -> tuple[Path, DictConfig | None]:
+    """Return where the runs go and the study, of the arguments that are the sweep's own."""
+    own = dict(a.split("=", 1) for a in arguments if _key(a) in OWN_KEYS and "=" in a)
+    study = _study(own["study"]) if "study" in own else None
+    return Path(own.get("runs") or f"runs/{own.get('study', 'sweep')}"), study
+
+
+def _study(name: str) -> DictConfig:
     if name not in choices("study"):
         raise Mistake(f"study={name}: no such study; there are {', '.join(choices('study'))}")
     return OmegaConf.load(folder() / "study" / f"{name}.yaml")
-
-
-def _jobs(study, given: list[str], runs: Path) -> list[Job]:
-    """Enumerate the runs; what is given on the command line replaces the study's value of the same key."""
-    if study is None and not given:
-        raise Mistake("moe-lm sweep needs study=... or a grid, as in -m model=moe_4,moe_32")
-    common = list(study.overrides) if study else []
-    grids = [shlex.split(line) for line in study.runs] if study else [[]]
-    jobs: dict[Path, list[str]] = {}
-    for grid in grids:
-        for job in _enumerate(_replaced(grid, given)):
-            kept = [a for a in _replaced(common, given) if _key(a) not in {_key(b) for b in job}]
-            varied = [a for a in job if a not in given] if study else job
-            name = next((a.split("=", 1)[1] for a in job if _key(a) == "name"), None)
-            name = name or default_name(preset_of([*kept, *job]), varied)
-            arguments = [a for a in (*kept, *job) if _key(a) != "name"]
-            jobs[runs / name] = [*arguments, f"name={name}", f"runs={runs}"]
-    return [Job(path, arguments) for path, arguments in jobs.items()]
 
 
 def _replaced(overrides: list[str], given: list[str]) -> list[str]:
@@ -80,6 +97,7 @@ def _key(override: str) -> str:
 
 def _train_all(jobs: list[Job], runs: Path) -> int:
     failed = []
+    signal.signal(signal.SIGTERM, _interrupt)
     for number, job in enumerate(jobs, 1):
         print(f"[{number}/{len(jobs)}] {job.folder}", file=sys.stderr, flush=True)
         code, log = _train(job)
@@ -110,6 +128,10 @@ def _train(job: Job) -> tuple[int, Path]:
                 sys.stderr.buffer.write(block)
                 sys.stderr.flush()
         except KeyboardInterrupt:
-            # The terminal sent the child the same signal: let it save.
+            child.terminate()  # it finishes its step and saves
             stream.write(child.stdout.read())
         return child.wait(), log
+
+
+def _interrupt(number, frame):  # noqa: ARG001
+    raise KeyboardInterrupt

@@ -20,8 +20,9 @@ from moe_lm.operations import (
     parameters_without_embedding_and_softmax,
 )
 from moe_lm.prepared import Prepared
+from moe_lm.progress import Settings
 from moe_lm.run import Run
-from moe_lm.trainer import Settings, Trainer
+from moe_lm.trainer import Trainer
 
 HELP = "train one model; repeat the command to resume it"
 INTERRUPTED = 130

@@ -48,7 +48,7 @@ class NoisyTopK(nn.Module):
         expert_A, order_A = expert_TK[:, : self.k].reshape(-1).sort(stable=True)
         gate_A = gate_TK.reshape(-1).index_select(0, order_A)
         if deviation_TE is None or self.k == num_experts:
-            load_E = torch.bincount(expert_A, minlength=num_experts).to(clean_TE.dtype)
+            load_E = clean_TE.new_zeros(num_experts).index_add(0, expert_A, torch.ones_like(gate_A.detach()))
         else:
             load_E = probability_in_top_k(clean_TE, noisy_TE, deviation_TE, top_TK, self.k).sum(dim=0)
         return Gating(

@@ -48,7 +48,7 @@ def by_hand(gate, x_TD, noise_TE):
         clean = [product(x_D, gate.gate_DE, i) for i in range(num_experts)]
         deviation = [(1 + product(x_D, gate.noise_DE, i).exp()).log() + EPSILON for i in range(num_experts)]
         noisy = [clean[i] + noise_E[i] * deviation[i] for i in range(num_experts)]
-        kept = sorted(range(num_experts), key=lambda i: -noisy[i])[: gate.k]  # noqa: B023
+        kept = sorted(range(num_experts), key=lambda i: -noisy[i])[: gate.k]
         total = sum(noisy[i].exp() for i in kept)
         gates_TE.append([noisy[i].exp() / total if i in kept else noisy[i] * 0 for i in range(num_experts)])
         chances = []

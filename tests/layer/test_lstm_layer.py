@@ -96,5 +96,5 @@ def test_a_new_layer_has_forget_bias_one_and_counts_as_the_paper():
 
 def test_a_width_below_one_is_a_mistake():
     """A width of 0 is refused with the key to change."""
-    with pytest.raises(Mistake, match="model.width=0"):
+    with pytest.raises(Mistake, match=r"model\.width=0"):
         Lstm(width=0)

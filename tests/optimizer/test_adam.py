@@ -46,7 +46,14 @@ def test_every_parameter_is_optimized():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"learning_rate": 0.0}, {"learning_rate": math.nan}, {"beta1": 1.0}, {"beta2": -0.1}, {"epsilon": 0.0}, {"clip_norm": -1.0}],
+    [
+        {"learning_rate": 0.0},
+        {"learning_rate": math.nan},
+        {"beta1": 1.0},
+        {"beta2": -0.1},
+        {"epsilon": 0.0},
+        {"clip_norm": -1.0},
+    ],
     ids=str,
 )
 def test_wrong_settings_are_mistakes(wrong):

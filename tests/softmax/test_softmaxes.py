@@ -89,7 +89,7 @@ def log_uniform(size):
 
 @pytest.mark.parametrize("max_logits", [1, 10**6])
 def test_sampled_softmax_is_the_formula_for_the_words_it_drew(max_logits):
-    """-log of exp(s_t) / (exp(s_t) + sum over sampled words other than t of exp(s_w)), s = logit - log expected count."""
+    """-log softmax of the true word beside the sampled words that differ from it, logits less log expected counts."""
     size, seed = 60, 11
     softmax, (hidden_TD, target_T) = with_bias(sampled(size, 20, max_logits)).train(), states(size, 40)
     candidates, num_tries = draw_distinct(20, size, seed)
@@ -134,7 +134,7 @@ def test_draw_gives_the_right_number_of_distinct_words(count, size):
         assert ids.dtype == torch.int64
         assert len(ids) == count
         assert (ids[1:] > ids[:-1]).all()
-        assert 0 <= ids[0]
+        assert ids[0] >= 0
         assert ids[-1] < size
         assert num_tries >= count
 
@@ -188,5 +188,5 @@ def test_operations_count_the_words_compared():
 
 def test_no_sampled_word_is_a_mistake():
     """num_sampled = 0 is refused with the key to change."""
-    with pytest.raises(Mistake, match="softmax.num_sampled=0"):
+    with pytest.raises(Mistake, match=r"softmax\.num_sampled=0"):
         sampled(100, 0)

@@ -1,0 +1,49 @@
+"""What a training loop decides by, and how far it is."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from moe_lm.mistake import Mistake
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the loop itself decides by."""
+
+    num_words: int
+    """Training ends with the step that reaches this many predicted words."""
+    log_every: int
+    """Steps between two lines of metrics.jsonl."""
+    valid_every: int
+    """Steps between two validations."""
+    seed: int
+    exact_balance: bool
+    """Whether balance losses read the whole batch's statistics even if it comes in several micro-batches."""
+    every_seconds: float
+    """Seconds between two checkpoints."""
+    keep_last: int
+    """Checkpoints kept beside the best one."""
+    autocast: torch.dtype | None
+    """Type of the matrix products; None leaves them in float32."""
+
+    def __post_init__(self):
+        for key in ("num_words", "log_every", "valid_every"):
+            if getattr(self, key) < 1:
+                raise Mistake(f"training.{key}={getattr(self, key)}: must be at least 1")
+        if self.keep_last < 1:
+            raise Mistake(f"checkpoint.keep_last={self.keep_last}: must be at least 1")
+
+
+@dataclass
+class Progress:
+    """How far training is: together with model and optimizer, all that a resumed run needs."""
+
+    step: int = 0
+    words: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    interval: dict[str, float] = field(default_factory=dict)
+    """Sums since the last log line."""
+    best: dict[str, float] | None = None
+    """Step and perplexity of the best validation so far."""

@@ -1,0 +1,65 @@
+"""The README's commands are real: every one composes, and the training example trains."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from moe_lm.__main__ import main
+from moe_lm.commands import NAMES
+from moe_lm.commands.configuration import composed, resolved
+from moe_lm.commands.sweep import jobs_of
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+COMMANDS = [shlex.split(line, comments=True) for block in BLOCKS for line in block.splitlines() if line.strip()]
+TRAINING = next(words for words in COMMANDS if "corpus=text" in words and words[1] == "train")
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_command_composes(words, capsys):
+    """Scripts exist and run; the keys of every moe-lm command are known."""
+    program, *rest = words
+    if program != "moe-lm":
+        path = ROOT / program
+        assert path.is_file()
+        assert path.stat().st_mode & 0o111
+        return
+    command, *arguments = rest
+    assert command in NAMES
+    if "--help" in arguments:
+        assert main(rest) == 0
+        assert "model" in capsys.readouterr().out
+    elif command == "sweep":
+        for job in jobs_of([a for a in arguments if a != "-m"]):
+            resolved(composed("train", job.arguments))
+    else:
+        arguments = [a if "=" in a else f"file={a}" for a in arguments]
+        resolved(composed(command, arguments))
+
+
+def test_training_example_trains(tmp_path, monkeypatch, capsys):
+    """The example as printed, on files of the names it uses, only shorter and narrower."""
+    (tmp_path / "news").mkdir()
+    text = "".join(f"the number {i} follows the number {i - 1}\n" for i in range(300))
+    import gzip
+
+    with gzip.open(tmp_path / "news/train-1.txt.gz", "wt") as stream:
+        stream.write(text)
+    for split in ("valid", "test"):
+        (tmp_path / f"news/{split}.txt").write_text("the number 3 follows the number 2\n")
+    monkeypatch.chdir(tmp_path)
+    small = ["model.width=8", "model.expert_hidden=8", "batch.words=200", "training.num_words=400"]
+    keys = {argument.split("=")[0] for argument in small}
+    kept = [argument for argument in TRAINING[1:] if argument.split("=")[0] not in keys]
+    assert main([*kept, *small]) == 0
+    assert "test perplexity" in capsys.readouterr().out
+    assert (tmp_path / "runs/news/result.json").is_file()
+
+
+def test_every_figure_named_exists():
+    """Pictures and pages that the README links to are in the repository."""
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", README):
+        assert (ROOT / target).is_file(), target

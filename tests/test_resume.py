@@ -1,0 +1,217 @@
+"""Interrupted anywhere and started again by the same command, a run ends as if nothing had happened."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TRAINING, call, with_overrides
+
+from moe_lm.run import Run
+
+TIMES = ("seconds", "words_per_second")
+
+
+def results(folder: Path = Path("runs/tiny")) -> dict:
+    """Everything a run leaves that must not depend on interruptions."""
+    last = sorted((folder / "checkpoints").iterdir())[-1]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    result = json.loads((folder / "result.json").read_text())
+    return {
+        "step": last.name,
+        "tensors": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in last.glob("*.safetensors")},
+        "metrics": [{key: value for key, value in line.items() if key not in TIMES} for line in lines],
+        "result": {key: result[key] for key in ("perplexity", "predicted_words", "steps", "words", "flops")},
+        "vocabulary": (folder / "vocabulary" / "vocabulary.txt").read_bytes(),
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(trained_once) -> dict:
+    return results(trained_once / "runs/tiny")
+
+
+def start(*overrides: str, program: str = "") -> subprocess.Popen:
+    """Train in a process of its own; `program` runs in it first."""
+    program += f"\nimport sys\nfrom moe_lm.__main__ import main\nsys.exit(main({['train', *TRAINING, *overrides]!r}))"
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stderr=subprocess.PIPE, text=True)
+
+
+# Each step of the child waits, so that the parent has the time to hit it in the middle of one.
+SLOWLY = """
+import time
+from moe_lm.batches import Batches
+step = Batches.step
+Batches.step = lambda *a, **k: (time.sleep(0.05), step(*a, **k))[1]
+"""
+KILL_WHILE_WRITING = """
+import os, signal
+from moe_lm import checkpoint
+save_file = checkpoint.save_file
+def save_or_die(tensors, path):
+    if "0000000006" in str(path) and path.name == "optimizer.safetensors":
+        path.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    save_file(tensors, path)
+checkpoint.save_file = save_or_die
+"""
+
+
+def wait_for_lines(count: int, child: subprocess.Popen) -> None:
+    metrics = Path("runs/tiny/metrics.jsonl")
+    deadline = time.monotonic() + 60
+    while not metrics.exists() or len(metrics.read_bytes().splitlines()) < count:
+        assert child.poll() is None, child.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_killed_three_times_and_repeated(workspace, undisturbed):
+    child = start(program=SLOWLY)
+    wait_for_lines(1, child)
+    child.kill()
+    child.communicate()
+    child = start(program=KILL_WHILE_WRITING)
+    child.communicate()
+    assert child.returncode == -signal.SIGKILL
+    assert Path("runs/tiny/checkpoints/.0000000006.partial/optimizer.safetensors").read_bytes() == b"half"
+    child = start(program=SLOWLY)
+    wait_for_lines(4, child)
+    child.kill()
+    child.communicate()
+    assert not Path("runs/tiny/result.json").exists()
+    assert call("train", *TRAINING) == 0
+    assert results() == undisturbed
+    assert [path.name for path in Path("runs/tiny/checkpoints").iterdir() if path.name.startswith(".")] == []
+
+
+def test_killed_before_the_first_checkpoint_starts_from_the_beginning(workspace, undisturbed):
+    child = start("checkpoint.every_seconds=1000", "training.valid_every=100", program=SLOWLY)
+    wait_for_lines(2, child)
+    child.kill()
+    child.communicate()
+    assert not Path("runs/tiny/checkpoints").exists()
+    assert call("train", *with_overrides(list(TRAINING), "checkpoint.every_seconds=1000")) == 0
+    assert results() == undisturbed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(workspace, undisturbed, moe_lm, number):
+    child = start("checkpoint.every_seconds=1000", program=SLOWLY)
+    wait_for_lines(1, child)
+    child.send_signal(number)
+    _, err = child.communicate()
+    assert child.returncode == 130
+    assert "repeat the command" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    outcome = moe_lm("train", *TRAINING)
+    assert "resumed at step" in outcome.err
+    assert results() == undisturbed
+
+
+def test_a_second_process_on_the_same_run_is_refused(workspace, moe_lm):
+    child = start(program=SLOWLY)
+    wait_for_lines(1, child)
+    outcome = moe_lm("train", *TRAINING)
+    child.kill()
+    child.communicate()
+    assert (outcome.code, outcome.err) == (
+        2,
+        "moe-lm: runs/tiny is in use by another process: wait for it or choose another name\n",
+    )
+
+
+def test_a_finished_run_repeated_changes_nothing(own_trained, moe_lm):
+    def state():
+        return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in Path("runs/tiny").rglob("*.*") if p.is_file()}
+
+    before = state()
+    outcome = moe_lm("train", *TRAINING)
+    assert outcome.code == 0
+    assert "is finished" in outcome.out
+    after = state()
+    changed = {path.name for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
+    assert changed <= {"config.yaml", ".lock"}
+
+
+# The first run ends between two log lines, at a log line, and at a validation.
+@pytest.mark.parametrize("first", [1500, 2300, 1900])
+def test_more_words_continue_a_finished_run_exactly(workspace, undisturbed, moe_lm, first):
+    shorter = with_overrides(list(TRAINING), f"training.num_words={first}")
+    assert moe_lm("train", *shorter, "name=other").code == 0
+    longer = with_overrides(list(TRAINING), "training.num_words=2900")
+    assert moe_lm("train", *longer, "name=other").code == 0
+    assert moe_lm("train", *longer).code == 0
+    continued, at_once = results(Path("runs/other")), results()
+    assert continued["step"] > undisturbed["step"]
+    assert continued == at_once
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("model.k=3", "model.k"),
+        ("model=moe_1_wide", "model."),
+        ("seed=2", "seed"),
+        ("batch.micro_words=200", "batch.micro_words"),
+        ("corpus.max_words=100", "corpus.max_words"),
+        ("vocabulary.min_count=2", "vocabulary.min_count"),
+        ("softmax.num_sampled=17", "softmax.num_sampled"),
+        ("optimizer.learning_rate=0.02", "optimizer.learning_rate"),
+        ("schedule.warmup_steps=6", "schedule.warmup_steps"),
+        ("balance.load.weight=0.2", "balance.load.weight"),
+        ("balance.exact=false", "balance.exact"),
+        ("balance=[load]", "balance.importance"),
+        ("gate@model.layers.middle.gate=noisy_top_k model.layers.middle.gate.noise_epsilon=0.1", "noise_epsilon"),
+        ("layer@model.layers.middle=lstm", "model.layers.middle"),
+    ],
+)
+def test_another_run_under_the_same_name_is_refused(own_trained, moe_lm, override, key):
+    before = Path("runs/tiny/config.yaml").read_bytes()
+    outcome = moe_lm("train", *with_overrides(list(TRAINING), *override.split()))
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"moe-lm: runs/tiny holds another run: {key}") or f"{key}=" in outcome.err
+    assert len(outcome.err.splitlines()) == 1
+    assert Path("runs/tiny/config.yaml").read_bytes() == before
+
+
+def test_machine_logging_and_checkpoint_may_change(own_trained, moe_lm):
+    other = ["machine.threads=2", "checkpoint.every_seconds=50", "checkpoint.keep_last=1", "training.log_every=4"]
+    outcome = moe_lm("train", *with_overrides(list(TRAINING), *other, "training.num_words=3000"))
+    assert outcome.code == 0, outcome.err
+    assert "resumed at step" in outcome.err
+
+
+def test_a_first_attempt_that_failed_leaves_the_name_free(workspace, moe_lm):
+    """Not even its vocabulary stays: the next attempt may have another."""
+    assert moe_lm("train", *with_overrides(list(TRAINING), "training.num_words=0")).code == 2
+    assert Path("runs/tiny/config.yaml").exists()
+    run = Run(Path("runs/tiny"))
+    run.keep_vocabulary(lambda folder: (folder / "vocabulary.txt").write_text("of another attempt"))
+    assert moe_lm("train", *with_overrides(list(TRAINING), "vocabulary.min_count=20")).code == 0
+    assert "of another" not in Path("runs/tiny/vocabulary/vocabulary.txt").read_text()
+    assert moe_lm("score", "run=runs/tiny", "text/test.txt").code == 0
+
+
+def test_a_line_that_a_crash_left_unfinished_is_dropped(own_trained):
+    run = Run(Path("runs/tiny"))
+    lines = run.metrics_file.read_text().splitlines(keepends=True)
+    run.metrics_file.write_text("".join(lines) + '{"step": 13, "wor')
+    run.cut_metrics(9)
+    kept = [line for line in lines if json.loads(line)["step"] <= 9]
+    assert run.metrics_file.read_text() == "".join(kept)
+
+
+def test_the_lock_goes_with_the_process(workspace):
+    child = start(program=SLOWLY)
+    wait_for_lines(1, child)
+    os.kill(child.pid, signal.SIGKILL)
+    child.communicate()
+    run = Run(Path("runs/tiny"))
+    run.claim(run.config())
