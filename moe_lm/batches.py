@@ -7,6 +7,7 @@ shuffled, and each step takes the next few. Nothing here knows how many processe
 Shape suffixes: L timesteps, B sentences, T tokens, D width, N sentences of a pool.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -83,7 +84,7 @@ class Batches:
         if not 1 <= micro_words <= words:
             raise Mistake(f"batch.words={words} batch.micro_words={micro_words}: need 1 <= micro_words <= words")
         self.split, self.start, self.seed = split, start, seed
-        self.micro_batches_per_step = max(1, round(words / micro_words))
+        self.micro_batches_per_step = math.ceil(words / micro_words)
         mean_words = split.num_words / split.num_sentences
         self.sentences_per_pool = max(POOL_STEPS * self.micro_batches_per_step, round(POOL_STEPS * words / mean_words))
         self._order_of_epoch = lru_cache(maxsize=2)(self._draw_order)
@@ -109,9 +110,11 @@ class Batches:
         total_N = np.cumsum(length_N[by_length_N])
         share = total_N[-1] / num_micro_batches
         cuts = np.searchsorted(total_N - length_N[by_length_N] / 2, share * np.arange(1, num_micro_batches))
+        # Where sentences are long for a micro-batch a cut may repeat: leave at least one sentence in each part.
+        before = np.arange(1, num_micro_batches)
+        most = len(sentence_N) - num_micro_batches
+        cuts = np.minimum(np.maximum.accumulate((cuts - before).clip(0)), most) + before
         parts = np.split(sentence_N[by_length_N], cuts)
-        if min(map(len, parts)) == 0:  # micro-batches of hardly a sentence: one at least in each
-            parts = np.array_split(sentence_N[by_length_N], num_micro_batches)
         order = np.argsort(random_keys(num_micro_batches, "pool", self.seed, pool), kind="stable")
         return [parts[i] for i in order]
 

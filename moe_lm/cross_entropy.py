@@ -27,11 +27,12 @@ def exact_nats(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor, target_T: T
     """Return each token's -log p(target) over all V words, float64 (T,)."""
     nats_T = hidden_TD.new_zeros(hidden_TD.shape[0], dtype=torch.float64)
     rows = max(1, max_logits // weight_VD.shape[0])
-    for first in range(0, hidden_TD.shape[0], rows):
-        block = slice(first, first + rows)
-        logits = torch.addmm(bias_V, hidden_TD[block].to(weight_VD.dtype), weight_VD.t())
-        true = logits.gather(1, target_T[block].unsqueeze(1)).squeeze(1)
-        nats_T[block] = logits.logsumexp(dim=1).double() - true.double()
+    with torch.autocast(hidden_TD.device.type, enabled=False):
+        for first in range(0, hidden_TD.shape[0], rows):
+            block = slice(first, first + rows)
+            logits = torch.addmm(bias_V, hidden_TD[block].to(weight_VD.dtype), weight_VD.t())
+            true = logits.gather(1, target_T[block].unsqueeze(1)).squeeze(1)
+            nats_T[block] = logits.logsumexp(dim=1).double() - true.double()
     return nats_T
 
 

@@ -16,14 +16,7 @@ from moe_lm.prepared import Split
 START, END, FILL, FIRST = 0, 1, 2, 10
 
 
-SMALL_PARTS = pytest.param(
-    2048,
-    128,
-    16,
-    marks=pytest.mark.xfail(
-        strict=True, reason="one empty cut turns the pool to equal sentences: micro-batches of 15 to 927 words"
-    ),
-)
+SMALL_PARTS = (2048, 128, 16)
 
 
 def split_of(length_N, words_per_token=1):
@@ -190,7 +183,6 @@ def test_steps_hold_the_words_asked_for(words, micro_words, num_parts):
     assert all(abs(size - micro_words) < 0.1 * micro_words + 250 for parts in sizes for size in parts)
 
 
-@pytest.mark.xfail(strict=True, reason="words / micro_words is rounded to the nearest whole number, not up")
 @pytest.mark.parametrize(("words", "micro_words"), [(8192, 5600), (1000, 450)])
 def test_micro_batches_hold_no_more_than_asked_for(words, micro_words):
     """On average a micro-batch has at most micro_words, also where they do not divide the words."""

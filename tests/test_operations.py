@@ -1,7 +1,4 @@
-"""Operations, parameters and FLOPs against Table 7, and against torch's own count of matrix products.
-
-The learning-rate schedule is checked here too.
-"""
+"""Operations, parameters and FLOPs against Table 7, and against torch's own count of matrix products."""
 
 from functools import partial
 
@@ -17,7 +14,6 @@ from moe_lm.gate.noisy_top_k import NoisyTopK
 from moe_lm.layer.feed_forward import FeedForward
 from moe_lm.layer.lstm import Lstm
 from moe_lm.layer.moe import MoE
-from moe_lm.mistake import Mistake
 from moe_lm.model import LanguageModel
 from moe_lm.operations import (
     flops_per_word,
@@ -26,7 +22,6 @@ from moe_lm.operations import (
     parameters_without_embedding_and_softmax,
 )
 from moe_lm.prepared import Split
-from moe_lm.schedule import InverseSquareRoot
 from moe_lm.softmax.full import FullSoftmax
 
 WIDTH, SIZE, NUM_TOKENS = 8, 30, 12
@@ -135,20 +130,3 @@ def test_operations_of_a_stack_add_up_and_leave_the_softmax_out():
     assert flops_per_word(model) == 6 * (4 * 8 * 16 + 2 * 8 * 20 + 30 * 8)
     assert parameters_without_embedding_and_softmax(model) == 4 * 8 * 16 + 2 * 8 * 20
     assert parameters_total(model) == 4 * 8 * 16 + 2 * 8 * 20 + 2 * 4 * 8 + 2 * 30 * 8 + 30
-
-
-def test_schedule_warms_up_to_one_and_falls_with_the_root():
-    """Update u of a warm-up of 1000 has factor u/1000, then sqrt(1000/u): 1 at 1000, 1/2 at 4000."""
-    schedule = InverseSquareRoot(warmup_steps=1000)
-    factors = {update: schedule(update - 1) for update in (1, 500, 999, 1000, 1001, 4000, 27_000)}
-    assert factors == pytest.approx(
-        {1: 0.001, 500: 0.5, 999: 0.999, 1000: 1, 1001: 0.99950037, 4000: 0.5, 27_000: 0.19245009}
-    )
-    assert max(schedule(step) for step in range(5000)) == schedule(999)
-    assert InverseSquareRoot(warmup_steps=1)(0) == 1
-
-
-def test_a_warm_up_below_one_step_is_a_mistake():
-    """Warm-up of 0 steps is refused with its key."""
-    with pytest.raises(Mistake, match=r"schedule\.warmup_steps=0"):
-        InverseSquareRoot(warmup_steps=0)

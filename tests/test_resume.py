@@ -182,7 +182,12 @@ def test_another_run_under_the_same_name_is_refused(own_trained, moe_lm, overrid
 
 
 def test_machine_logging_and_checkpoint_may_change(own_trained, moe_lm):
-    other = ["machine.threads=2", "checkpoint.every_seconds=50", "checkpoint.keep_last=1", "training.log_every=4"]
+    other = [
+        "machine.precision=bfloat16",
+        "checkpoint.every_seconds=50",
+        "checkpoint.keep_last=1",
+        "training.log_every=4",
+    ]
     outcome = moe_lm("train", *with_overrides(list(TRAINING), *other, "training.num_words=3000"))
     assert outcome.code == 0, outcome.err
     assert "resumed at step" in outcome.err
