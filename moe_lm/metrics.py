@@ -1,5 +1,7 @@
 """Training metrics: sums between two log lines, balance figures (Table 6), and where the lines go."""
 
+import netrc
+import os
 from collections.abc import Mapping
 
 import torch
@@ -69,19 +71,19 @@ class MetricsLog:
 
 def _start_wandb(run: Run, config: dict):
     """Offline without an API key, so that nothing asks at a prompt; the id makes a resumed run one run."""
-    import os
-
     import wandb
 
-    key = os.environ.get("WANDB_API_KEY") or wandb.api.api_key
-    mode = os.environ.get("WANDB_MODE") or ("online" if key else "offline")
+    mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
     identity = "".join(c if c.isalnum() else "-" for c in str(run.folder))[-64:]
+    name = run.folder.name
     return wandb.init(
-        project="moe-lm",
-        name=run.folder.name,
-        id=identity,
-        resume="allow",
-        dir=run.folder,
-        config=config,
-        mode=mode,
+        project="moe-lm", name=name, id=identity, resume="allow", dir=run.folder, config=config, mode=mode
     )
+
+
+def _has_wandb_key() -> bool:
+    """Where `wandb login` puts its key: asking wandb itself may prompt."""
+    try:
+        return "WANDB_API_KEY" in os.environ or netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -31,6 +31,8 @@ class Settings:
         for key in ("num_words", "log_every", "valid_every"):
             if getattr(self, key) < 1:
                 raise Mistake(f"training.{key}={getattr(self, key)}: must be at least 1")
+        if self.every_seconds < 0:
+            raise Mistake(f"checkpoint.every_seconds={self.every_seconds}: must be at least 0")
         if self.keep_last < 1:
             raise Mistake(f"checkpoint.keep_last={self.keep_last}: must be at least 1")
 

@@ -12,6 +12,7 @@ from moe_lm.commands.configuration import composed, default_name, preset_of, res
 from moe_lm.commands.data import prepared_data
 from moe_lm.commands.result import measure_split, result_of, summary
 from moe_lm.metrics import MetricsLog
+from moe_lm.mistake import Mistake
 from moe_lm.model import LanguageModel
 from moe_lm.objective import Objective
 from moe_lm.operations import (
@@ -64,6 +65,8 @@ def main(arguments: list[str]) -> int:
 def trainer_of(config: dict, data: Prepared, run: Run, on: torch.device) -> Trainer:
     """Return the trainer of a resolved configuration, its model newly initialised from `seed`."""
     vocabulary, batch = data.vocabulary, config["batch"]
+    if config["valid"]["max_sentences"] < 1:
+        raise Mistake(f"valid.max_sentences={config['valid']['max_sentences']}: must be at least 1")
     torch.manual_seed(config["seed"])
     model = make.build_model(config, vocabulary.size).to(on)
     balance = {name: make.build(part) for name, part in config["balance"].items() if name != "exact"}

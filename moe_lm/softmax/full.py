@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_lm.cross_entropy import exact_nats, summed_nats
+from moe_lm.mistake import Mistake
 
 
 class FullSoftmax(nn.Module):
@@ -15,6 +16,8 @@ class FullSoftmax(nn.Module):
 
     def __init__(self, *, width: int, vocabulary_size: int, max_logits: int):
         super().__init__()
+        if max_logits < 1:
+            raise Mistake(f"softmax.max_logits={max_logits}: must be at least 1")
         self.max_logits = max_logits
         self.weight_VD = nn.Parameter(torch.empty(vocabulary_size, width))
         self.bias_V = nn.Parameter(torch.zeros(vocabulary_size))

@@ -26,6 +26,8 @@ class SampledSoftmax(nn.Module):
         if num_sampled < 1:
             raise Mistake(f"softmax.num_sampled={num_sampled}: must be at least 1")
         self.num_sampled = num_sampled
+        if max_logits < 1:
+            raise Mistake(f"softmax.max_logits={max_logits}: must be at least 1")
         self.max_logits = max_logits
         self.weight_VD = nn.Parameter(torch.empty(vocabulary_size, width))
         self.bias_V = nn.Parameter(torch.zeros(vocabulary_size))

