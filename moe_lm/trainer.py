@@ -206,6 +206,6 @@ class Trainer:
             desc=self.run.folder.name,
             unit="word",
             unit_scale=True,
-            mininterval=0.5 if sys.stderr.isatty() else 5,
+            mininterval=0.5 if sys.stderr.isatty() else 2,
             dynamic_ncols=True,
         )

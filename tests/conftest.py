@@ -15,6 +15,8 @@ import torch
 
 from moe_lm.__main__ import main
 
+gc.freeze()  # what torch and hydra brought is not looked through again at every collection
+
 WORDS = [f"w{i}" for i in range(50)]
 
 # Two micro-batches a step, noise and dropout on: accumulation and the first pass over the statistics run.

@@ -116,7 +116,11 @@ def test_every_key_of_a_command_is_read_by_the_source(command):
 def test_every_null_default_says_what_it_takes():
     nulls = set()
     for command in COMMANDS:
-        nulls |= {key for key, value in flatten(yaml.safe_load((folder() / f"{command}.yaml").read_text())).items() if value is None}
+        nulls |= {
+            key
+            for key, value in flatten(yaml.safe_load((folder() / f"{command}.yaml").read_text())).items()
+            if value is None
+        }
     for group, choice in PARTS:
         nulls |= {f"{group}.{key}" for key, value in node_of(group, choice).items() if value is None}
     assert nulls == OPTIONAL.keys()

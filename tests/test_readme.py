@@ -34,7 +34,7 @@ def test_command_composes(words, capsys):
         assert "model" in capsys.readouterr().out
     elif command == "sweep":
         for job in jobs_of([a for a in arguments if a != "-m"]):
-            resolved(composed("train", job.arguments))
+            resolved(composed("train", list(job.arguments)))
     else:
         arguments = [a if "=" in a else f"file={a}" for a in arguments]
         resolved(composed(command, arguments))

@@ -51,24 +51,19 @@ def change(*path: str, value: object) -> None:
     file.write_text(yaml.safe_dump(config))
 
 
-@pytest.mark.parametrize("target", FOREIGN, ids=repr)
+PLACES = [("model", "layers", "middle", "gate"), ("vocabulary",), ("corpus",), ("optimizer",), ("balance", "load")]
+
+
 @pytest.mark.parametrize(
-    "place",
-    [
-        ("model", "layers", "middle"),
-        ("model", "layers", "middle", "gate"),
-        ("vocabulary",),
-        ("corpus",),
-        ("optimizer",),
-    ],
-    ids=".".join,
+    ("place", "target"),
+    [(("model", "layers", "middle"), target) for target in FOREIGN] + [(place, "os.system") for place in PLACES],
+    ids=str,
 )
 def test_a_stored_target_that_is_not_packaged_is_refused(own_trained, moe_lm, place, target):
     change(*place, value={"_target_": target, **ARGUMENTS})
     refused(moe_lm("evaluate", "run=runs/tiny"))
 
 
-@pytest.mark.parametrize("command", ["evaluate run=runs/tiny", "score run=runs/tiny text/test.txt"])
 @pytest.mark.parametrize(
     ("place", "value"),
     [
@@ -95,9 +90,10 @@ def test_a_stored_target_that_is_not_packaged_is_refused(own_trained, moe_lm, pl
         (("model", "width"), None),
     ],
 )
-def test_a_stored_configuration_that_was_tampered_with_is_refused(own_trained, moe_lm, command, place, value):
+def test_a_stored_configuration_that_was_tampered_with_is_refused(own_trained, moe_lm, place, value):
     change(*place, value=value)
-    refused(moe_lm(*command.split()))
+    refused(moe_lm("evaluate", "run=runs/tiny"))
+    refused(moe_lm("score", "run=runs/tiny", "text/test.txt"))
 
 
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.system ['touch canary']", "!!python/name:os.system", "!x 3"])

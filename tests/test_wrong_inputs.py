@@ -4,10 +4,14 @@ import io
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from conftest import TRAINING, with_overrides
+
+from moe_lm.commands import NAMES
+from moe_lm.commands.configuration import folder
 
 PROGRESS = re.compile(r"(vocabulary|train|valid|test|unigram perplexity|runs/\S+): ")
 
@@ -295,8 +299,23 @@ def test_out_of_memory_is_one_line(workspace, moe_lm):
 
 
 @pytest.mark.parametrize("command", ["prepare", "train", "sweep", "evaluate", "score", "report"])
-def test_help_names_every_key(moe_lm, command):
+def test_help_is_made_from_the_configuration(moe_lm, command):
     outcome = moe_lm(command, "--help")
-    assert outcome.code == 0
-    assert outcome.err == ""
+    assert (outcome.code, outcome.err) == (0, "")
     assert f"moe-lm {command}" in outcome.out
+    assert (folder() / f"{command}.yaml").read_text().splitlines()[-1] in outcome.out
+
+
+def test_the_help_of_train_names_the_keys_of_the_choices(moe_lm):
+    out = moe_lm("train", "--help").out
+    assert "softmax=sampled  softmax.num_sampled=8192" in out
+    assert "gate@model.layers.NAME.gate=noisy_top_k  model.layers.NAME.gate.noise_epsilon=0.01" in out
+    assert "balance=load  balance.load.weight=0.1" in out
+
+
+def test_usage_and_version(moe_lm):
+    assert moe_lm("--version").out.strip() == version("moe-lm")
+    for arguments in (["--help"], ["-h"], ["help"]):
+        outcome = moe_lm(*arguments)
+        assert outcome.code == 0
+        assert all(f"\n  {name} " in outcome.out for name in NAMES)

@@ -1,6 +1,7 @@
 """Overrides to a checked configuration: composing, refusing what nobody reads, naming runs."""
 
 import re
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 
@@ -43,11 +44,11 @@ def composed(command: str, arguments: list[str]) -> DictConfig:
         _refuse_foreign(text, override)
     selections = [text for text, override in zip(overrides, parsed, strict=True) if _selects(override)]
     with initialize_config_dir(str(folder().resolve()), version_base="1.3"):
-        defaults = _compose(command, selections, known=[])
+        defaults = _defaults(command, tuple(selections))
         config = _compose(command, overrides, known=selections)
     try:
         if missing := sorted(OmegaConf.missing_keys(config)):
-            raise Mistake(f"moe-lm {command} needs {' '.join(f'{key}=...' for key in missing)}")
+            raise Mistake(f"{command} needs {' '.join(f'{key}=...' for key in missing)}")
         check_kinds(defaults, config)
     except OmegaConfBaseException as error:
         raise Mistake(f"configuration: {first_line(error)}") from None
@@ -99,6 +100,12 @@ def default_name(preset: str, arguments: list[str]) -> str:
     name = ",".join([preset, *sorted(parts)]).replace("/", "-")
     # A file system takes 255 bytes, and the sweep's log has the name too.
     return name if len(name) <= 200 else f"{name[:180]},{blake2b(name.encode(), digest_size=4).hexdigest()}"
+
+
+@cache
+def _defaults(command: str, selections: tuple[str, ...]) -> DictConfig:
+    """Compose what these choices give before any value is set; the runs of a sweep share it."""
+    return _compose(command, list(selections), known=[])
 
 
 def _compose(command: str, overrides: list[str], known: list[str]) -> DictConfig:

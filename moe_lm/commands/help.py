@@ -2,7 +2,11 @@
 
 from types import ModuleType
 
+import yaml
+
 from moe_lm.commands.configuration import choices, folder
+from moe_lm.commands.kinds import as_typed
+from moe_lm.run import flatten
 
 
 def text(name: str, command: ModuleType) -> str:
@@ -11,11 +15,24 @@ def text(name: str, command: ModuleType) -> str:
     source = (folder() / f"{name}.yaml").read_text(encoding="utf-8").rstrip()
     lines += ["  " + line for line in source.splitlines()]
     groups = sorted(path.name for path in folder().iterdir() if path.is_dir() and f"- {path.name}:" in source)
-    if name == "train":
-        groups += ["layer", "gate"]
     if name == "sweep":
         groups = ["study"]
+    if name == "train":
+        groups += ["layer", "gate"]
     if groups:
-        lines += ["", "Choices (group=choice; layer@model.layers.NAME=..., gate@model.layers.NAME.gate=...):"]
-        lines += [f"  {group:<12}{' '.join(choices(group))}" for group in groups]
+        lines += ["", "Choices, and the keys each brings:"]
+        lines += [_choice(group, choice) for group in groups for choice in choices(group)]
     return "\n".join(lines)
+
+
+def _choice(group: str, choice: str) -> str:
+    place = {"layer": "layer@model.layers.NAME", "gate": "gate@model.layers.NAME.gate"}.get(group, group)
+    line = f"  {place}={choice}"
+    if group == "study":
+        return line
+    config = flatten(yaml.safe_load((folder() / group / f"{choice}.yaml").read_text(encoding="utf-8")))
+    for key, value in config.items():
+        # What begins with an underscore is Hydra's; what is taken from another key is set there.
+        if key != "defaults" and "_target_" not in key and not key.startswith("_") and "${" not in str(value):
+            line += f"  {place.partition('@')[2] or group}.{key}={as_typed(value)}"
+    return line

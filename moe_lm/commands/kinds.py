@@ -39,7 +39,7 @@ def check_kinds(defaults: DictConfig, config: DictConfig) -> None:
             continue
         fitting = _fitting(value, wanted)
         if fitting is None:
-            raise Mistake(f"{key}={_text(value)}: needs {_WORDS[wanted]}{_example(key, plain[key])}")
+            raise Mistake(f"{key}={as_typed(value)}: needs {_WORDS[wanted]}{_example(key, plain[key])}")
         if fitting is not value:
             OmegaConf.update(config, key, fitting)
         if wanted is int and abs(fitting) >= 2**63:
@@ -66,10 +66,12 @@ def _refuse_shape(key: str, value: object, plain: dict[str, object]) -> None:
     """Raise for one value in the place of a group of keys, or the other way round."""
     inside = [known for known in plain if known.startswith(f"{key}.") and "._" not in known]
     if target := plain.get(f"{key}._target_"):
-        raise Mistake(f"{key}={_text(value)}: to choose another, write {target.split('.')[-3]}@{key}={_text(value)}")
+        raise Mistake(
+            f"{key}={as_typed(value)}: to choose another, write {target.split('.')[-3]}@{key}={as_typed(value)}"
+        )
     if inside:
         raise Mistake(
-            f"{key}={_text(value)}: is a group of keys; set one of them, as in {inside[0]}={plain[inside[0]]}"
+            f"{key}={as_typed(value)}: is a group of keys; set one of them, as in {inside[0]}={plain[inside[0]]}"
         )
     parent = key
     while parent not in plain:
@@ -79,11 +81,11 @@ def _refuse_shape(key: str, value: object, plain: dict[str, object]) -> None:
 
 
 def _example(key: str, default: object) -> str:
-    return "" if default in (None, []) else f", as in {key}={_text(default)}"
+    return "" if default in (None, []) else f", as in {key}={as_typed(default)}"
 
 
-def _text(value: object) -> str:
-    """Return a value as it is written on the command line."""
+def as_typed(value: object) -> str:
+    """Return a value as one types it on the command line."""
     if isinstance(value, list):
-        return f"[{','.join(_text(entry) for entry in value)}]"
+        return f"[{','.join(as_typed(entry) for entry in value)}]"
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)

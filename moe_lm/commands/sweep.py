@@ -1,9 +1,11 @@
 """moe-lm sweep: a study or a grid, one process a run; finished runs are skipped, a failed one stops no other."""
 
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +17,8 @@ from moe_lm.mistake import Mistake
 from moe_lm.run import write_text
 
 HELP = "train every model of a study, or of a grid (-m model=moe_4,moe_32 seed=1,2)"
-OWN_KEYS = ("study", "runs")
+OWN_KEYS = ("study", "runs", "parallel")
+INTERRUPTED = (130, -signal.SIGINT, -signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -23,25 +26,30 @@ class Job:
     """One run of the sweep: its directory and the overrides of `moe-lm train` that make it."""
 
     folder: Path
-    arguments: list[str]
+    arguments: tuple[str, ...]
+
+    @property
+    def log(self) -> Path:
+        """Where the process's output goes: beside the directory, which a mistake may leave unmade."""
+        return self.folder.with_name(self.folder.name + ".log")
 
 
 def main(arguments: list[str]) -> int:
     """Train what is not finished yet; 1 if a run failed, 130 if interrupted."""
     arguments = [a for a in arguments if a not in ("-m", "--multirun")]
-    runs, study = _own(arguments)
+    runs, study, parallel = _own(arguments)
     jobs = jobs_of(arguments)
     for job in jobs:
-        composed("train", job.arguments)  # a misspelt key is one mistake, not one failed run for each model
+        composed("train", list(job.arguments))  # a misspelt key is one mistake, not one failed run for each model
     runs.mkdir(parents=True, exist_ok=True)
     if study:
         write_text(runs / "study.yaml", OmegaConf.to_yaml(study))
-    return _train_all(jobs, runs)
+    return _train_all(jobs, runs, parallel)
 
 
 def jobs_of(given: list[str]) -> list[Job]:
     """Enumerate the runs; what is given on the command line replaces the study's value of the same key."""
-    runs, study = _own(given)
+    runs, study, _ = _own(given)
     given = [a for a in given if _key(a) not in OWN_KEYS]
     if study is None and not given:
         raise Mistake("moe-lm sweep needs study=... or a grid, as in -m model=moe_4,moe_32")
@@ -54,7 +62,7 @@ def jobs_of(given: list[str]) -> list[Job]:
         kept = [a for a in common if _key(a) not in {_key(b) for b in job}]
         arguments = [a for a in (*kept, *job) if _key(a) != "name"]
         jobs[runs / name] = [*arguments, f"name={name}", f"runs={runs}"]
-    return [Job(path, arguments) for path, arguments in jobs.items()]
+    return [Job(path, tuple(arguments)) for path, arguments in jobs.items()]
 
 
 def _name(job: list[str], grid: list[list[str]], given: set[str]) -> str:
@@ -67,11 +75,14 @@ def _name(job: list[str], grid: list[list[str]], given: set[str]) -> str:
     return default_name(preset_of(job), varied if len(grid) > 1 else job)
 
 
-def _own(arguments: list[str]) -> tuple[Path, DictConfig | None]:
-    """Return where the runs go and the study, of the arguments that are the sweep's own."""
+def _own(arguments: list[str]) -> tuple[Path, DictConfig | None, int]:
+    """Return where the runs go, the study, and how many runs go at a time: the arguments that are the sweep's own."""
     own = dict(a.split("=", 1) for a in arguments if _key(a) in OWN_KEYS and "=" in a)
     study = _study(own["study"]) if "study" in own else None
-    return Path(own.get("runs") or f"runs/{own.get('study', 'sweep')}"), study
+    parallel = str(own.get("parallel") or (study.get("parallel", 1) if study else 1))
+    if not parallel.isdigit() or int(parallel) < 1:
+        raise Mistake(f"parallel={parallel}: needs a whole number of at least 1")
+    return Path(own.get("runs") or f"runs/{own.get('study', 'sweep')}"), study, int(parallel)
 
 
 def _study(name: str) -> DictConfig:
@@ -95,42 +106,59 @@ def _key(override: str) -> str:
     return override.lstrip("+~").split("=", 1)[0]
 
 
-def _train_all(jobs: list[Job], runs: Path) -> int:
-    failed = []
+def _train_all(jobs: list[Job], runs: Path, parallel: int) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
-    for number, job in enumerate(jobs, 1):
-        print(f"[{number}/{len(jobs)}] {job.folder}", file=sys.stderr, flush=True)
-        code, log = _train(job)
-        if code in (130, -2, -15):
-            print(f"interrupted; repeat the command to go on in {runs}", file=sys.stderr)
-            return 130
-        if code:
-            failed.append((job, code, log))
-    for job, code, log in failed:
-        last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
-        print(f"failed (exit code {code}): {job.folder}: {last[0]}\n  log: {log}", file=sys.stderr)
-    print(f"{len(jobs) - len(failed)} of {len(jobs)} runs finished in {runs}", file=sys.stderr)
+    waiting, running, failed = list(jobs), {}, []
+    try:
+        while waiting or running:
+            while waiting and len(running) < parallel:
+                job = waiting.pop(0)
+                running[job] = _start(job)
+                _print(f"[{len(jobs) - len(waiting)}/{len(jobs)}] {job.folder}")
+            _status(" | ".join(_last_line(job.log) for job in running))
+            time.sleep(0.2)
+            for job in [job for job, child in running.items() if child.poll() is not None]:
+                code = running.pop(job).returncode
+                if code in INTERRUPTED:
+                    raise KeyboardInterrupt
+                _print(_last_line(job.log))
+                failed += [(job, code)] if code else []
+    except KeyboardInterrupt:
+        for child in running.values():
+            child.terminate()  # it finishes its step and saves
+        for child in running.values():
+            child.wait()
+        _print(f"interrupted; repeat the command to go on in {runs}")
+        return 130
+    for job, code in failed:
+        _print(f"failed (exit code {code}): {job.folder}: {_last_line(job.log)}\n  log: {job.log}")
+    _print(f"{len(jobs) - len(failed)} of {len(jobs)} runs finished in {runs}")
     return 1 if failed else 0
 
 
-def _train(job: Job) -> tuple[int, Path]:
-    """Run `moe-lm train` as a process of its own; its output goes to the console and to a log."""
-    log = job.folder.with_name(job.folder.name + ".log")
+def _start(job: Job) -> subprocess.Popen:
     command = [sys.executable, "-m", "moe_lm", "train", *job.arguments]
-    with (
-        log.open("ab") as stream,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child,
-    ):
-        try:
-            while block := child.stdout.read1(4096):
-                stream.write(block)
-                stream.flush()
-                sys.stderr.buffer.write(block)
-                sys.stderr.flush()
-        except KeyboardInterrupt:
-            child.terminate()  # it finishes its step and saves
-            stream.write(child.stdout.read())
-        return child.wait(), log
+    with job.log.open("ab") as stream:
+        return subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+
+
+def _last_line(log: Path) -> str:
+    """Return what stands last in a log; a progress bar rewrites its line with carriage returns."""
+    with log.open("rb") as stream:
+        stream.seek(max(0, log.stat().st_size - 4096))
+        text = stream.read().decode(errors="replace")
+    lines = [line.strip() for line in text.replace("\r", "\n").split("\n")]
+    return next((line for line in reversed(lines) if line), "starting")
+
+
+def _status(text: str) -> None:
+    """Show a line that the next one replaces; only where somebody may be looking."""
+    if sys.stderr.isatty():
+        print("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1], end="", file=sys.stderr, flush=True)
+
+
+def _print(text: str) -> None:
+    print(("\r\x1b[K" if sys.stderr.isatty() else "") + text, file=sys.stderr, flush=True)
 
 
 def _interrupt(number, frame):  # noqa: ARG001
