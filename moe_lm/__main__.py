@@ -12,6 +12,8 @@ from moe_lm.mistake import Mistake
 
 MISTAKE, FAILURE, BROKEN_PIPE = 2, 1, 141
 
+_TOO_LARGE = r"out of memory|allocate memory|Storage size calculation overflowed"  # what torch says
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; a user's mistake ends in one line and exit code 2, a failing machine in 1."""
@@ -48,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"moe-lm: {error.filename or 'input/output'}: {error.strerror or error}", file=sys.stderr)
         return FAILURE
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search(r"out of memory|allocate memory", str(error)):
+        if not isinstance(error, MemoryError) and not re.search(_TOO_LARGE, str(error)):
             raise
         print(f"moe-lm: out of memory ({' '.join(str(error).split())[:200]})", file=sys.stderr)
         return FAILURE

@@ -94,8 +94,11 @@ class Run:
         with self.metrics_file.open("a") as stream:
             stream.write(json.dumps(line) + "\n")
 
-    def cut_metrics(self, step: int) -> None:
-        """Drop the lines after this step, and a last line that a crash left unfinished."""
+    def cut_metrics(self, step: int, *, and_training_at_step: bool = False) -> None:
+        """Drop the lines after this step, and a last line that a crash left unfinished.
+
+        `and_training_at_step` drops the training line of this very step too.
+        """
         if not self.metrics_file.exists():
             return
         kept = []
@@ -103,7 +106,9 @@ class Run:
             if not line.endswith(b"\n"):
                 continue
             try:
-                if json.loads(line)["step"] <= step:
+                record = json.loads(line)
+                drop = and_training_at_step and record["step"] == step and "split" not in record
+                if record["step"] <= step and not drop:
                     kept.append(line.decode())
             except (ValueError, KeyError, TypeError) as error:
                 raise Mistake(f"{self.metrics_file}, line {number} is damaged ({error!r}): delete the line") from error

@@ -65,7 +65,9 @@ class Trainer:
             checkpoint.load_optimizer(path, self.model, self.optimizer)
             self.progress = Progress(**state["progress"])
             self._interval = Interval(self.progress.interval)
-        self.run.cut_metrics(self.progress.step)
+        # A finished run that goes on to more words takes its last, partial interval up again.
+        goes_on = bool(self.progress.interval) and self.progress.words < self.settings.num_words
+        self.run.cut_metrics(self.progress.step, and_training_at_step=goes_on)
         return bool(steps)
 
     def train(self) -> bool:
@@ -139,10 +141,13 @@ class Trainer:
 
     def _after_step(self, bar: tqdm) -> None:
         progress, settings = self.progress, self.settings
-        finished = progress.words >= settings.num_words
-        if progress.step % settings.log_every == 0 or finished:
+        if progress.step % settings.log_every == 0:
             self._write_line(bar)
-        if progress.step % settings.valid_every == 0 and not finished:
+            self._interval = Interval()
+        elif progress.words >= settings.num_words:
+            # A part of an interval; a longer run goes on with it and drops this line, see `resume`.
+            self._write_line(bar)
+        if progress.step % settings.valid_every == 0:
             self._validate(bar)
         if time.monotonic() - self._saved_at >= settings.every_seconds:
             self._save()
@@ -161,7 +166,6 @@ class Trainer:
                 **{name: value / steps for name, value in sums.items()},
             }
         )
-        self._interval = Interval()
         best = f" best valid ppl {self.progress.best['perplexity']:.1f}" if self.progress.best else ""
         bar.set_postfix_str(f"loss {nats / words:.3f}{best}", refresh=False)
 

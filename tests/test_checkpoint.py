@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TRAINING, with_overrides
 from safetensors import SafetensorError, safe_open
+from tiny_training import TRAINING, with_overrides
 from torch import nn
 
 from moe_lm import checkpoint

@@ -13,7 +13,7 @@ from hydra.utils import get_class
 
 import moe_lm
 from moe_lm.commands.build import build, build_model
-from moe_lm.commands.configuration import choices, composed, default_name, folder, preset_of, quoted, resolved
+from moe_lm.commands.configuration import choices, composed, folder, resolved
 from moe_lm.commands.kinds import OPTIONAL
 from moe_lm.operations import operations_per_timestep, parameters_without_embedding_and_softmax
 from moe_lm.run import IDENTITY, flatten
@@ -195,47 +195,6 @@ def test_values_that_plainly_mean_another_type_are_turned_into_it():
 
 def test_what_belongs_together_follows():
     assert config_of("batch.words=100")["batch"]["micro_words"] == 100
-
-
-@pytest.mark.parametrize(
-    "text", ["a,b=c", "it's", "a 'b' c", "with space", "back\\slash\\", "[x]", "{a: b}", "a#b", "ü"]
-)
-def test_names_and_paths_are_taken_to_the_letter(text):
-    assert config_of(f"name={text}")["name"] == text
-    assert resolved(composed("score", ["run=x", f"file={text}"]))["file"] == text
-
-
-def test_a_quoted_text_stays_as_hydra_reads_it():
-    assert quoted("name='a'") == "name='a'"
-    assert config_of("name=null")["name"] is None
-
-
-@pytest.mark.parametrize(
-    ("arguments", "name"),
-    [
-        ([], "moe_4"),
-        (["seed=2"], "moe_4,seed=2"),
-        (["seed=3", "seed=2"], "moe_4,seed=2"),
-        (["model=moe_32", "model.k=2"], "moe_32,model.k=2"),
-        (["seed=2", "batch.words=100"], "moe_4,batch.words=100,seed=2"),
-        (["training.num_words=10", "machine.device=cpu", "checkpoint.keep_last=1", "logging.wandb=true"], "moe_4"),
-        (["runs=elsewhere", "data=elsewhere", "valid.max_sentences=3"], "moe_4"),
-        (["balance=[importance]"], "moe_4,balance=[importance]"),
-        (["+layer@model.layers.extra=lstm"], "moe_4,layer@model.layers.extra=lstm"),
-        (["gate@model.layers.middle.gate=noisy_top_k"], "moe_4,gate@model.layers.middle.gate=noisy_top_k"),
-    ],
-)
-def test_the_name_tells_what_changes_the_result(arguments, name):
-    assert default_name(preset_of(arguments), arguments) == name
-
-
-def test_odd_values_are_hashed_into_a_name_that_is_a_folder():
-    names = [
-        default_name("moe_4", [f"corpus.train=[{value}]"])
-        for value in ("a/b", "a/c", "a b", "a,b", 100 * "x", "../..", "ü/")
-    ]
-    assert len(set(names)) == len(names)
-    assert all(re.fullmatch(r"moe_4,corpus\.train=[0-9a-f]{8}", name) for name in names)
 
 
 def test_every_group_that_changes_the_result_is_part_of_the_identity():

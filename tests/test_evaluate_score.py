@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TRAINING, call, working_in
+from tiny_training import TRAINING, call, working_in
 
 RUN = "run=runs/tiny"
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TRAINING
+from tiny_training import TRAINING
 
 import moe_lm
 from moe_lm.commands.configuration import folder

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import TRAINING
+from tiny_training import TRAINING
 
 import moe_lm
 from moe_lm.commands.build import build, packaged_targets

@@ -28,8 +28,10 @@ def test_command_line_replaces_the_study(monkeypatch, tmp_path):
     assert all("training.num_words=1000" in job.arguments for job in jobs)
     assert not any(a.startswith("training.num_words=5") for job in jobs for a in job.arguments)
     assert {a for job in jobs for a in job.arguments if a.startswith("model=")} == {"model=moe_4"}
+    once = names(["study=quickstart"])
+    assert "runs/quickstart/moe_16" in once
     twice = names(["study=quickstart", "seed=1,2"])
-    assert len(twice) == 2 * len(names(["study=quickstart"]))
+    assert set(twice) == {f"{name},seed={seed}" for name in once for seed in (1, 2)}
 
 
 def test_failed_run_is_named_and_the_others_finish(workspace, training, capfd):

@@ -11,6 +11,7 @@ OPTIONAL = {
     "file": str,
     "machine.threads": int,
     "name": str,
+    "parallel": int,
     "runs": str,
     "study": str,
     "vocabulary.file": str,

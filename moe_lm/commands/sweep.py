@@ -69,7 +69,7 @@ def _name(job: list[str], grid: list[list[str]], given: set[str]) -> str:
     """Return the study's name or the preset, and the overrides in which the runs differ."""
     shared = set.intersection(*map(set, grid))
     varied = [a for a in job if a not in shared]
-    named = next((a.split("=", 1)[1] for a in job if _key(a) == "name"), None)
+    named = next((a.split("=", 1)[1].strip("'\"") for a in job if _key(a) == "name"), None)
     if named:
         return default_name(named, [a for a in varied if _key(a) in given])
     return default_name(preset_of(job), varied if len(grid) > 1 else job)
