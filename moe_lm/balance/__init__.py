@@ -5,6 +5,7 @@ from typing import Protocol
 from torch import Tensor
 
 from moe_lm.gate import Gating
+from moe_lm.mistake import Mistake
 
 
 class BalanceLoss(Protocol):
@@ -15,6 +16,13 @@ class BalanceLoss(Protocol):
     def __call__(self, gating: Gating) -> Tensor:
         """Return the unweighted loss; reads additive statistics only, never single assignments."""
         ...
+
+
+def checked_weight(weight: float) -> float:
+    """Return the weight; raises `Mistake` for one that would reward imbalance."""
+    if not weight >= 0:
+        raise Mistake(f"balance weight {weight}: must be at least 0")
+    return weight
 
 
 def squared_coefficient_of_variation(x_E: Tensor) -> Tensor:

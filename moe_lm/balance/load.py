@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from moe_lm.balance import squared_coefficient_of_variation
+from moe_lm.balance import checked_weight, squared_coefficient_of_variation
 from moe_lm.gate import Gating
 
 
@@ -10,7 +10,7 @@ class Load:
     """CV(Load(X))^2: experts should receive equal numbers of tokens."""
 
     def __init__(self, *, weight: float):
-        self.weight = weight
+        self.weight = checked_weight(weight)
 
     def __call__(self, gating: Gating) -> Tensor:
         """Return the squared coefficient of variation of the load."""

@@ -1,10 +1,12 @@
 """What a finished run states: result.json."""
 
+import math
 import platform
 from importlib.metadata import version
 
 import torch
 
+from moe_lm.mistake import Mistake
 from moe_lm.model import LanguageModel
 from moe_lm.operations import (
     operations_per_timestep,
@@ -27,6 +29,8 @@ def result_of(config: dict, preset: str, data: Prepared, trainer: Trainer) -> di
     """Return result.json's content: the last step's model, measured on all of valid and test."""
     model, progress = trainer.model, trainer.progress
     measured = {split: measure_split(model, config, data, split) for split in ("valid", "test")}
+    if not all(math.isfinite(m.perplexity) for m in measured.values()):
+        raise Mistake("the training diverged (no finite perplexity): lower optimizer.learning_rate under another name")
     return {
         "name": config["name"],
         "model": {key: value for key, value in config["model"].items() if key != "layers"},

@@ -21,6 +21,8 @@ class NoisyTopK(nn.Module):
                 f"model.k={k} experts a token of model.num_experts={num_experts}: "
                 "k must be at least 1 and at most num_experts"
             )
+        if not noise_epsilon > 0:
+            raise Mistake(f"gate.noise_epsilon={noise_epsilon}: must be positive")
         self.k = k
         self.noise_epsilon = noise_epsilon
         # Both start at zero, so that every expert is equally likely at first (Appendix A).
