@@ -23,8 +23,10 @@ def test_command_composes(words, capsys):
     """Scripts exist and run; the keys of every moe-lm command are known."""
     program, *rest = words
     if program != "moe-lm":
-        path = ROOT / program
+        path = ROOT / (rest[0] if program == "./.venv/bin/python" else program)
         assert path.is_file()
+        if path.suffix == ".py":
+            return
         assert path.stat().st_mode & 0o111
         return
     command, *arguments = rest
