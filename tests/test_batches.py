@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from moe_lm.batches import POOL_STEPS, Batches, Sentences, in_order, lengths, micro_batch
+from moe_lm.batches import POOL_STEPS, Batches, in_order, lengths, micro_batch
 from moe_lm.mistake import Mistake
 from moe_lm.prepared import Split
+from moe_lm.sentences import Sentences
 
 START, END, FILL, FIRST = 0, 1, 2, 10
 

@@ -25,6 +25,7 @@ ORDER = [
     ["softmax", "dispatch"],
     ["gate", "experts", "cross_entropy"],
     ["batches"],
+    ["sentences"],
     ["prepared"],
     ["split_writer"],
     ["vocabulary", "corpus", "schedule", "run"],

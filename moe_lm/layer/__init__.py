@@ -7,8 +7,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from moe_lm.batches import Sentences
 from moe_lm.gate import Gating
+from moe_lm.sentences import Sentences
 
 
 class Layer(Protocol):

@@ -6,8 +6,8 @@ Shape suffixes: L timesteps, B sentences, T tokens, D width.
 import torch
 from torch import Tensor, nn
 
-from moe_lm.batches import Sentences
 from moe_lm.mistake import Mistake
+from moe_lm.sentences import Sentences
 
 
 class Lstm(nn.Module):

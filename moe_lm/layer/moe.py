@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from moe_lm.batches import Sentences
 from moe_lm.dispatch import combine, dispatch
 from moe_lm.experts import Experts
 from moe_lm.gate import Gate, Gating
 from moe_lm.mistake import Mistake
+from moe_lm.sentences import Sentences
 
 
 class MoE(nn.Module):
