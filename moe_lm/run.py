@@ -56,7 +56,7 @@ class Run:
             raise Mistake(f"{self.folder} is no run: it has no config.yaml") from None
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise Mistake(f"{self.config_file} cannot be read: {str(error).splitlines()[0]}") from error
-        for key in IDENTITY:
+        for key in (*IDENTITY, "training"):
             if not isinstance(config, dict) or not (isinstance(config.get(key), dict) or key == "seed"):
                 raise Mistake(f"{self.config_file} is damaged: {key} is missing")
         return config
@@ -125,6 +125,9 @@ class Run:
     def _compare(self, config: dict) -> None:
         stored = flatten({key: self.config().get(key) for key in IDENTITY})
         wanted = flatten({key: config.get(key) for key in IDENTITY})
+        before, now = (each["training"]["num_words"] for each in (self.config(), config))
+        if now < before:
+            raise Mistake(f"{self.folder} is a run of training.num_words={before}: it can grow, not shrink to {now}")
         for key in sorted(stored.keys() | wanted.keys()):
             if stored.get(key) != wanted.get(key):
                 raise Mistake(

@@ -103,11 +103,14 @@ class Trainer:
             group["lr"] = rate
         total, seen = torch.zeros((), dtype=torch.float64, device=self._device), None
         terms: dict[str, Tensor | float] = {}
+        # Of losses on global values every micro-batch has the same; of its own, each its share.
+        shares = [1.0 / len(micro_batches) if everywhere else batch.num_words / num_words for batch in micro_batches]
         for i, batch in enumerate(micro_batches):
             with self._seeded(i):
                 nats, gatings = self.model(batch.to(self._device), self._step_seed("negatives"))
-            loss, terms = self.objective(nats, num_words, gatings, everywhere, batch.num_words / num_words)
+            loss, values = self.objective(nats, num_words, gatings, everywhere, batch.num_words / num_words)
             loss.backward()
+            terms = {name: terms.get(name, 0.0) + shares[i] * value for name, value in values.items()}
             total += nats.detach()
             seen = add(seen, statistics(gatings))
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm, foreach=True)
@@ -167,10 +170,17 @@ class Trainer:
             }
         )
         best = f" best valid ppl {self.progress.best['perplexity']:.1f}" if self.progress.best else ""
-        bar.set_postfix_str(f"loss {nats / words:.3f}{best}", refresh=False)
+        # Sampled nats lie far below the true ones: only exact ones make a perplexity.
+        now = f" ppl {math.exp(min(nats / words, 700)):.1f}" if self.model.softmax.exact_in_training else ""
+        bar.set_postfix_str(f"loss {nats / words:.3f}{now}{best}", refresh=False)
 
     def _validate(self, bar: tqdm) -> None:
         measured = self.validate()
+        if not math.isfinite(measured.perplexity):
+            raise Mistake(
+                f"the validation perplexity is not finite at step {self.progress.step}: lower "
+                "optimizer.learning_rate and train under another name=..."
+            )
         self.log.write({**self._position(), "split": "valid", **measured.line()})
         bar.set_postfix_str(f"valid ppl {measured.perplexity:.1f}", refresh=False)
         best = self.progress.best
@@ -197,10 +207,11 @@ class Trainer:
         self._saved_at = time.monotonic()
 
     def _refuse_nonfinite(self) -> None:
-        if not math.isfinite(self._interval.sums().get("nats", 0.0)):
+        sums = self._interval.sums()
+        if not math.isfinite(sums.get("nats", 0.0) + sums.get("grad_norm", 0.0)):
             raise Mistake(
-                f"the loss is not finite at step {self.progress.step}: lower optimizer.learning_rate; "
-                f"checkpoints in {self.run.checkpoints} are from before that"
+                f"the loss or its gradient is not finite at step {self.progress.step}: lower "
+                "optimizer.learning_rate and train under another name=..."
             )
 
     def _bar(self) -> tqdm:

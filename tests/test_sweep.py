@@ -1,11 +1,17 @@
 """Sweeps: what they enumerate, what they skip, and what a failing run does to the others."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
+from filelock import FileLock
 
 from moe_lm.__main__ import main
 from moe_lm.commands.sweep import jobs_of
+from moe_lm.mistake import Mistake
 
 
 def names(arguments):
@@ -32,6 +38,56 @@ def test_command_line_replaces_the_study(monkeypatch, tmp_path):
     assert "runs/quickstart/moe_16" in once
     twice = names(["study=quickstart", "seed=1,2"])
     assert set(twice) == {f"{name},seed={seed}" for name in once for seed in (1, 2)}
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        ["model=moe_4", "training.num_words=500,1000"],
+        ["model=moe_4,moe_1_wide", "name=x"],
+        ["study=quickstart", "name=x"],
+        ["model=moe_4", "machine.threads=1,2"],
+    ],
+    ids=" ".join,
+)
+def test_runs_of_one_name_are_refused(grid):
+    """A grid whose runs would share a directory trains none of them."""
+    with pytest.raises(Mistake, match="two runs of the grid would be called"):
+        jobs_of(grid)
+
+
+def test_training_does_not_outlive_the_sweep(workspace, training):
+    """The sweep's reader goes away (`| head -1`); its children are stopped, not left running."""
+    grid = [a for a in training if not a.startswith(("name=", "runs=", "training.num_words="))]
+    command = [sys.executable, "-m", "moe_lm", "sweep", *grid, "seed=1,2", "training.num_words=50_000_000", "runs=s"]
+    sweep = subprocess.Popen([*command, "parallel=2"], stderr=subprocess.PIPE)
+    assert sweep.stderr.readline().startswith(b"[1/2]")
+    until(lambda: len(list(workspace.glob("s/*/metrics.jsonl"))) == 2)
+    sweep.send_signal(signal.SIGHUP)
+    sweep.wait(60)
+    sweep.stderr.close()
+    sizes = [path.stat().st_size for path in workspace.glob("s/*/metrics.jsonl")]
+    time.sleep(1)
+    assert [path.stat().st_size for path in workspace.glob("s/*/metrics.jsonl")] == sizes
+    assert len(list(workspace.glob("s/*/checkpoints/*/state.json"))) >= 2
+
+
+def until(condition, seconds=60):
+    """Wait for something to come true."""
+    for _ in range(seconds * 20):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it never came true")
+
+
+def test_second_sweep_on_a_folder_is_refused(tmp_path, monkeypatch, capfd):
+    """While one sweep holds the folder's lock, another says so in one line."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s").mkdir()
+    with FileLock(tmp_path / "s/.sweep.lock"):
+        assert main(["sweep", "model=moe_4", "seed=1,2", "runs=s"]) == 2
+    assert capfd.readouterr().err.startswith("moe-lm: another sweep is at work in s")
 
 
 def test_failed_run_is_named_and_the_others_finish(workspace, training, capfd):

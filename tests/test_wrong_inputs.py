@@ -1,6 +1,7 @@
 """Every wrong input ends in one line that starts with `moe-lm: ` and says what to mend; never a traceback."""
 
 import io
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -135,7 +136,10 @@ def test_a_best_checkpoint_needs_a_validation(workspace, moe_lm):
 
 
 def test_changed_text_is_refused(own_trained, moe_lm):
+    """The token ids of training serve while they are there; made anew from other text they are refused."""
     Path("text/test.txt").write_text("w1 w2\n")
+    assert moe_lm("evaluate", "run=runs/tiny").code == 0
+    shutil.rmtree("data")
     assert_one_line(moe_lm("evaluate", "run=runs/tiny"), "the text changed")
     assert_one_line(moe_lm(*COMMANDS["more"]), "data have changed")
 

@@ -84,7 +84,7 @@ def quoted(argument: str) -> str:
 
 def preset_of(arguments: list[str]) -> str:
     """Return the model preset that these overrides of `train` choose."""
-    given = [argument.partition("=")[2] for argument in arguments if argument.startswith("model=")]
+    given = [argument.partition("=")[2].strip("'\"") for argument in arguments if argument.startswith("model=")]
     defaults = OmegaConf.load(folder() / "train.yaml").defaults
     return given[-1] if given else next(entry.model for entry in defaults if "model" in entry)
 

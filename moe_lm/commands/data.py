@@ -7,7 +7,8 @@ from hashlib import blake2b
 from pathlib import Path
 
 from moe_lm.commands.build import build
-from moe_lm.prepared import Prepared, prepare
+from moe_lm.mistake import Mistake
+from moe_lm.prepared import Prepared, open_prepared, prepare
 
 
 def prepared_data(config: dict, say: Callable[[str], None]) -> Prepared:
@@ -21,6 +22,15 @@ def prepared_data(config: dict, say: Callable[[str], None]) -> Prepared:
         say=say,
         progress=sys.stderr.isatty(),
     )
+
+
+def existing_data(config: dict, fingerprint: str) -> Prepared | None:
+    """Return what lies in `data` for this configuration if it has the fingerprint; never prepares."""
+    try:
+        data = open_prepared(data_folder(config), build(config["vocabulary"]))
+    except Mistake:
+        return None  # not there, or damaged: preparing mends that
+    return data if data.fingerprint == fingerprint else None
 
 
 def data_folder(config: dict) -> Path:

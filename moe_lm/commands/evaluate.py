@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from moe_lm.commands import build as make
 from moe_lm.commands.configuration import composed, resolved
-from moe_lm.commands.data import prepared_data
+from moe_lm.commands.data import existing_data, prepared_data
 from moe_lm.commands.load import load
 from moe_lm.corpus import SPLITS
 from moe_lm.mistake import Mistake
@@ -29,7 +29,10 @@ def main(arguments: list[str]) -> int:
     make.set_threads(config["machine"]["threads"])
     make.keep_memory()
     trained = load(config["run"], str(config["checkpoint"]), on)
-    data = prepared_data(trained.config | {"data": config["data"]}, say=lambda line: print(line, file=sys.stderr))
+    settings = trained.config | {"data": config["data"]}
+    # The token ids it was trained on, if they are there: then the text itself may have gone or changed.
+    data = existing_data(settings, trained.fingerprint)
+    data = data or prepared_data(settings, say=lambda line: print(line, file=sys.stderr))
     if data.fingerprint != trained.fingerprint:
         raise Mistake(f"{config['run']} was trained on other data than those in {config['data']}: the text changed")
     part = data.splits[split]

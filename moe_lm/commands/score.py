@@ -1,5 +1,6 @@
 """moe-lm score: log10 probabilities of sentences, word by word, printed as n-gram toolkits do."""
 
+import io
 import math
 import sys
 from collections.abc import Iterable, Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from hydra.core.override_parser.types import Quote, QuotedString
 
 from moe_lm.batches import in_order
 from moe_lm.commands import build as make
@@ -50,8 +52,13 @@ class Sums:
 
 def main(arguments: list[str]) -> int:
     """Print each sentence with its words' and its own log10 probability, then the sums of all."""
-    arguments = [f"file={a}" if "=" not in a or Path(a).is_file() else a for a in arguments]
-    config = resolved(composed("score", arguments))
+    files = [a for a in arguments if "=" not in a or Path(a).is_file()]
+    if len(files) > 1:
+        raise Mistake(f"one file at a time, not {len(files)}: {' '.join(files)}; or join them: cat ... | moe-lm score")
+    quoted = [f"file={QuotedString(a, Quote.single).with_quotes()}" for a in files if a != "-"]
+    config = resolved(composed("score", [a for a in arguments if a not in files] + quoted))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter still gets the rest
     batch = config["batch"]
     for key, value in batch.items():
         if value < 1:
@@ -78,6 +85,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _sentences(file: str | None) -> Iterator[str]:
+    if not file and sys.stdin is None:
+        raise Mistake("standard input is closed: name a file, as in moe-lm score run=... sentences.txt")
     source = lines(Path(file)) if file else decoded_lines(sys.stdin.buffer, "standard input")
     return (" ".join(line.split()) for line in source if line.strip())
 

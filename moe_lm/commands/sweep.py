@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from omegaconf import DictConfig, OmegaConf
 
@@ -42,9 +43,13 @@ def main(arguments: list[str]) -> int:
     for job in jobs:
         composed("train", list(job.arguments))  # a misspelt key is one mistake, not one failed run for each model
     runs.mkdir(parents=True, exist_ok=True)
-    if study:
-        write_text(runs / "study.yaml", OmegaConf.to_yaml(study))
-    return _train_all(jobs, runs, parallel)
+    try:
+        with FileLock(runs / ".sweep.lock", timeout=0):
+            if study:
+                write_text(runs / "study.yaml", OmegaConf.to_yaml(study))
+            return _train_all(jobs, runs, parallel)
+    except Timeout:
+        raise Mistake(f"another sweep is at work in {runs}: wait for it or choose another runs=...") from None
 
 
 def jobs_of(given: list[str]) -> list[Job]:
@@ -61,7 +66,11 @@ def jobs_of(given: list[str]) -> list[Job]:
         name = _name(job, grid, {_key(a) for a in given})
         kept = [a for a in common if _key(a) not in {_key(b) for b in job}]
         arguments = [a for a in (*kept, *job) if _key(a) != "name"]
-        jobs[runs / name] = [*arguments, f"name={name}", f"runs={runs}"]
+        arguments += [f"name={name}", f"runs={runs}"]
+        if jobs.setdefault(runs / name, arguments) != arguments:
+            raise Mistake(
+                f"two runs of the grid would be called {name}: give no name, or sweep what changes the result"
+            )
     return [Job(path, tuple(arguments)) for path, arguments in jobs.items()]
 
 
@@ -109,6 +118,7 @@ def _key(override: str) -> str:
 def _train_all(jobs: list[Job], runs: Path, parallel: int) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     waiting, running, failed = list(jobs), {}, []
+    signal.signal(signal.SIGHUP, _interrupt)
     try:
         while waiting or running:
             while waiting and len(running) < parallel:
@@ -122,18 +132,24 @@ def _train_all(jobs: list[Job], runs: Path, parallel: int) -> int:
                 if code in INTERRUPTED:
                     raise KeyboardInterrupt
                 _print(_last_line(job.log))
-                failed += [(job, code)] if code else []
+                failed += [(job, code, _last_line(job.log))] if code else []
     except KeyboardInterrupt:
-        for child in running.values():
-            child.terminate()  # it finishes its step and saves
-        for child in running.values():
-            child.wait()
+        _stop(running)
         _print(f"interrupted; repeat the command to go on in {runs}")
         return 130
-    for job, code in failed:
-        _print(f"failed (exit code {code}): {job.folder}: {_last_line(job.log)}\n  log: {job.log}")
+    finally:
+        _stop(running)  # whatever ends the sweep, no training outlives it
+    for job, code, line in failed:
+        _print(f"failed (exit code {code}): {job.folder}: {line}\n  log: {job.log}")
     _print(f"{len(jobs) - len(failed)} of {len(jobs)} runs finished in {runs}")
     return 1 if failed else 0
+
+
+def _stop(running: dict[Job, subprocess.Popen]) -> None:
+    for child in running.values():
+        child.terminate()  # it finishes its step and saves
+    for child in running.values():
+        child.wait()
 
 
 def _start(job: Job) -> subprocess.Popen:

@@ -1,5 +1,6 @@
 """moe-lm train: train one model and measure it; repeating the command resumes the run."""
 
+import re
 import signal
 import sys
 from pathlib import Path
@@ -34,6 +35,8 @@ def main(arguments: list[str]) -> int:
     config = resolved(composed("train", arguments))
     preset = preset_of(arguments)
     config["name"] = config["name"] or default_name(preset, arguments)
+    if not re.fullmatch(r"[^/\x00-\x1f]+", config["name"]) or config["name"] in (".", ".."):
+        raise Mistake(f"name={config['name']!r}: needs a plain folder name, without / and control characters")
     run = Run(Path(config["runs"]) / config["name"])
     on = make.device(config["machine"]["device"])
     make.set_threads(config["machine"]["threads"])
@@ -53,6 +56,9 @@ def main(arguments: list[str]) -> int:
     _stop_on_signals(trainer)
     finished = trainer.train()
     trainer.log.close()
+    # The final measurement can be broken off: the checkpoint is written.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if not finished:
         _say(f"{run.folder}: stopped and saved at step {trainer.progress.step}; repeat the command to go on")
         return INTERRUPTED

@@ -11,6 +11,8 @@ from torch import Tensor
 class Softmax(Protocol):
     """The output layer; in eval mode exact over the whole vocabulary, whatever it does in training."""
 
+    exact_in_training: bool
+    """Whether training's nats are over the whole vocabulary too."""
     weight_VD: Tensor
     bias_V: Tensor
 

@@ -19,6 +19,7 @@ class FullSoftmax(nn.Module):
         if max_logits < 1:
             raise Mistake(f"softmax.max_logits={max_logits}: must be at least 1")
         self.max_logits = max_logits
+        self.exact_in_training = True
         self.weight_VD = nn.Parameter(torch.empty(vocabulary_size, width))
         self.bias_V = nn.Parameter(torch.zeros(vocabulary_size))
         nn.init.normal_(self.weight_VD, std=width**-0.5)

@@ -1,5 +1,6 @@
 """A vocabulary of whole words, read from a file or counted from the training split."""
 
+import codecs
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
@@ -127,7 +128,7 @@ def _unreadable(path: Path, error: OSError) -> Mistake:
 def _read(path: Path) -> tuple[list[str], list[int]]:
     """Return the words of a file and the counts that it gives; lines end at "\\n", empty ones are skipped."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
         raise _unreadable(path, error) from error
     line_of: dict[str, int] = {}
