@@ -122,6 +122,16 @@ def keep_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def ready_to_read(config: dict) -> torch.device:
+    """Check and apply what `evaluate` and `score` have in common; return the device."""
+    for key, value in config["batch"].items():
+        if value < 1:
+            raise Mistake(f"batch.{key}={value}: must be at least 1")
+    set_threads(config["machine"]["threads"])
+    keep_memory()
+    return device(config["machine"]["device"])
+
+
 def existing(path: str | Path) -> Path:
     """Return the path of a folder that must exist."""
     path = Path(path)

@@ -22,12 +22,7 @@ def main(arguments: list[str]) -> int:
     split, batch = config["split"], config["batch"]
     if split not in SPLITS:
         raise Mistake(f"split={split}: choose {', '.join(SPLITS)}")
-    for key, value in batch.items():
-        if value < 1:
-            raise Mistake(f"batch.{key}={value}: must be at least 1")
-    on = make.device(config["machine"]["device"])
-    make.set_threads(config["machine"]["threads"])
-    make.keep_memory()
+    on = make.ready_to_read(config)
     trained = load(config["run"], str(config["checkpoint"]), on)
     settings = trained.config | {"data": config["data"]}
     # The token ids it was trained on, if they are there: then the text itself may have gone or changed.

@@ -60,12 +60,7 @@ def main(arguments: list[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter still gets the rest
     batch = config["batch"]
-    for key, value in batch.items():
-        if value < 1:
-            raise Mistake(f"batch.{key}={value}: must be at least 1")
-    on = make.device(config["machine"]["device"])
-    make.set_threads(config["machine"]["threads"])
-    make.keep_memory()
+    on = make.ready_to_read(config)
     trained = load(config["run"], str(config["checkpoint"]), on)
     total = Sums()
     for sentences in _groups(_sentences(config["file"]), batch["sentences"]):
