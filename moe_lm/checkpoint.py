@@ -4,7 +4,6 @@ checkpoints/0000001000/model.safetensors  optimizer.safetensors  state.json
 """
 
 import json
-import os
 import shutil
 from hashlib import blake2b
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from moe_lm.files import sync
 from moe_lm.mistake import Mistake
 
 FORMAT = 2
@@ -40,9 +40,9 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, state:
         record = {"format": FORMAT, "checksum": _checksum_of(state), "state": state}
         (partial / "state.json").write_text(json.dumps(record, indent=1))
         for path in partial.iterdir():
-            _flush(path)
+            sync(path)
         partial.rename(final)
-        _flush(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise Mistake(f"cannot write checkpoint {final}: {error}; earlier checkpoints are untouched") from error
@@ -142,11 +142,3 @@ def _checksum(file: Path) -> str:
 
 def _checksum_of(state: dict) -> str:
     return blake2b(json.dumps(state).encode(), digest_size=16).hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

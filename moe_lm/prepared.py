@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from moe_lm.corpus import SPLITS, Corpus
+from moe_lm.files import sync
 from moe_lm.mistake import Mistake
 from moe_lm.split_writer import DTYPES, SplitWriter, statistics_line, unigram_perplexity
 from moe_lm.vocabulary import Vocabulary, VocabularyRecipe
@@ -156,24 +157,16 @@ def _make(corpus, recipe, folder: Path, inputs: dict, say: Callable[[str], None]
         record["files"] = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
         (temporary / "data.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
         for path in [*temporary.iterdir(), temporary]:
-            _sync(path)
+            sync(path)
         replaced = temporary.with_name(f"{temporary.name}-replaced")
         if folder.exists():
             folder.rename(replaced)
         temporary.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
         if replaced.exists():
             shutil.rmtree(replaced)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write(corpus, recipe, folder: Path, say: Callable[[str], None], progress: bool) -> dict:

@@ -4,7 +4,6 @@ runs/<name>/config.yaml  metrics.jsonl  checkpoints/<step>/  vocabulary/  result
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import yaml
 from filelock import FileLock, Timeout
 
+from moe_lm.files import write_text
 from moe_lm.mistake import Mistake
 
 IDENTITY = ("model", "corpus", "vocabulary", "batch", "softmax", "optimizer", "schedule", "balance", "seed")
@@ -144,13 +144,3 @@ def flatten(config: object, prefix: str = "") -> dict[str, object]:
     for key, value in config.items():
         flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file at once: a crash leaves the old one or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)

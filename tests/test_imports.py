@@ -29,7 +29,7 @@ ORDER = [
     ["prepared"],
     ["split_writer"],
     ["vocabulary", "corpus", "schedule", "run"],
-    ["mistake"],
+    ["files", "mistake"],
     ["__init__"],
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -14,8 +14,8 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from omegaconf import DictConfig, OmegaConf
 
 from moe_lm.commands.configuration import choices, composed, default_name, folder, parse, preset_of, quoted
+from moe_lm.files import write_text
 from moe_lm.mistake import Mistake
-from moe_lm.run import write_text
 
 HELP = "train every model of a study, or of a grid (-m model=moe_4,moe_32 seed=1,2)"
 OWN_KEYS = ("study", "runs", "parallel")
