@@ -11,16 +11,16 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from moe_lm.files import sync
 from moe_lm.mistake import Mistake
+from moe_lm.optimizer import Together
 
 FORMAT = 2
 _PARTS = ("model", "optimizer")
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, state: dict) -> Path:
+def save(folder: Path, step: int, model: nn.Module, optimizer: Together, state: dict) -> Path:
     """Write the checkpoint of this step; a crash at any moment leaves the earlier ones as they were.
 
     Raises `Mistake` where it cannot be written (disk full, read-only).
@@ -93,24 +93,24 @@ def load_model(path: Path, model: nn.Module) -> None:
     model.load_state_dict(tensors)
 
 
-def load_optimizer(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
+def load_optimizer(path: Path, model: nn.Module, optimizer: Together) -> None:
     """Fill the optimizer's state, tensor by tensor under the parameters' names."""
-    tensors = _load(path, "optimizer")
-    index = {name: i for i, (name, _) in enumerate(model.named_parameters())}
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+    parameters = dict(model.named_parameters())
+    state: dict[nn.Parameter, dict[str, Tensor]] = {}
+    for key, tensor in _load(path, "optimizer").items():
         kind, _, name = key.partition("/")
-        if name not in index:
+        if name not in parameters:
             raise _damaged(path, f"optimizer state of an unknown parameter {name}")
-        state.setdefault(index[name], {})[kind] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        state.setdefault(parameters[name], {})[kind] = tensor
+    optimizer.load(state)
 
 
-def _flatten(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+def _flatten(model: nn.Module, optimizer: Together) -> dict[str, Tensor]:
+    state = optimizer.state
     return {
         f"{kind}/{name}": value.detach()
         for name, parameter in model.named_parameters()
-        for kind, value in optimizer.state[parameter].items()
+        for kind, value in state.get(parameter, {}).items()
     }
 
 

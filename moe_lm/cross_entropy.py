@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+_LEAST_ROWS = 1024
+"""Tokens a block of exact evaluation, where there are as many: enough for a product to be worth its reading."""
+
 
 def summed_nats(
     hidden_TD: Tensor, weight_CD: Tensor, bias_C: Tensor, true_T: Tensor, hit_T: Tensor, max_logits: int
@@ -24,16 +27,33 @@ def summed_nats(
 
 @torch.no_grad()
 def exact_nats(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor, target_T: Tensor, max_logits: int) -> Tensor:
-    """Return each token's -log p(target) over all V words, float64 (T,)."""
+    """Return each token's -log p(target) over all V words, float64 (T,); at most `max_logits` logits at a time."""
     nats_T = hidden_TD.new_zeros(hidden_TD.shape[0], dtype=torch.float64)
-    rows = max(1, max_logits // weight_VD.shape[0])
+    # A block of few tokens would read the whole of a large vocabulary's matrix again and again.
+    rows = min(max(1, max_logits // weight_VD.shape[0], _LEAST_ROWS), max_logits)
     with torch.autocast(hidden_TD.device.type, enabled=False):
         for first in range(0, hidden_TD.shape[0], rows):
             block = slice(first, first + rows)
-            logits = torch.addmm(bias_V, hidden_TD[block].to(weight_VD.dtype), weight_VD.t())
-            true = logits.gather(1, target_T[block].unsqueeze(1)).squeeze(1)
-            nats_T[block] = logits.logsumexp(dim=1).double() - true.double()
+            hidden = hidden_TD[block].to(weight_VD.dtype)
+            nats_T[block] = _block_nats(hidden, weight_VD, bias_V, target_T[block], max(1, max_logits // rows))
     return nats_T
+
+
+def _block_nats(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor, target_T: Tensor, columns: int) -> Tensor:
+    """Walk over the vocabulary, `columns` words at a time, adding up the words' exponentials in log space."""
+    log_sum_T = hidden_TD.new_full((hidden_TD.shape[0],), -torch.inf, dtype=torch.float64)
+    true_T = torch.zeros_like(log_sum_T)
+    for first in range(0, weight_VD.shape[0], columns):
+        block = slice(first, first + columns)
+        logits = torch.addmm(bias_V[block], hidden_TD, weight_VD[block].t())
+        place_T = target_T - first
+        inside_T = (place_T >= 0) & (place_T < logits.shape[1])
+        own_T = logits.gather(1, place_T.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
+        true_T = torch.where(inside_T, own_T.double(), true_T)
+        top_T1 = logits.amax(dim=1, keepdim=True)
+        block_T = logits.sub_(top_T1).exp_().sum(dim=1).log().double() + top_T1.squeeze(1).double()
+        log_sum_T = torch.logaddexp(log_sum_T, block_T)
+    return log_sum_T - true_T
 
 
 class _SummedNats(torch.autograd.Function):

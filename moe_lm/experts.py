@@ -3,12 +3,14 @@
 Shape suffixes: A assignments, D width, H expert hidden, E experts.
 """
 
+import itertools
 import math
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class Experts(nn.Module):
@@ -16,6 +18,8 @@ class Experts(nn.Module):
 
     def __init__(self, *, width: int, hidden: int, num_experts: int):
         super().__init__()
+        self.recompute = False
+        """Whether the hidden activations h_AH are made anew in the backward pass instead of kept (Appendix D)."""
         self.w1_EDH = nn.Parameter(torch.empty(num_experts, width, hidden))
         self.w2_EHD = nn.Parameter(torch.empty(num_experts, hidden, width))
         initialize_(self.w1_EDH, math.sqrt(2 / width))
@@ -29,8 +33,10 @@ class Experts(nn.Module):
         ends_E = torch.searchsorted(expert_A, every_E, right=True)
         aligned = width % 8 == 0 and hidden % 8 == 0  # grouped GEMM wants rows of 16 bytes
         if aligned and x_AD.is_cuda and torch.is_autocast_enabled("cuda"):
-            return grouped_products(x_AD, ends_E, self.w1_EDH, self.w2_EHD, torch.get_autocast_dtype("cuda"))
-        return _LoopedProducts.apply(x_AD, ends_E, self.w1_EDH, self.w2_EHD)
+            dtype = torch.get_autocast_dtype("cuda")
+            return grouped_products(x_AD, ends_E, self.w1_EDH, self.w2_EHD, dtype, recompute=self.recompute)
+        products = _RecomputedProducts if self.recompute else _LoopedProducts
+        return products.apply(x_AD, ends_E, self.w1_EDH, self.w2_EHD)
 
     def operations_per_row(self) -> int:
         """Multiply-adds one expert costs for one token."""
@@ -43,11 +49,29 @@ def initialize_(weight: Tensor, deviation: float) -> None:
     nn.init.uniform_(weight, -bound, bound)
 
 
-def grouped_products(x_AD: Tensor, ends_E: Tensor, w1_EDH: Tensor, w2_EHD: Tensor, dtype: torch.dtype) -> Tensor:
-    """Both products as grouped GEMM: no launch per expert and no wait for the counts."""
-    offsets_E = ends_E.to(torch.int32)
-    h_AH = F.grouped_mm(x_AD.to(dtype), w1_EDH.to(dtype), offs=offsets_E).relu()
-    return F.grouped_mm(h_AH, w2_EHD.to(dtype), offs=offsets_E)
+def recompute_hidden(model: nn.Module, on: bool) -> None:
+    """Set for all experts of a model whether their hidden activations are made anew in the backward pass."""
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.recompute = on
+
+
+def grouped_products(
+    x_AD: Tensor, ends_E: Tensor, w1_EDH: Tensor, w2_EHD: Tensor, dtype: torch.dtype, *, recompute: bool = False
+) -> Tensor:
+    """Both products as grouped GEMM: no launch per expert and no wait for the counts.
+
+    `recompute` keeps the arguments alone for the backward pass, neither h_AH nor anything cast to `dtype`.
+    """
+    arguments = x_AD, ends_E.to(torch.int32), w1_EDH, w2_EHD, dtype
+    if recompute:
+        return checkpoint(_grouped, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return _grouped(*arguments)
+
+
+def _grouped(x_AD: Tensor, ends_E: Tensor, w1_EDH: Tensor, w2_EHD: Tensor, dtype: torch.dtype) -> Tensor:
+    h_AH = F.grouped_mm(x_AD.to(dtype), w1_EDH.to(dtype), offs=ends_E).relu()
+    return F.grouped_mm(h_AH, w2_EHD.to(dtype), offs=ends_E)
 
 
 class _LoopedProducts(torch.autograd.Function):
@@ -90,6 +114,57 @@ class _LoopedProducts(torch.autograd.Function):
         for x, grad_h, grad_w in zip(x_AD.split(sizes), grad_h_parts, grad_w1_EDH.unbind(), strict=True):
             torch.mm(x.t(), grad_h, out=grad_w)
         return grad_x_AD, None, grad_w1_EDH, grad_w2_EHD
+
+
+class _RecomputedProducts(torch.autograd.Function):
+    """The same results bit for bit without h_AH: only x_AD is kept, and one expert's hidden rows exist at a time."""
+
+    @staticmethod
+    def forward(ctx, x_AD, ends_E, w1_EDH, w2_EHD):
+        sizes = _sizes(ends_E)
+        y_AD = torch.empty_like(x_AD)
+        h_parts = _parts_in_one_place(x_AD, sizes, w1_EDH.shape[2])
+        weights = zip(w1_EDH.unbind(), w2_EHD.unbind(), strict=True)
+        for x, (w1, w2), h, y in zip(x_AD.split(sizes), weights, h_parts, y_AD.split(sizes), strict=True):
+            torch.mm(x, w1, out=h)
+            torch.mm(h.relu_(), w2, out=y)
+        ctx.save_for_backward(x_AD, w1_EDH, w2_EHD)
+        ctx.sizes = sizes
+        return y_AD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_AD):
+        x_AD, w1_EDH, w2_EHD = ctx.saved_tensors
+        sizes, hidden, grad_AD = ctx.sizes, w1_EDH.shape[2], grad_AD.contiguous()
+        grad_x_AD = torch.empty_like(x_AD)
+        grad_w1_EDH, grad_w2_EHD = torch.empty_like(w1_EDH), torch.empty_like(w2_EHD)
+        rows = zip(x_AD.split(sizes), grad_AD.split(sizes), grad_x_AD.split(sizes), strict=True)
+        hidden_rows = zip(*(_parts_in_one_place(x_AD, sizes, hidden) for _ in range(2)), strict=True)
+        weights = zip(w1_EDH.unbind(), w2_EHD.unbind(), grad_w1_EDH.unbind(), grad_w2_EHD.unbind(), strict=True)
+        for (x, grad, grad_x), (h, grad_h), (w1, w2, grad_w1, grad_w2) in zip(rows, hidden_rows, weights, strict=True):
+            torch.mm(x, w1, out=h).relu_()
+            torch.mm(h.t(), grad, out=grad_w2)
+            torch.mm(grad, w2.t(), out=grad_h)
+            torch.ops.aten.threshold_backward.grad_input(grad_h, h, 0, grad_input=grad_h)
+            torch.mm(grad_h, w1.t(), out=grad_x)
+            torch.mm(x.t(), grad_h, out=grad_w1)
+        return grad_x_AD, None, grad_w1_EDH, grad_w2_EHD
+
+
+def _parts_in_one_place(x_AD: Tensor, sizes: list[int], hidden: int) -> list[Tensor]:
+    """Return each expert's (rows, hidden) as a view of the same memory, as large as the largest.
+
+    A product's last bits depend on how its memory is aligned, so each view lies as far behind a multiple of 64 bytes
+    (a cache line, at which torch's memory begins) as the expert's slice of a whole h_AH would.
+    """
+    line = 64 // x_AD.element_size()
+    memory = x_AD.new_empty(max(sizes) * hidden + line)
+    starts = itertools.accumulate(sizes, initial=0)
+    return [
+        memory.as_strided((size, hidden), (hidden, 1), start * hidden % line)
+        for size, start in zip(sizes, starts, strict=False)
+    ]
 
 
 def _sizes(ends_E: Tensor) -> list[int]:

@@ -2,11 +2,12 @@
 
 import netrc
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from moe_lm.gate import Gating
 from moe_lm.run import Run
 
 
@@ -28,16 +29,14 @@ class Interval:
         return {name: float(value) for name, value in self._sums.items()}
 
 
-def balance_figures(statistics: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return CV(importance), CV(load) and max/mean load, averaged over the gated layers."""
-    if not statistics:
-        return {}
+def balance_figures(gatings: Iterable[Gating]) -> dict[str, Tensor]:
+    """Return CV(importance), CV(load) and max/mean load of the global batch, averaged over the gated layers."""
     rows = [
-        torch.stack([_variation(part["importance_E"]), _variation(part["load_E"]), _peak(part["load_E"])])
-        for part in statistics.values()
+        torch.stack([_variation(gating.importance_E), _variation(gating.load_E), _peak(gating.load_E)])
+        for gating in gatings
     ]
     names = ("cv_importance", "cv_load", "max_over_mean_load")
-    return dict(zip(names, torch.stack(rows).mean(dim=0), strict=True))
+    return dict(zip(names, torch.stack(rows).mean(dim=0), strict=True)) if rows else {}
 
 
 def _variation(x_E: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from moe_lm.batches import MicroBatch
 from moe_lm.gate import Gating
 from moe_lm.layer import Layer
 from moe_lm.mistake import Mistake
+from moe_lm.rows import take_rows
 from moe_lm.softmax import Softmax
 
 
@@ -45,7 +46,7 @@ class LanguageModel(nn.Module):
     def hidden(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Gating]]:
         """Return the last layer's states and the gatings."""
         gatings = {}
-        x_TD = F.dropout(F.embedding(batch.input_T, self.embedding_VD), self.dropout, self.training)
+        x_TD = F.dropout(take_rows(self.embedding_VD, batch.input_T), self.dropout, self.training)
         for name, layer in self.layers.items():
             y_TD, gating = layer(x_TD, batch.sentences)
             x_TD = x_TD + F.dropout(y_TD, self.dropout, self.training)

@@ -1,7 +1,6 @@
 """What training minimises: nats per predicted word of the global batch plus the weighted balance losses."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -47,7 +46,9 @@ class Objective:
 
 def statistics(gatings: Mapping[str, Gating]) -> Statistics:
     """Return the additive statistics of each gated layer, detached."""
-    return {layer: {name: x.detach() for name, x in _additive(gating).items()} for layer, gating in gatings.items()}
+    return {
+        layer: {name: x.detach() for name, x in gating.statistics().items()} for layer, gating in gatings.items()
+    }
 
 
 def add(total: Statistics | None, more: Statistics) -> Statistics:
@@ -57,12 +58,6 @@ def add(total: Statistics | None, more: Statistics) -> Statistics:
     return {layer: {name: total[layer][name] + x for name, x in part.items()} for layer, part in more.items()}
 
 
-def _additive(gating: Gating) -> dict[str, Tensor]:
-    return {"importance_E": gating.importance_E, "load_E": gating.load_E, **gating.sums}
-
-
 def _with_global_values(gating: Gating, values: Mapping[str, Tensor]) -> Gating:
-    own = _additive(gating)
-    mixed = {name: values[name] + (x - x.detach()) for name, x in own.items()}
-    first, load = mixed.pop("importance_E"), mixed.pop("load_E")
-    return replace(gating, importance_E=first, load_E=load, sums=mixed)
+    """Return the gating with global values whose gradient is that of its own."""
+    return gating.with_statistics({name: values[name] + (x - x.detach()) for name, x in gating.statistics().items()})

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from moe_lm import checkpoint
@@ -18,6 +18,7 @@ from moe_lm.mistake import Mistake
 from moe_lm.model import LanguageModel
 from moe_lm.objective import Objective, Statistics, add, statistics
 from moe_lm.operations import flops_per_word
+from moe_lm.optimizer import Together
 from moe_lm.perplexity import Measured
 from moe_lm.progress import Progress, Settings
 from moe_lm.run import Run
@@ -31,7 +32,7 @@ class Trainer:
         *,
         model: LanguageModel,
         objective: Objective,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Together,
         peak_rate: float,
         clip_norm: float,
         schedule: Callable[[int], float],
@@ -113,14 +114,15 @@ class Trainer:
             terms = {name: terms.get(name, 0.0) + shares[i] * value for name, value in values.items()}
             total += nats.detach()
             seen = add(seen, statistics(gatings))
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm, foreach=True)
+        norm = self.optimizer.clip(self.clip_norm)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         progress.step += 1
         progress.words += num_words
         progress.tokens += sum(len(batch.target_T) for batch in micro_batches)
         self._interval.add(steps=1, words=num_words, nats=total, grad_norm=norm)
-        self._interval.add(**balance_figures(seen), **{f"balance_{name}": value for name, value in terms.items()})
+        whole = [gating.with_statistics(seen[layer]) for layer, gating in gatings.items()]
+        self._interval.add(**balance_figures(whole), **{f"balance_{name}": value for name, value in terms.items()})
         return num_words
 
     @torch.no_grad()

@@ -13,17 +13,18 @@ from torch import nn
 
 from moe_lm import checkpoint
 from moe_lm.mistake import Mistake
+from moe_lm.optimizer import Together
 
 CHECKPOINT = Path("runs/tiny/checkpoints/0000000012")
 EVALUATE = ("evaluate", "run=runs/tiny")
 MORE = ("train", *with_overrides(list(TRAINING), "training.num_words=3000"))
 
 
-def small() -> tuple[nn.Module, torch.optim.Optimizer]:
+def small() -> tuple[nn.Module, Together]:
     """A model and an Adam that has made a step."""
     torch.manual_seed(1)
     model = nn.Linear(3, 2)
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    optimizer = Together([torch.optim.Adam(model.parameters(), fused=True)])
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     return model, optimizer

@@ -4,11 +4,17 @@ Shape suffixes: A assignments, D width, H hidden, E experts.
 """
 
 import math
+from collections import Counter
 
 import pytest
 import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from moe_lm.experts import Experts, grouped_products
+from moe_lm.experts import Experts, grouped_products, recompute_hidden
 
 WIDTH, HIDDEN = 8, 12
 COUNTS = [[3, 0, 5, 1], [0, 0, 7, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0, 4, 0, 9], [6]]
@@ -26,10 +32,36 @@ def nan_memory():
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
-def make(counts, dtype=torch.float64):
+class Made(TorchDispatchMode):
+    """Counts the operations within and notes the memory behind every tensor that they make."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self._bytes = Counter(), []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func] += 1
+        result = func(*args, **(kwargs or {}))
+        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in known:
+                storage = tensor.untyped_storage()
+                self._bytes.append((StorageWeakRef(storage), storage.nbytes()))
+        return result
+
+    def largest(self):
+        """The most bytes that any had."""
+        return max(nbytes for _, nbytes in self._bytes)
+
+    def alive(self):
+        """The bytes of those that are still there."""
+        return sum(nbytes for storage, nbytes in self._bytes if not storage.expired())
+
+
+def make(counts, dtype=torch.float64, width=WIDTH, hidden=HIDDEN):
     torch.manual_seed(0)
-    experts = Experts(width=WIDTH, hidden=HIDDEN, num_experts=len(counts)).to(dtype)
-    x_AD = torch.randn(sum(counts), WIDTH, dtype=dtype).requires_grad_()
+    experts = Experts(width=width, hidden=hidden, num_experts=len(counts)).to(dtype)
+    x_AD = torch.randn(sum(counts), width, dtype=dtype).requires_grad_()
     expert_A = torch.tensor([e for e, count in enumerate(counts) for _ in range(count)], dtype=torch.int64)
     return experts, x_AD, expert_A
 
@@ -61,13 +93,14 @@ def test_experts_equal_one_row_at_a_time(counts, nan_memory):
             assert (got[2][e] == 0).all()
 
 
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
-def test_grouped_products_equal_one_row_at_a_time(counts, nan_memory):
+def test_grouped_products_equal_one_row_at_a_time(counts, recompute, nan_memory):
     """The grouped GEMM of a GPU, run in float32 on the CPU, agrees with the loop, with empty groups too."""
     experts, x_AD, expert_A = make(counts, torch.float32)
     inputs = (x_AD, experts.w1_EDH, experts.w2_EHD)
     ends_E = torch.tensor(counts).cumsum(0)
-    got_AD = grouped_products(x_AD, ends_E, experts.w1_EDH, experts.w2_EHD, torch.float32)
+    got_AD = grouped_products(x_AD, ends_E, experts.w1_EDH, experts.w2_EHD, torch.float32, recompute=recompute)
     want_AD = by_row(x_AD, expert_A, *inputs[1:])
     torch.testing.assert_close(got_AD, want_AD, rtol=1e-5, atol=1e-5)
     for mine, theirs in zip(gradients(got_AD, inputs), gradients(want_AD, inputs), strict=True):
@@ -97,6 +130,97 @@ def test_a_transposed_gradient_is_no_trouble():
     want = torch.autograd.grad((by_row(x_AD, expert_A, *inputs[1:]).t() * factor_DA).sum(), inputs)
     for mine, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("width", "hidden"), [(WIDTH, HIDDEN), (33, 7), (64, 130)])
+@pytest.mark.parametrize("counts", [*COUNTS, [17, 1, 0, 40, 3, 9, 2]], ids=str)
+def test_recomputation_changes_no_bit(counts, width, hidden, dtype, nan_memory):
+    """Must hold: outputs and gradients are equal, also where an expert's rows begin amid a cache line."""
+    experts, x_AD, expert_A = make(counts, dtype, width, hidden)
+    results = []
+    for on in (False, True):
+        recompute_hidden(experts, on)
+        y_AD = experts(x_AD, expert_A)
+        results.append([y_AD, *gradients(y_AD, (x_AD, experts.w1_EDH, experts.w2_EHD))])
+    for kept, recomputed in zip(*results, strict=True):
+        assert torch.equal(kept, recomputed)
+
+
+def saved_bytes(run):
+    """What autograd is given to keep, in bytes."""
+    seen = []
+    with saved_tensors_hooks(lambda tensor: seen.append(tensor.nbytes) or tensor, lambda tensor: tensor):
+        run()
+    return sum(seen)
+
+
+def test_recomputation_keeps_no_hidden_activations():
+    """Kept are x_AD and the weights; without recomputation h_AH too, and h_AH is all that differs."""
+    experts, x_AD, expert_A = make([9, 3, 0, 8], torch.float32)
+    inputs = x_AD.nbytes + experts.w1_EDH.nbytes + experts.w2_EHD.nbytes
+    assert saved_bytes(lambda: experts(x_AD, expert_A)) == inputs + 4 * 20 * HIDDEN
+    recompute_hidden(experts, True)
+    assert saved_bytes(lambda: experts(x_AD, expert_A)) == inputs
+
+
+def alive_after(run):
+    """The bytes that a forward pass leaves behind for its backward pass, beside its inputs and its result."""
+    with Made() as made:
+        y_AD = run()
+    return made.alive() - y_AD.nbytes
+
+
+def test_recomputation_leaves_nothing_behind():
+    """Memory itself: h_AH stays without recomputation, nothing with it; of grouped products the casts go too."""
+    counts, rows, hidden = [9, 3, 0, 8], 20, 16
+    experts, x_AD, expert_A = make(counts, torch.float32, hidden=hidden)
+    w1_EDH, w2_EHD, ends_E = experts.w1_EDH, experts.w2_EHD, torch.tensor(counts).cumsum(0)
+    looped, grouped = {}, {}
+    for on in (False, True):
+        recompute_hidden(experts, on)
+        looped[on] = alive_after(lambda: experts(x_AD, expert_A))
+        grouped[on] = alive_after(
+            lambda on=on: grouped_products(x_AD, ends_E, w1_EDH, w2_EHD, torch.bfloat16, recompute=on)
+        )
+    assert looped == {False: 4 * rows * hidden, True: 0}
+    ends = 4 * len(counts)
+    casts = 2 * (x_AD.numel() + w1_EDH.numel() + w2_EHD.numel())
+    assert grouped == {False: 2 * rows * hidden + casts + ends, True: ends}
+
+
+def test_recomputation_never_holds_all_hidden_activations():
+    """Neither pass makes anything of A H numbers: an expert's share of h and of its gradient at a time."""
+    counts = [30] * 10
+    experts, x_AD, expert_A = make(counts, torch.float32, width=4, hidden=16)
+    largest = {}
+    for on in (False, True):
+        recompute_hidden(experts, on)
+        with Made() as made:
+            experts(x_AD, expert_A).sum().backward()
+        largest[on] = made.largest()
+    assert largest == {False: 4 * 300 * 16, True: 4 * 300 * 4}
+
+
+def test_grouped_products_recompute_one_product():
+    """One product more than without, for the hidden activations; the second product is not repeated."""
+    experts, x_AD, _ = make([9, 3, 0, 8], torch.float32)
+    inputs, ends_E = (x_AD, experts.w1_EDH, experts.w2_EHD), torch.tensor([9, 12, 12, 20])
+    calls = {}
+    for on in (False, True):
+        with Made() as made:
+            gradients(grouped_products(x_AD, ends_E, *inputs[1:], torch.float32, recompute=on), inputs)
+        calls[on] = made.calls[torch.ops.aten._grouped_mm.default]
+    assert calls == {False: 6, True: 7}
+
+
+def test_recomputation_is_set_for_every_layer():
+    """All experts of a model, on and off; off is where they begin."""
+    model = nn.ModuleDict({name: Experts(width=2, hidden=3, num_experts=4) for name in ("lower", "upper")})
+    assert [layer.recompute for layer in model.values()] == [False, False]
+    for on in (True, False):
+        recompute_hidden(model, on)
+        assert [layer.recompute for layer in model.values()] == [on, on]
 
 
 def test_two_matrices_without_biases_and_their_spread():

@@ -1,7 +1,9 @@
 """The objective over several micro-batches against the objective of the batch in one piece.
 
-Shape suffixes: T tokens, D width, E experts.
+Shape suffixes: T tokens, D width, G groups, E experts (with G, of a group).
 """
+
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from moe_lm.balance.importance import Importance
 from moe_lm.balance.load import Load
 from moe_lm.gate import Gating
 from moe_lm.gate.noisy_top_k import NoisyTopK
+from moe_lm.layer.hierarchical_moe import HierarchicalMoE
 from moe_lm.objective import Objective, add, statistics
+from moe_lm.sentences import Sentences
 
 WIDTH, NUM_EXPERTS, NUM_WORDS = 4, 6, 50
 CUTS = [slice(0, 7), slice(7, 8), slice(8, 40)]
@@ -177,3 +181,94 @@ def test_a_loss_reads_further_sums_globally():
     assert (loss.item(), float(terms["z"])) == (200.0, 100.0)
     loss.backward()
     assert x_E.grad.tolist() == [40.0, 40.0]
+
+
+GROUPS, OF_GROUP = 3, 4
+PIECES = [[slice(0, 40)], [slice(0, 15), slice(15, 40)], CUTS]
+
+
+@pytest.fixture
+def hierarchical(monkeypatch):
+    """A hierarchical layer, 40 tokens, and its pass over some of their rows with the noise of each (token, group)."""
+    torch.manual_seed(0)
+    gate = partial(NoisyTopK, noise_epsilon=0.01)
+    sizes = {"width": WIDTH, "hidden": 5, "num_experts": GROUPS * OF_GROUP, "num_groups": GROUPS, "k": 2}
+    layer = HierarchicalMoE(**sizes, primary_gate=gate, gate=gate).double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
+    x_TD, noise_TG = torch.randn(40, WIDTH).double(), torch.randn(40, GROUPS).double()
+    noise_TGE = torch.randn(40, GROUPS, OF_GROUP).double()
+    draws = []
+    monkeypatch.setattr(torch, "randn_like", lambda x: draws.pop())
+
+    def passed_over(rows):
+        draws[:] = [noise_TG[rows]]
+        hook = layer.primary_gate.register_forward_hook(
+            lambda module, given, primary: draws.append(noise_TGE[rows][primary.token_A, primary.expert_A])
+        )
+        part_TD = x_TD[rows]
+        y_TD, gating = layer(part_TD, Sentences(len(part_TD), 1, None))
+        hook.remove()
+        return (y_TD * part_TD).square().sum(), {"middle": gating}
+
+    return layer, passed_over
+
+
+def collected(passed_over, cuts):
+    """First pass: the sums of all pieces, without gradients."""
+    everywhere = None
+    for rows in cuts:
+        with torch.no_grad():
+            everywhere = add(everywhere, statistics(passed_over(rows)[1]))
+    return everywhere
+
+
+@pytest.mark.parametrize("cuts", PIECES, ids=len)
+def test_micro_batches_of_a_hierarchical_layer_add_up_to_the_batch(hierarchical, cuts):
+    """Losses and every gradient of both gates and the experts are those of the batch in one piece, also eq. 14's."""
+    layer, passed_over = hierarchical
+    nats, gatings = passed_over(slice(None))
+    loss, terms = OBJECTIVE(nats, NUM_WORDS, gatings)
+    want = torch.autograd.grad(loss, tuple(layer.parameters()))
+    assert all(grad.abs().max() > 1e-3 for grad in want)
+    everywhere, total = collected(passed_over, cuts), 0.0
+    for rows in cuts:
+        nats, gatings = passed_over(rows)
+        part, values = OBJECTIVE(nats, NUM_WORDS, gatings, everywhere)
+        part.backward()
+        total += nats.item() / NUM_WORDS
+        for name, value in terms.items():
+            assert float(values[name]) == pytest.approx(float(value), rel=1e-12)
+    weighted = 3 * float(terms["importance"]) + 5 * float(terms["load"])
+    assert total + weighted == pytest.approx(loss.item(), rel=1e-12)
+    for parameter, theirs in zip(layer.parameters(), want, strict=True):
+        torch.testing.assert_close(parameter.grad, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_hierarchical_load_is_not_additive_but_its_sums_are(hierarchical):
+    """Eq. 14 of the batch is not the sum of the micro-batches' loads; made of the added sums, it is exact."""
+    _, passed_over = hierarchical
+    whole = passed_over(slice(None))[1]["middle"]
+    parts = [passed_over(rows)[1]["middle"] for rows in CUTS]
+    apart_E = sum(part.load_E for part in parts)
+    assert (apart_E - whole.load_E).abs().max() > 0.1
+    everywhere = collected(passed_over, CUTS)["middle"]
+    assert set(everywhere) == {"importance_E", "primary_load_G", "secondary_load_E", "num_received_G"}
+    for part in parts:
+        together = part.with_statistics(everywhere)
+        torch.testing.assert_close(together.load_E, whole.load_E, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(together.importance_E, whole.importance_E, rtol=1e-12, atol=1e-12)
+        assert torch.equal(together.expert_A, part.expert_A)
+
+
+def test_hierarchical_micro_batches_alone_are_something_else(hierarchical):
+    """With the micro-batches' own statistics both gates' gradients differ widely: the exact sum is no accident."""
+    layer, passed_over = hierarchical
+    nats, gatings = passed_over(slice(None))
+    matrices = (*layer.primary_gate.parameters(), *layer.gate.parameters())
+    want = torch.autograd.grad(OBJECTIVE(nats, NUM_WORDS, gatings)[0], matrices)
+    for rows in CUTS:
+        nats, gatings = passed_over(rows)
+        OBJECTIVE(nats, NUM_WORDS, gatings)[0].backward()
+    assert all((p.grad - w).norm() > 0.1 * w.norm() for p, w in zip(matrices, want, strict=True))

@@ -1,4 +1,4 @@
-"""Operations, parameters and FLOPs against Table 7, and against torch's own count of matrix products."""
+"""Operations, parameters and FLOPs, summed up by hand (test_tables: against the paper) and as torch counts products."""
 
 from functools import partial
 
@@ -25,26 +25,6 @@ from moe_lm.prepared import Split
 from moe_lm.softmax.full import FullSoftmax
 
 WIDTH, SIZE, NUM_TOKENS = 8, 30, 12
-TABLE_7 = [
-    # preset, ops/timestep (M), parameters without embedding and softmax (M), total parameters (billions)
-    ("moe_4", 8.4, 8.4, 0.8),
-    ("moe_32", 8.4, 37.8, 0.9),
-    ("moe_256", 8.6, 272.9, 1.1),
-    ("moe_1_wide", 8.4, 8.4, 0.8),
-    ("moe_1_deep", 8.4, 8.4, 0.8),
-    ("lstm_4x512", 8.4, 8.4, 0.8),
-]
-
-
-@pytest.mark.parametrize(("preset", "operations", "parameters", "billions"), TABLE_7)
-def test_presets_have_the_figures_of_table_7(preset, operations, parameters, billions):
-    """Each preset's operations and parameters, with the paper's vocabulary, are the printed ones to their digits."""
-    with torch.device("meta"):
-        model = build_model(resolved(composed("train", [f"model={preset}"])), 793_471)
-    # MoE-256 has 8.65 M operations, which the paper prints as 8.6.
-    assert operations_per_timestep(model) / 1e6 == pytest.approx(operations, abs=0.051)
-    assert round(parameters_without_embedding_and_softmax(model) / 1e6, 1) == parameters
-    assert round(parameters_total(model) / 1e9, 1) == billions
 
 
 def test_figures_of_moe_256_to_the_number():

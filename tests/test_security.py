@@ -127,7 +127,7 @@ def test_the_targets_are_those_of_the_packaged_files():
     targets = packaged_targets()
     assert "moe_lm.layer.moe.MoE" in targets
     assert packaged_targets("layer") < targets
-    assert all(re.fullmatch(r"moe_lm(\.[a-z_]+)+\.[A-Z]\w+", target) for target in targets)
+    assert all(re.fullmatch(r"moe_lm(\.[a-z_0-9]+)+\.[A-Z]\w+", target) for target in targets)
 
 
 def test_build_refuses_without_running(tmp_path, monkeypatch):

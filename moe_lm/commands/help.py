@@ -17,7 +17,7 @@ def text(name: str, command: ModuleType) -> str:
     groups = sorted(path.name for path in folder().iterdir() if path.is_dir() and f"- {path.name}:" in source)
     if name == "sweep":
         groups = ["study"]
-    if name == "train":
+    if name in ("train", "describe"):
         groups += ["layer", "gate"]
     if groups:
         lines += ["", "Choices, and the keys each brings:"]

@@ -12,6 +12,7 @@ from moe_lm.commands import build as make
 from moe_lm.commands.configuration import composed, default_name, preset_of, resolved
 from moe_lm.commands.data import prepared_data
 from moe_lm.commands.result import measure_split, result_of, summary
+from moe_lm.experts import recompute_hidden
 from moe_lm.metrics import MetricsLog
 from moe_lm.mistake import Mistake
 from moe_lm.model import LanguageModel
@@ -75,7 +76,9 @@ def trainer_of(config: dict, data: Prepared, run: Run, on: torch.device) -> Trai
         raise Mistake(f"valid.max_sentences={config['valid']['max_sentences']}: must be at least 1")
     torch.manual_seed(config["seed"])
     model = make.build_model(config, vocabulary.size).to(on)
+    recompute_hidden(model, config["machine"]["recompute"])
     balance = {name: make.build(part) for name, part in config["balance"].items() if name != "exact"}
+    _check_losses(model, set(balance))
     recipe = make.build(config["optimizer"])
     batches = Batches(
         data.splits["train"],
@@ -108,6 +111,18 @@ def trainer_of(config: dict, data: Prepared, run: Run, on: torch.device) -> Trai
         fingerprint=data.fingerprint,
         settings=settings,
     )
+
+
+def _check_losses(model: LanguageModel, balance: set[str]) -> None:
+    """Refuse a gate that would never learn what it needs at evaluation."""
+    for name, layer in model.layers.items():
+        for module in layer.modules():
+            needed = getattr(module, "needs_loss", None)
+            if needed and needed not in balance:
+                raise Mistake(
+                    f"the gate of model.layers.{name} learns by the balance loss {needed}: "
+                    f"choose 'balance=[{','.join([*sorted(balance), needed])}]'"
+                )
 
 
 def _describe(model: LanguageModel, run: Run) -> None:

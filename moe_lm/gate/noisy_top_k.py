@@ -1,67 +1,76 @@
 """Noisy top-k gating (section 2.1, eq. 3-5) with the smooth load estimator (Appendix A, eq. 8-10).
 
-Shape suffixes: T tokens, D width, E experts, K experts a token, A = T*K assignments.
+Shape suffixes: T tokens, D width, E experts (of a group), K experts a token, A = T*K assignments, G groups.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_lm.gate import Gating
+from moe_lm.gate import Gating, checked_k
+from moe_lm.grouped_product import grouped_product
 from moe_lm.mistake import Mistake
 
 
 class NoisyTopK(nn.Module):
     """G(x) = Softmax(KeepTopK(x W_g + eps * (Softplus(x W_noise) + noise_epsilon), k)), noise in training only."""
 
-    def __init__(self, *, width: int, num_experts: int, k: int, noise_epsilon: float):
+    def __init__(
+        self, *, width: int, num_experts: int, k: int, noise_epsilon: float, num_groups: int | None = None
+    ):
         super().__init__()
-        if not 1 <= k <= num_experts:
-            raise Mistake(
-                f"model.k={k} experts a token of model.num_experts={num_experts}: "
-                "k must be at least 1 and at most num_experts"
-            )
         if not noise_epsilon > 0:
             raise Mistake(f"gate.noise_epsilon={noise_epsilon}: must be positive")
-        self.k = k
+        self.k, self.num_groups, self.num_experts = checked_k(k, num_experts), num_groups, num_experts
         self.noise_epsilon = noise_epsilon
         # Both start at zero, so that every expert is equally likely at first (Appendix A).
-        self.gate_DE = nn.Parameter(torch.zeros(width, num_experts))
-        self.noise_DE = nn.Parameter(torch.zeros(width, num_experts))
+        groups = () if num_groups is None else (num_groups,)
+        self.gate_DE = nn.Parameter(torch.zeros(*groups, width, num_experts))
+        self.noise_DE = nn.Parameter(torch.zeros(*groups, width, num_experts))
 
-    def forward(self, x_TD: Tensor) -> Gating:
+    def forward(self, x_TD: Tensor, group_T: Tensor | None = None) -> Gating:
         """Assign each token to its k experts; float32 arithmetic whatever the autocast type."""
         with torch.autocast(x_TD.device.type, enabled=False):
-            return self._gating(x_TD.to(self.gate_DE.dtype))
+            return self._gating(x_TD.to(self.gate_DE.dtype), group_T)
 
     def operations_per_timestep(self) -> int:
         """Both matrices: the paper's ops/timestep counts W_noise too."""
-        return self.gate_DE.numel() + self.noise_DE.numel()
+        return (self.gate_DE.numel() + self.noise_DE.numel()) // (self.num_groups or 1)
 
-    def _gating(self, x_TD: Tensor) -> Gating:
-        clean_TE = x_TD @ self.gate_DE
-        num_tokens, num_experts = clean_TE.shape
+    def _gating(self, x_TD: Tensor, group_T: Tensor | None) -> Gating:
+        clean_TE = _product(x_TD, self.gate_DE, group_T)
         noisy_TE, deviation_TE = clean_TE, None
         if self.training:
-            deviation_TE = F.softplus(x_TD @ self.noise_DE) + self.noise_epsilon
+            deviation_TE = F.softplus(_product(x_TD, self.noise_DE, group_T)) + self.noise_epsilon
             noisy_TE = clean_TE + torch.randn_like(clean_TE) * deviation_TE
-        top_TK, expert_TK = noisy_TE.topk(min(self.k + 1, num_experts), dim=1)
+        top_TK, expert_TK = noisy_TE.topk(min(self.k + 1, self.num_experts), dim=1)
         gate_TK = top_TK[:, : self.k].softmax(dim=1)
-        expert_A, order_A = expert_TK[:, : self.k].reshape(-1).sort(stable=True)
+        first_T1 = 0 if group_T is None else (group_T * self.num_experts).unsqueeze(1)
+        expert_A, order_A = (expert_TK[:, : self.k] + first_T1).reshape(-1).sort(stable=True)
         gate_A = gate_TK.reshape(-1).index_select(0, order_A)
-        if deviation_TE is None or self.k == num_experts:
-            load_E = clean_TE.new_zeros(num_experts).index_add(0, expert_A, torch.ones_like(gate_A.detach()))
+        zeros_E = clean_TE.new_zeros(self.num_experts * (self.num_groups or 1))
+        if deviation_TE is None or self.k == self.num_experts:
+            load_E = zeros_E.index_add(0, expert_A, torch.ones_like(gate_A.detach()))
         else:
-            load_E = probability_in_top_k(clean_TE, noisy_TE, deviation_TE, top_TK, self.k).sum(dim=0)
+            chance_TE = probability_in_top_k(clean_TE, noisy_TE, deviation_TE, top_TK, self.k)
+            load_E = chance_TE.sum(dim=0) if group_T is None else _sums_by_group(chance_TE, group_T, self.num_groups)
         return Gating(
             token_A=order_A // self.k,
             expert_A=expert_A,
             gate_A=gate_A,
-            num_tokens=num_tokens,
-            importance_E=clean_TE.new_zeros(num_experts).index_add(0, expert_A, gate_A),
+            num_tokens=x_TD.shape[0],
+            importance_E=zeros_E.index_add(0, expert_A, gate_A),
             load_E=load_E,
-            num_asked=num_tokens * self.k,
+            num_asked=x_TD.shape[0] * self.k,
         )
+
+
+def _product(x_TD: Tensor, weight: Tensor, group_T: Tensor | None) -> Tensor:
+    return x_TD @ weight if group_T is None else grouped_product(x_TD, weight, group_T)
+
+
+def _sums_by_group(x_TE: Tensor, group_T: Tensor, num_groups: int) -> Tensor:
+    return x_TE.new_zeros(num_groups, x_TE.shape[1]).index_add(0, group_T, x_TE).reshape(-1)
 
 
 def probability_in_top_k(clean_TE: Tensor, noisy_TE: Tensor, deviation_TE: Tensor, top_TK: Tensor, k: int) -> Tensor:

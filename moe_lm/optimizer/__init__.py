@@ -1,9 +1,13 @@
-"""What an optimizer recipe is: hyperparameters that become a torch optimizer once there is a model."""
+"""What an optimizer recipe is: hyperparameters that become optimizers once there is a model."""
 
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from moe_lm.rows import row_gradient
 
 
 class OptimizerRecipe(Protocol):
@@ -14,6 +18,60 @@ class OptimizerRecipe(Protocol):
     clip_norm: float
     """Largest norm of the whole gradient; longer gradients are scaled down to it."""
 
-    def build(self, model: nn.Module) -> Optimizer:
-        """Return the optimizer of all the model's parameters."""
+    def build(self, model: nn.Module) -> "Together":
+        """Return the optimizers of all the model's parameters."""
         ...
+
+    def gradient_bytes(self, name: str, parameter: Tensor, num_rows: int) -> int:
+        """Return what this parameter's gradient takes where a step touches `num_rows` rows of the vocabulary."""
+        ...
+
+    def state_bytes(self, name: str, parameter: Tensor) -> int:
+        """Return what the optimizer keeps for this parameter from step to step."""
+        ...
+
+
+class Together:
+    """Several torch optimizers, each with parameters of its own, as one."""
+
+    def __init__(self, parts: Sequence[Optimizer]):
+        self.parts = list(parts)
+
+    @property
+    def param_groups(self) -> list[dict]:
+        """Return the parameter groups of all parts; a rate written into them counts."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    @property
+    def state(self) -> dict[nn.Parameter, dict[str, Tensor]]:
+        """Return each parameter's state by name; a parameter without any is left out."""
+        return {parameter: state for part in self.parts for parameter, state in part.state.items()}
+
+    def load(self, state: Mapping[nn.Parameter, dict[str, Tensor]]) -> None:
+        """Take over the state that `state` returned."""
+        for part in self.parts:
+            parameters = [parameter for group in part.param_groups for parameter in group["params"]]
+            indexed = {i: state[parameter] for i, parameter in enumerate(parameters) if parameter in state}
+            part.load_state_dict({"state": indexed, "param_groups": part.state_dict()["param_groups"]})
+
+    @torch.no_grad()
+    def clip(self, norm: float) -> Tensor:
+        """Scale the whole gradient down to this norm if it is longer; return the norm that it had."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        rows = [touched.value_UD for parameter in parameters if (touched := row_gradient(parameter)) is not None]
+        whole = [parameter for parameter in parameters if parameter.grad is not None]
+        had = nn.utils.get_total_norm([*(parameter.grad for parameter in whole), *rows], foreach=True)
+        nn.utils.clip_grads_with_norm_(whole, norm, had, foreach=True)
+        for value in rows:
+            value.mul_((norm / (had + 1e-6)).clamp(max=1.0))  # as clip_grads_with_norm_ does
+        return had
+
+    def step(self) -> None:
+        """Update every parameter."""
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)

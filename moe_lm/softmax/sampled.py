@@ -8,10 +8,10 @@ import math
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from moe_lm.cross_entropy import exact_nats, summed_nats
 from moe_lm.mistake import Mistake
+from moe_lm.rows import take_rows
 
 
 class SampledSoftmax(nn.Module):
@@ -44,9 +44,9 @@ class SampledSoftmax(nn.Module):
         else:
             candidate_S, num_tries = (x.to(target_T.device) for x in draw_distinct(self.num_sampled, size, seed))
             log_count = _log_expected_count(torch.cat([candidate_S, target_T]), num_tries, size)
-        # One gather for both: its gradient is a whole (V, D) matrix.
+        # One gather for both: its gradient may be a whole (V, D) matrix.
         word = torch.cat([candidate_S, target_T])
-        rows, bias = F.embedding(word, self.weight_VD), self.bias_V.index_select(0, word)
+        rows, bias = take_rows(self.weight_VD, word), take_rows(self.bias_V, word)
         if log_count is not None:
             bias = bias - log_count.to(bias.dtype)
         num_candidates = len(candidate_S)

@@ -1,8 +1,9 @@
 """What every gate under configs/gate promises, found by its YAML; a new gate is tested by being there.
 
-Shape suffixes: T tokens, D width, E experts, A assignments.
+Shape suffixes: T tokens, D width, E experts, A assignments, G groups.
 """
 
+import inspect
 import os
 import shutil
 import subprocess
@@ -23,10 +24,18 @@ TOKEN_WISE = {"noisy_top_k"}
 """Gates known to decide about each token alone; of the others the additivity is tested where they turn out to."""
 
 
-def make(name, num_experts, train):
-    """The gate its YAML describes, with random parameters (a new gate's may all be zero)."""
-    config = OmegaConf.to_container(OmegaConf.load(folder() / "gate" / f"{name}.yaml"))
-    gate = build(config)(width=WIDTH, num_experts=num_experts, k=min(2, num_experts)).train(train)
+def partial_of(name):
+    """The gate as its YAML describes it, for the layer to complete."""
+    return build(OmegaConf.to_container(OmegaConf.load(folder() / "gate" / f"{name}.yaml")))
+
+
+GROUPED = [name for name in GATES if "num_groups" in inspect.signature(partial_of(name).func).parameters]
+"""Gates that can be the second level of a hierarchical mixture."""
+
+
+def make(name, num_experts, train, **groups):
+    """A gate with random parameters (a new gate's may all be zero)."""
+    gate = partial_of(name)(width=WIDTH, num_experts=num_experts, k=min(2, num_experts), **groups).train(train)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in gate.parameters():
@@ -41,17 +50,12 @@ def tokens(num_tokens, seed=1):
 def test_gates_are_found():
     """The folder of configurations is the right one."""
     assert "noisy_top_k" in GATES
+    assert {"noisy_top_k", "strictly_balanced"} <= set(GROUPED)
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("num_tokens", [0, 1, 200])
-@pytest.mark.parametrize("num_experts", [1, 2, 7, 64])
-@pytest.mark.parametrize("name", GATES)
-def test_contract(name, num_experts, num_tokens, train):
+def check(gate, gating, x_TD, num_experts, train):
     """Types, order, ranges, counts and sums of a gating are as `Gating` says; gradients are finite."""
-    gate, x_TD = make(name, num_experts, train), tokens(num_tokens).requires_grad_()
-    gating = gate(x_TD)
-
+    num_tokens = len(x_TD)
     assert gating.token_A.dtype == gating.expert_A.dtype == torch.int64
     assert gating.gate_A.dtype == gating.importance_E.dtype == gating.load_E.dtype == torch.float32
     assert gating.token_A.shape == gating.expert_A.shape == gating.gate_A.shape
@@ -88,6 +92,16 @@ def test_contract(name, num_experts, num_tokens, train):
     assert gate.operations_per_timestep() >= 0
 
 
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("num_tokens", [0, 1, 200])
+@pytest.mark.parametrize("num_experts", [1, 2, 7, 64])
+@pytest.mark.parametrize("name", GATES)
+def test_contract(name, num_experts, num_tokens, train):
+    """Types, order, ranges, counts and sums of a gating are as `Gating` says; gradients are finite."""
+    gate, x_TD = make(name, num_experts, train), tokens(num_tokens).requires_grad_()
+    check(gate, gate(x_TD), x_TD, num_experts, train)
+
+
 @pytest.mark.parametrize("num_experts", [2, 7, 64])
 @pytest.mark.parametrize("name", GATES)
 def test_statistics_add_up_over_tokens(name, num_experts):
@@ -109,6 +123,68 @@ def test_statistics_add_up_over_tokens(name, num_experts):
     assert set(whole.sums) == set(parts[0].sums) == set(parts[1].sums)
     for key, value in whole.sums.items():
         torch.testing.assert_close(value, parts[0].sums[key] + parts[1].sums[key])
+
+
+# Rows of each group: none, one row, empty groups, one group alone, very unequal ones.
+ROWS = [[0, 0, 0], [0, 1, 0], [5, 0, 0, 40], [30], [100, *[2] * 15]]
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+@pytest.mark.parametrize("num_experts", [1, 3, 8])
+@pytest.mark.parametrize("name", GROUPED)
+def test_contract_with_groups(name, num_experts, rows, train):
+    """The contract over all groups' experts; a row is offered the experts of its group alone."""
+    num_groups, group_T = len(rows), torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(rows))
+    gate, x_TD = make(name, num_experts, train, num_groups=num_groups), tokens(sum(rows)).requires_grad_()
+    gating = gate(x_TD, group_T)
+    check(gate, gating, x_TD, num_groups * num_experts, train)
+    assert torch.equal(gating.expert_A // num_experts, group_T[gating.token_A])
+    assert gate.operations_per_timestep() == make(name, num_experts, train).operations_per_timestep()
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+@pytest.mark.parametrize("num_experts", [1, 3, 8])
+@pytest.mark.parametrize("name", GROUPED)
+def test_groups_are_gates_of_their_own(monkeypatch, name, num_experts, rows, train):
+    """A group's gate decides, counts and learns as the gate without groups does on the group's rows alone."""
+    noise_TE = tokens(sum(rows), seed=2)[:, :1] * torch.linspace(-1, 1, num_experts).double()
+    draws = iter([noise_TE, *noise_TE.split(rows)])
+    monkeypatch.setattr(torch, "randn_like", lambda x: next(draws))
+    group_T = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(rows))
+    gate, x_TD = make(name, num_experts, train, num_groups=len(rows)).double(), tokens(sum(rows)).double()
+    together = gate(x_TD, group_T)
+    value_of(together).backward()
+    gatings = []
+    for g, part_TD in enumerate(x_TD.split(rows)):
+        alone = make(name, num_experts, train).double()
+        with torch.no_grad():
+            for key, parameter in alone.named_parameters():
+                parameter.copy_(gate.get_parameter(key)[g])
+        gating, mine = alone(part_TD), together.expert_A // num_experts == g
+        value_of(gating).backward()
+        gatings.append(gating)
+        assert torch.equal(together.expert_A[mine], gating.expert_A + g * num_experts)
+        assert torch.equal(together.token_A[mine], gating.token_A + sum(rows[:g]))
+        torch.testing.assert_close(together.gate_A[mine], gating.gate_A)
+        for key, parameter in alone.named_parameters():
+            whole = gate.get_parameter(key)
+            assert (whole.grad is None) == (parameter.grad is None)  # in eval mode some have no part in it
+            assert whole.grad is None or torch.allclose(whole.grad[g], parameter.grad, rtol=1e-9, atol=1e-12)
+    assert together.num_asked == sum(gating.num_asked for gating in gatings)
+    assert together.num_dropped == sum(gating.num_dropped for gating in gatings)
+    torch.testing.assert_close(together.importance_E, torch.cat([gating.importance_E for gating in gatings]))
+    torch.testing.assert_close(together.load_E, torch.cat([gating.load_E for gating in gatings]))
+    assert all(set(together.sums) == set(gating.sums) for gating in gatings)
+    for key, value in together.sums.items():
+        torch.testing.assert_close(value, sum(gating.sums[key] for gating in gatings))
+
+
+def value_of(gating):
+    """A number that depends on every part of a gating and adds up over groups."""
+    parts = [gating.gate_A.square(), gating.importance_E.square(), gating.load_E.square()]
+    return sum(part.sum() for part in [*parts, *gating.sums.values()])
 
 
 NEW_GATE = '''"""Every token goes to the first k experts, in equal parts."""
@@ -154,7 +230,7 @@ choice = ["gate@model.layers.middle.gate=first_k", "model.layers.middle.gate.sha
 config = resolved(composed("train", [*choice, "model.width=4", "model.expert_hidden=3", "model.num_experts=6"]))
 print("COMPOSED", config["model"]["layers"]["middle"]["gate"])
 print("BUILT", type(build_model(config, 11).layers["middle"].gate).__name__)
-sys.exit(pytest.main(["-v", "-p", "no:cacheprovider", "-k", "contract and not adding", "test_gate_contract.py"]))
+sys.exit(pytest.main(["-v", "-p", "no:cacheprovider", "-k", "first_k", "test_gate_contract.py"]))
 """
 
 

@@ -1,6 +1,6 @@
 """Noisy top-k gating against the paper's equations, written out as loops over tokens and experts.
 
-Shape suffixes: T tokens, D width, E experts, A assignments.
+Shape suffixes: T tokens, D width, E experts (of a group), A assignments, G groups.
 """
 
 import math
@@ -14,9 +14,10 @@ from moe_lm.mistake import Mistake
 EPSILON = 0.01
 
 
-def make(num_experts, k, width=5, dtype=torch.float64, train=True, seed=0):
+def make(num_experts, k, width=5, dtype=torch.float64, train=True, seed=0, num_groups=None):
     """A gate with random matrices, as after some training."""
-    gate = NoisyTopK(width=width, num_experts=num_experts, k=k, noise_epsilon=EPSILON).to(dtype).train(train)
+    gate = NoisyTopK(width=width, num_experts=num_experts, k=k, noise_epsilon=EPSILON, num_groups=num_groups)
+    gate = gate.to(dtype).train(train)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in (gate.gate_DE, gate.noise_DE):
@@ -28,12 +29,12 @@ def tokens(num_tokens, width=5, seed=1, dtype=torch.float64):
     return torch.randn(num_tokens, width, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def replayed(gate, x_TD, seed=7):
+def replayed(gate, x_TD, seed=7, group_T=None):
     """The gate's decision and the noise it drew."""
     torch.manual_seed(seed)
-    gating = gate(x_TD)
+    gating = gate(x_TD) if group_T is None else gate(x_TD, group_T)
     torch.manual_seed(seed)
-    return gating, torch.randn(x_TD.shape[0], gate.gate_DE.shape[1], dtype=x_TD.dtype)
+    return gating, torch.randn(x_TD.shape[0], gate.num_experts, dtype=x_TD.dtype)
 
 
 def product(x_D, w_DE, i):
@@ -182,6 +183,64 @@ def test_gradients_are_those_of_the_equations(what, num_tokens, num_experts, k):
         torch.testing.assert_close(mine, theirs)
         # One gate a token is the constant 1; everything else must really depend on all three.
         assert mine.abs().max() > 1e-6 or (k == 1 and what != "load")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(("num_tokens", "k"), [(0, 2), (1, 3), (50, 1), (50, 2), (50, 3), (50, 4)])
+def test_one_group_is_the_gate_without_groups(num_tokens, k, train, dtype):
+    """The same noise is drawn, and the list, importance, load and every gradient are those of the flat gate."""
+    flat, one = make(4, k, 8, dtype, train), make(4, k, 8, dtype, train, num_groups=1)
+    results = []
+    for gate, group_T in ((flat, None), (one, torch.zeros(num_tokens, dtype=torch.int64))):
+        x_TD = tokens(num_tokens, 8, dtype=dtype).requires_grad_()
+        gating, _ = replayed(gate, x_TD, group_T=group_T)
+        after = torch.rand(1)
+        total = (gating.gate_A.square() * (gating.expert_A + 1)).sum() + gating.importance_E.square().sum()
+        total = total + (gating.load_E * torch.arange(4)).sum()
+        grads = torch.autograd.grad(total, (x_TD, gate.gate_DE, gate.noise_DE), materialize_grads=True)
+        results.append((gating, grads, after))
+    (want, grads, after), (got, grads_of_one, after_one) = results
+    assert torch.equal(after, after_one)
+    assert got.token_A.tolist() == want.token_A.tolist()
+    assert got.expert_A.tolist() == want.expert_A.tolist()
+    assert (got.num_tokens, got.num_asked, got.num_experts) == (num_tokens, num_tokens * k, 4)
+    for name in ("gate_A", "importance_E", "load_E"):
+        torch.testing.assert_close(getattr(got, name), getattr(want, name))
+    for mine, theirs in zip(grads_of_one, grads, strict=True):
+        torch.testing.assert_close(mine.view_as(theirs), theirs)
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(("num_experts", "k"), [(5, 1), (5, 2), (4, 4), (3, 2)])
+def test_groups_follow_the_equations_each_with_its_own_matrices(num_experts, k, train):
+    """Gates, importance and load of each group are those of equations 3-10 for its rows, its matrices, its noise."""
+    rows = [4, 0, 9, 1]
+    gate, x_TD = make(num_experts, k, train=train, num_groups=4), tokens(14)
+    gating, noise_TE = replayed(gate, x_TD, group_T=torch.tensor([0] * 4 + [2] * 9 + [3]))
+    table_TGE = dense(gating).view(14, 4, num_experts)
+    want_TGE = torch.zeros_like(table_TGE)
+    for g, (part_TD, part_TE) in enumerate(zip(x_TD.split(rows), noise_TE.split(rows), strict=True)):
+        flat = make(num_experts, k)
+        with torch.no_grad():
+            flat.gate_DE.copy_(gate.gate_DE[g])
+            flat.noise_DE.copy_(gate.noise_DE[g])
+        gates, chances = by_hand(flat, part_TD, part_TE * train)
+        first = sum(rows[:g])
+        want_TGE[first : first + rows[g], g] = stacked(gates, num_experts)
+        counted_TE = (want_TGE[first : first + rows[g], g] > 0).double()
+        load_E = (stacked(chances, num_experts) if train and k < num_experts else counted_TE).sum(dim=0)
+        torch.testing.assert_close(gating.load_E.view(4, -1)[g], load_E)
+    torch.testing.assert_close(table_TGE, want_TGE)
+    torch.testing.assert_close(gating.importance_E, want_TGE.sum(dim=0).view(-1))
+
+
+def test_operations_with_groups_are_those_of_one_group():
+    """A row meets one group's two matrices, however many groups there are; the parameters are those of all."""
+    gate = NoisyTopK(width=512, num_experts=16, k=2, noise_epsilon=EPSILON, num_groups=16)
+    assert gate.operations_per_timestep() == 2 * 512 * 16
+    assert sum(p.numel() for p in gate.parameters()) == 16 * 2 * 512 * 16
+    assert not any(p.any() for p in gate.parameters())
 
 
 def test_autocast_leaves_the_gate_in_float32():

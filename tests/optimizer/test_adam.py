@@ -10,6 +10,7 @@ from moe_lm.mistake import Mistake
 from moe_lm.optimizer.adam import Adam
 
 SETTINGS = {"learning_rate": 0.01, "beta1": 0.8, "beta2": 0.99, "epsilon": 1e-3, "clip_norm": 1.0}
+SETTINGS |= {"experts": "adam", "vocabulary": "dense"}
 
 
 def test_three_steps_are_those_of_the_paper():
@@ -53,6 +54,8 @@ def test_every_parameter_is_optimized():
         {"beta2": -0.1},
         {"epsilon": 0.0},
         {"clip_norm": -1.0},
+        {"experts": "sgd"},
+        {"vocabulary": "sparse"},
     ],
     ids=str,
 )

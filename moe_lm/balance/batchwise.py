@@ -1,0 +1,27 @@
+"""The loss that teaches a strictly balanced gate its thresholds (Appendix F)."""
+
+from torch import Tensor
+
+from moe_lm.balance import checked_weight
+from moe_lm.gate import Gating
+from moe_lm.mistake import Mistake
+
+
+class Batchwise:
+    """L_batchwise(X, T, m) = sum_j sum_i (M_threshold - M_batchwise)(X_ji - T_i), masks constant, over |X|.
+
+    The paper gives the sum over tokens, and no weight. A mean stands beside the mean nats a word, whatever the batch;
+    at weight 1 the two are added as if both were sums over tokens.
+    """
+
+    def __init__(self, *, weight: float):
+        self.weight = checked_weight(weight)
+
+    def __call__(self, gating: Gating) -> Tensor:
+        """Return the loss a token; raises `Mistake` for a gate without thresholds."""
+        if "threshold_gap" not in gating.sums:
+            raise Mistake(
+                "balance=[batchwise] teaches a gate its thresholds, which this one lacks: "
+                "choose gate@model.layers.middle.gate=strictly_balanced or leave batchwise out of balance"
+            )
+        return gating.sums["threshold_gap"] / gating.sums["num_tokens"].clamp(min=1)

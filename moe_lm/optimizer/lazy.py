@@ -1,0 +1,72 @@
+"""Adam without first moment for the rows that a step touched: the vocabulary's two matrices.
+
+Shape suffixes: U touched rows, V rows, D width.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from moe_lm.rows import RowGradient, forget_row_gradients, keep_row_gradients, row_gradient
+
+
+class LazyAdam(torch.optim.Optimizer):
+    """Equals Adam with beta1 = 0 over the whole matrices, at the cost of the touched rows alone.
+
+    With beta1 = 0 a row without gradient does not move; what its second moment would have decayed meanwhile is
+    made up when the row is next touched. State: `second_moment` (V, D), `last_step` (V), `step`.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], *, lr: float, beta2: float, epsilon: float):
+        super().__init__(params, {"lr": lr, "beta2": beta2, "epsilon": epsilon})
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                keep_row_gradients(matrix)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update the rows that have a gradient; a gradient of the whole matrix touches all rows."""
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                state = self.state[matrix] or self._begin(matrix)
+                state["step"] += 1
+                touched = row_gradient(matrix)
+                if matrix.grad is not None:
+                    touched = _whole(matrix.grad, touched)
+                if touched is not None:
+                    _update(matrix, touched, state, group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of both forms."""
+        super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                forget_row_gradients(matrix)
+
+    def _begin(self, matrix: nn.Parameter) -> dict[str, Tensor]:
+        self.state[matrix] = {
+            "step": torch.zeros(()),
+            "second_moment": torch.zeros_like(matrix),
+            # Steps as float32 numbers, exact up to 16.7 million: torch loads any state in the parameter's type.
+            "last_step": matrix.new_zeros(matrix.shape[0]),
+        }
+        return self.state[matrix]
+
+
+def _whole(grad_VD: Tensor, more: RowGradient | None) -> RowGradient:
+    if more is not None:
+        grad_VD = grad_VD.index_add(0, more.row_U, more.value_UD)
+    return RowGradient(torch.arange(len(grad_VD), device=grad_VD.device), grad_VD)
+
+
+def _update(matrix_VD: Tensor, touched: RowGradient, state: dict[str, Tensor], settings: dict) -> None:
+    row_U, grad_UD = touched
+    step, beta2 = state["step"].item(), settings["beta2"]
+    decay_U = beta2 ** (step - state["last_step"].index_select(0, row_U))
+    state["last_step"].index_fill_(0, row_U, step)
+    moment_UD = state["second_moment"].index_select(0, row_U)
+    moment_UD.mul_(decay_U.view(-1, *[1] * (grad_UD.dim() - 1))).addcmul_(grad_UD, grad_UD, value=1 - beta2)
+    state["second_moment"].index_copy_(0, row_U, moment_UD)
+    deviation_UD = moment_UD.div_(1 - beta2**step).sqrt_().add_(settings["epsilon"])
+    matrix_VD.index_add_(0, row_U, grad_UD / deviation_UD, alpha=-settings["lr"])

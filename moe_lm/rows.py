@@ -1,0 +1,66 @@
+"""Rows of a matrix too large to be updated whole at every step: a gradient for the rows that were taken.
+
+Shape suffixes: T taken rows, U distinct rows, V rows, D width (V alone: a vector counts as a matrix of width 1).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+class RowGradient(NamedTuple):
+    """The gradient of a matrix of which all other rows' gradients are zero."""
+
+    row_U: Tensor
+    """int64, ascending, distinct."""
+    value_UD: Tensor
+
+
+def keep_row_gradients(matrix_VD: nn.Parameter) -> None:
+    """From now on `take_rows` leaves the matrix's gradient in `row_gradient`, not in `.grad`."""
+    matrix_VD.row_gradients = []
+
+
+def take_rows(matrix_VD: Tensor, row_T: Tensor) -> Tensor:
+    """Return the rows (T, D), differentiable in the matrix."""
+    if torch.is_grad_enabled() and hasattr(matrix_VD, "row_gradients"):
+        return _Take.apply(matrix_VD, row_T)
+    return F.embedding(row_T, matrix_VD) if matrix_VD.dim() == 2 else matrix_VD.index_select(0, row_T)
+
+
+def row_gradient(matrix_VD: Tensor) -> RowGradient | None:
+    """Return the summed gradient of all rows taken since `forget_row_gradients`, None if there were none."""
+    parts = getattr(matrix_VD, "row_gradients", [])
+    if len(parts) > 1:
+        parts[:] = [_summed(torch.cat([part.row_U for part in parts]), torch.cat([part.value_UD for part in parts]))]
+    return parts[0] if parts else None
+
+
+def forget_row_gradients(matrix_VD: Tensor) -> None:
+    """Drop what `row_gradient` returns."""
+    if hasattr(matrix_VD, "row_gradients"):
+        matrix_VD.row_gradients.clear()
+
+
+def _summed(row_T: Tensor, grad_TD: Tensor) -> RowGradient:
+    row_U, place_T = row_T.unique(return_inverse=True)
+    return RowGradient(row_U, grad_TD.new_zeros(len(row_U), *grad_TD.shape[1:]).index_add_(0, place_T, grad_TD))
+
+
+class _Take(torch.autograd.Function):
+    """A gather whose backward pass makes no matrix of the whole size; it hands the gradient over by itself."""
+
+    @staticmethod
+    def forward(ctx, matrix_VD, row_T):
+        ctx.matrix_VD = matrix_VD
+        ctx.save_for_backward(row_T)
+        return matrix_VD.index_select(0, row_T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_TD):
+        ctx.matrix_VD.row_gradients.append(_summed(ctx.saved_tensors[0], grad_TD))
+        return None, None

@@ -1,0 +1,130 @@
+"""The optimizers of one model together: who updates what, the norm of all gradients, and what they cost."""
+
+import itertools
+
+import pytest
+import torch
+
+from moe_lm.batches import in_order
+from moe_lm.commands.build import build, build_model
+from moe_lm.commands.configuration import composed, resolved
+from moe_lm.optimizer.factored import FactoredAdam
+from moe_lm.optimizer.lazy import LazyAdam
+from moe_lm.prepared import Split
+from moe_lm.rows import row_gradient
+
+SIZES = ["model.width=8", "model.expert_hidden=12", "model.num_experts=4", "model.k=2", "model.dropout=0"]
+VOCABULARY = 50
+
+
+def setting(*overrides):
+    """A small model with its optimizers after one backward pass."""
+    config = resolved(composed("train", ["model=moe_4", "softmax.num_sampled=10", *SIZES, *overrides]))
+    torch.manual_seed(0)
+    model = build_model(config, VOCABULARY)
+    recipe = build(config["optimizer"])
+    optimizer = recipe.build(model)
+    backward(model)
+    return model, recipe, optimizer
+
+
+def backward(model, seed=3):
+    draw = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(4, VOCABULARY, (30,), generator=draw).to(torch.int32).numpy()
+    split = Split(tokens, torch.tensor([0, 12, 30]).numpy(), torch.tensor([12, 18]).to(torch.uint32).numpy())
+    [(_, batch)] = in_order(split, start=0, max_sentences=9, max_words=99)
+    model.train()
+    torch.manual_seed(seed)
+    nats, _ = model(batch, 7)
+    nats.backward()
+
+
+def held(part):
+    return {id(p) for group in part.param_groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("experts", ["adam", "factored"])
+@pytest.mark.parametrize("vocabulary", ["lazy", "dense"])
+def test_every_parameter_has_its_rule(experts, vocabulary):
+    """Experts, vocabulary and the rest go where the configuration says; nothing is left out or held twice."""
+    model, _, optimizer = setting(f"optimizer.experts={experts}", f"optimizer.vocabulary={vocabulary}")
+    kinds = {kind: set() for kind in ("experts", "vocabulary", "rest")}
+    for name, parameter in model.named_parameters():
+        own = name.split(".")[-1]
+        kind = "experts" if own[:2] in ("w1", "w2") else "rest"
+        kinds["vocabulary" if own in ("embedding_VD", "weight_VD", "bias_V") else kind].add(id(parameter))
+    of_type = {type(part): held(part) for part in optimizer.parts}
+    assert of_type.get(FactoredAdam, set()) == (kinds["experts"] if experts == "factored" else set())
+    assert of_type.get(LazyAdam, set()) == (kinds["vocabulary"] if vocabulary == "lazy" else set())
+    everything = list(itertools.chain(*(held(part) for part in optimizer.parts)))
+    assert sorted(everything) == sorted(id(p) for p in model.parameters())
+
+
+def test_lazy_and_dense_clip_the_same_norm():
+    """The norm is that of all gradients, row gradients included, and all are scaled by the same factor."""
+    (lazy, _, its), (dense, _, other) = (setting(f"optimizer.vocabulary={rule}") for rule in ("lazy", "dense"))
+    norm = sum(p.grad.double().square().sum() for p in dense.parameters()).sqrt()
+    assert its.clip(0.5 * norm.item()).item() == pytest.approx(norm.item(), rel=1e-5)
+    other.clip(0.5 * norm.item())
+    clipped = sum(p.grad.double().square().sum() for p in dense.parameters()).sqrt()
+    assert clipped.item() == pytest.approx(0.5 * norm.item(), rel=1e-4)
+    for ours, theirs in zip(lazy.parameters(), dense.parameters(), strict=True):
+        if (touched := row_gradient(ours)) is not None:
+            assert ours.grad is None
+            whole = torch.zeros_like(theirs).index_copy(0, touched.row_U, touched.value_UD)
+            torch.testing.assert_close(whole, theirs.grad)
+        else:
+            torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_a_short_gradient_is_left_alone():
+    """A norm above the gradient's changes no bit of it."""
+    model, _, optimizer = setting()
+    before = [row_gradient(p).value_UD.clone() if p.grad is None else p.grad.clone() for p in model.parameters()]
+    optimizer.clip(1e9)
+    after = [row_gradient(p).value_UD if p.grad is None else p.grad for p in model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("experts", ["adam", "factored"])
+@pytest.mark.parametrize("vocabulary", ["lazy", "dense"])
+def test_stated_bytes_are_the_real_ones(experts, vocabulary):
+    """Gradient and state of each parameter take what the recipe says."""
+    model, recipe, optimizer = setting(f"optimizer.experts={experts}", f"optimizer.vocabulary={vocabulary}")
+    for name, parameter in model.named_parameters():
+        touched = row_gradient(parameter)
+        stored = [parameter.grad] if touched is None else list(touched)
+        rows = 0 if touched is None else len(touched.row_U)
+        assert recipe.gradient_bytes(name, parameter, rows) == sum(x.numel() * x.element_size() for x in stored), name
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        state = optimizer.state[parameter]
+        assert recipe.state_bytes(name, parameter) == sum(x.numel() * x.element_size() for x in state.values()), name
+
+
+def test_bytes_a_parameter_at_the_papers_size():
+    """An expert parameter costs 16 bytes with Adam and 8.01 with the factored moment, weight and gradient included."""
+    w1_EDH = torch.empty(256, 512, 1024, device="meta")
+    for experts, expected in (("adam", 16.0), ("factored", 8.0 + 4 / 512 + 4 / 1024)):
+        recipe = build(resolved(composed("train", [f"optimizer.experts={experts}"]))["optimizer"])
+        name = "layers.middle.experts.w1_EDH"
+        total = 4 * w1_EDH.numel() + recipe.gradient_bytes(name, w1_EDH, 0) + recipe.state_bytes(name, w1_EDH)
+        assert total / w1_EDH.numel() == pytest.approx(expected, abs=1e-6)
+    assert expected == pytest.approx(8.01, abs=0.01)
+
+
+def test_training_goes_on_from_stored_state():
+    """State taken over by name makes the next update the same bit for bit."""
+    models = [setting("optimizer.experts=factored") for _ in range(2)]
+    for model, _, optimizer in models:
+        optimizer.step()
+        optimizer.zero_grad()
+    (first, _, optimizer), (second, recipe, _) = models
+    fresh = recipe.build(second)
+    state = optimizer.state
+    names = {name: state[p] for name, p in first.named_parameters()}
+    fresh.load({p: {k: v.clone() for k, v in names[name].items()} for name, p in second.named_parameters()})
+    for model, its in ((first, optimizer), (second, fresh)):
+        backward(model, seed=5)
+        its.step()
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))

@@ -1,0 +1,71 @@
+"""Rows taken from a large matrix: values and gradients are those of indexing the whole of it."""
+
+import pytest
+import torch
+from torch import nn
+
+from moe_lm.rows import forget_row_gradients, keep_row_gradients, row_gradient, take_rows
+
+
+def dense_gradient(shape, rows, weights):
+    """The gradient of sum(weight * row) number by number."""
+    total = torch.zeros(shape, dtype=torch.float64)
+    for row, weight in zip(rows, weights, strict=True):
+        total[row] += weight
+    return total
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (7,)], ids=["matrix", "vector"])
+def test_row_gradients_are_the_rows_of_the_whole_gradient(shape):
+    """Repeated rows are summed, rows come once and ascending, and the matrix itself gets no gradient."""
+    torch.manual_seed(0)
+    matrix = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+    keep_row_gradients(matrix)
+    parts = [torch.tensor([5, 0, 5, 2]), torch.tensor([2, 6])]
+    weights = [torch.randn(len(part), *shape[1:], dtype=torch.float64) for part in parts]
+    for part, weight in zip(parts, weights, strict=True):
+        taken = take_rows(matrix, part)
+        assert torch.equal(taken, matrix.detach()[part])
+        (taken * weight).sum().backward()
+    assert matrix.grad is None
+    row_U, value_UD = row_gradient(matrix)
+    assert row_U.tolist() == [0, 2, 5, 6]
+    expected = dense_gradient(shape, torch.cat(parts).tolist(), torch.cat(weights))
+    torch.testing.assert_close(value_UD, expected[row_U])
+    forget_row_gradients(matrix)
+    assert row_gradient(matrix) is None
+
+
+def test_without_lazy_rows_the_gradient_is_an_ordinary_one():
+    """A matrix nobody marked gets `.grad`; under no_grad nothing is kept."""
+    plain, marked = (nn.Parameter(torch.ones(4, 2)) for _ in range(2))
+    keep_row_gradients(marked)
+    take_rows(plain, torch.tensor([1, 1])).sum().backward()
+    assert plain.grad.tolist() == [[0, 0], [2, 2], [0, 0], [0, 0]]
+    assert row_gradient(plain) is None
+    with torch.no_grad():
+        assert not take_rows(marked, torch.tensor([1])).requires_grad
+    assert row_gradient(marked) is None
+
+
+def test_nothing_of_the_matrix_size_is_made():
+    """Forward and backward of a few rows make no tensor anywhere near the size of the matrix."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    matrix = nn.Parameter(torch.ones(10_000, 8))
+    keep_row_gradients(matrix)
+    with Watch():
+        loss = take_rows(matrix, torch.arange(50)).square().sum()
+        loss.backward()
+    assert row_gradient(matrix).value_UD.shape == (50, 8)
+    assert largest <= 50 * 8
