@@ -12,7 +12,7 @@ from moe_lm.run import Run
     ("override", "key"),
     [
         ("model.k=3", "model.k"),
-        ("model=moe_1_wide", "model."),
+        ("model=moe_256_h", "model."),
         ("seed=2", "seed"),
         ("batch.micro_words=200", "batch.micro_words"),
         ("corpus.max_words=100", "corpus.max_words"),
@@ -24,7 +24,7 @@ from moe_lm.run import Run
         ("balance.exact=false", "balance.exact"),
         ("balance=[load]", "balance.importance"),
         ("gate@model.layers.middle.gate=noisy_top_k model.layers.middle.gate.noise_epsilon=0.1", "noise_epsilon"),
-        ("layer@model.layers.middle=lstm", "model.layers.middle"),
+        ("layer@model.layers.upper=feed_forward", "model.layers.upper"),
     ],
 )
 def test_another_run_under_the_same_name_is_refused(own_trained, moe_lm, override, key):

@@ -53,6 +53,7 @@ def composed(command: str, arguments: list[str]) -> DictConfig:
     except OmegaConfBaseException as error:
         raise Mistake(f"configuration: {first_line(error)}") from None
     _refuse_idle_layers(selections, config)
+    _refuse_unread_sizes(arguments, config)
     return config
 
 
@@ -143,3 +144,16 @@ def _refuse_idle_layers(selections: list[str], config: DictConfig) -> None:
         if added and added[1] not in config.model.order:
             order = ",".join([*config.model.order, added[1]])
             raise Mistake(f"{text}: give the layer its place in model.order, as in model.order=[{order}]")
+
+
+def _refuse_unread_sizes(arguments: list[str], config: DictConfig) -> None:
+    """Raise for a size of the model that no layer in its order reads: it would be in the run's name for nothing."""
+    sizes = {key: argument for argument in arguments if (key := argument.partition("=")[0]).startswith("model.")}
+    order = list(config.get("model", {}).get("order", ()))
+    if not sizes or not set(order) <= config.model.layers.keys() or len(set(order)) < len(order):
+        return  # a wrong order has a mistake of its own
+    layers = "".join(OmegaConf.to_yaml(config.model.layers[name]) for name in order)
+    read = {"order", "width", "dropout", "layers", *re.findall(r"\$\{model\.(\w+)\}", layers)}
+    for key, argument in sizes.items():
+        if key.split(".")[1] not in read:
+            raise Mistake(f"{argument}: no layer of model={preset_of(arguments)} reads {key}: leave it away")

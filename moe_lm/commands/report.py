@@ -1,5 +1,6 @@
 """moe-lm report: table, plots and one html page of a folder of runs."""
 
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -14,16 +15,25 @@ HELP = "table, plots and an html page of a folder of runs"
 def main(arguments: list[str]) -> int:
     """Write <runs>/report/ and print the table and where the page is."""
     folder = Path(resolved(composed("report", arguments))["runs"])
-    report = write_report(folder, _notes(folder / "study.yaml"))
+    study, notes = _study(folder / "study.yaml")
+    report = write_report(folder, cache(_preset), notes, study)
     print(report.markdown)
     print(f"\n{report.folder / 'index.html'}")
     return 0
 
 
-def _notes(study: Path) -> list[str]:
-    if not study.is_file():
-        return []
+def _preset(name: str) -> dict:
+    """Return the configuration of a preset as it stands."""
+    return resolved(composed("train", [f"model={name}"]))
+
+
+def _study(path: Path) -> tuple[str, list[str]]:
+    """Return the study of a sweep in words, and its notes; nothing where the runs come from none."""
+    if not path.is_file():
+        return "", []
     try:
-        return [str(note) for note in yaml.safe_load(study.read_text(encoding="utf-8"))["notes"]]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError) as error:
-        raise Mistake(f"{study} is damaged ({type(error).__name__}): delete it, or repeat the sweep") from error
+        study = yaml.safe_load(path.read_text(encoding="utf-8"))
+        words = [f"{key} {study[key]}" for key in ("study", "scale") if study.get(key)]
+        return ", ".join(words), [str(note) for note in study["notes"]]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+        raise Mistake(f"{path} is damaged ({type(error).__name__}): delete it, or repeat the sweep") from error

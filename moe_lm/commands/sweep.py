@@ -11,14 +11,13 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from omegaconf import DictConfig, OmegaConf
 
-from moe_lm.commands.configuration import choices, composed, default_name, folder, parse, preset_of, quoted
-from moe_lm.files import write_text
+from moe_lm.commands.configuration import composed, default_name, parse, preset_of, quoted
+from moe_lm.commands.study import Study, study_of
 from moe_lm.mistake import Mistake
 
 HELP = "train every model of a study, or of a grid (-m model=moe_4,moe_32 seed=1,2)"
-OWN_KEYS = ("study", "runs", "parallel")
+OWN_KEYS = ("study", "scale", "runs", "parallel")
 INTERRUPTED = (130, -signal.SIGINT, -signal.SIGTERM)
 
 
@@ -46,7 +45,7 @@ def main(arguments: list[str]) -> int:
     try:
         with FileLock(runs / ".sweep.lock", timeout=0):
             if study:
-                write_text(runs / "study.yaml", OmegaConf.to_yaml(study))
+                study.save(runs / "study.yaml")
             return _train_all(jobs, runs, parallel)
     except Timeout:
         raise Mistake(f"another sweep is at work in {runs}: wait for it or choose another runs=...") from None
@@ -84,20 +83,17 @@ def _name(job: list[str], grid: list[list[str]], given: set[str]) -> str:
     return default_name(preset_of(job), varied if len(grid) > 1 else job)
 
 
-def _own(arguments: list[str]) -> tuple[Path, DictConfig | None, int]:
+def _own(arguments: list[str]) -> tuple[Path, Study | None, int]:
     """Return where the runs go, the study, and how many runs go at a time: the arguments that are the sweep's own."""
     own = dict(a.split("=", 1) for a in arguments if _key(a) in OWN_KEYS and "=" in a)
-    study = _study(own["study"]) if "study" in own else None
-    parallel = str(own.get("parallel") or (study.get("parallel", 1) if study else 1))
+    own = {key: value for key, value in own.items() if value not in ("", "null")}
+    study = study_of(own["study"], own.get("scale")) if "study" in own else None
+    if "scale" in own and study is None:
+        raise Mistake(f"scale={own['scale']}: a study has a scale, a grid has none: give study=... too")
+    parallel = str(own.get("parallel") or (study.parallel if study else 1))
     if not parallel.isdigit() or int(parallel) < 1:
         raise Mistake(f"parallel={parallel}: needs a whole number of at least 1")
-    return Path(own.get("runs") or f"runs/{own.get('study', 'sweep')}"), study, int(parallel)
-
-
-def _study(name: str) -> DictConfig:
-    if name not in choices("study"):
-        raise Mistake(f"study={name}: no such study; there are {', '.join(choices('study'))}")
-    return OmegaConf.load(folder() / "study" / f"{name}.yaml")
+    return Path(own.get("runs") or (study.folder if study else "runs/sweep")), study, int(parallel)
 
 
 def _replaced(overrides: list[str], given: list[str]) -> list[str]:

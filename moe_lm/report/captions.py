@@ -7,7 +7,8 @@ SECTIONS = {
             "Perplexity against operations",
             "Operations are multiply-adds of one word's forward pass, softmax excluded. "
             "Points above each other cost the same for each word: the lower one makes better use of it. "
-            "Several seeds are dashes around their mean; a name that finds no room is only in the table.",
+            "Several seeds are dashes around their mean; a name that finds no room is only in the table. Hollow grey "
+            "marks are what the paper prints, beside runs that have its sizes and its test text.",
         ),
         "perplexity_parameters": (
             "Perplexity against parameters",

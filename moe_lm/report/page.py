@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from moe_lm.report import Row, RunRecord
+from moe_lm.report import RunRecord, Table
 from moe_lm.report.captions import SECTIONS
-from moe_lm.report.table import COLUMNS, cells, remark
+from moe_lm.report.writing import cells, remark
 
 CSS = Path(__file__).with_name("page.css")
 # The colours that `plots` draws with, and the theme's that stand for them on the page; blue is among
@@ -23,23 +23,26 @@ COLOURS = {
 
 def to_html(
     title: str,
+    study: str,
     notes: Sequence[str],
     runs: Sequence[RunRecord],
-    rows: Sequence[Row],
+    tables: Sequence[Table],
     unfinished: Sequence[tuple[str, str]],
     plots: Mapping[str, str],
 ) -> str:
-    """The whole page; `plots` are svg documents by name."""
+    """The whole page; the first table is the main one, `plots` are svg documents by name."""
     finished = sum(run.result is not None for run in runs)
     count = f"{finished} finished run{'' if finished == 1 else 's'}"
     count += f", {len(unfinished)} unfinished" if unfinished else ""
+    count += f"; {study}" if study else ""
+    main, *others = tables
     body = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="soft">{count}</p>',
+        f'<p class="soft">{escape(count)}</p>',
         bullets(map(escape, notes), ' class="notes"'),
-        "<h2>Results</h2>",
-        html_table(rows),
+        html_table(main),
         unfinished_list(unfinished),
+        *map(html_table, others),
         *(section(heading, names, plots) for heading, names in SECTIONS.items()),
         "<h2>Runs</h2>",
         *map(run_details, runs),
@@ -53,24 +56,27 @@ def to_html(
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{text}\n</body></html>\n'
 
 
-def html_table(rows: Sequence[Row]) -> str:
-    """The table, which scrolls sideways on a narrow screen while the names stay."""
-    if not rows:
-        return "<p>No run has finished yet.</p>"
-    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("model", *(c.heading for c in COLUMNS)))
+def html_table(table: Table) -> str:
+    """A table under its heading, which scrolls sideways on a narrow screen while the names stay."""
+    heading = f"<h2>{escape(table.heading)}</h2>"
+    if not table.rows:
+        return f"{heading}<p>No run has finished yet.</p>"
+    printed = [' class="printed"' if column.is_printed else "" for column in table.formats]
+    heads = '<th scope="col">model</th>' + "".join(
+        f'<th scope="col"{look}>{escape(column.heading)}</th>'
+        for column, look in zip(table.formats, printed, strict=True)
+    )
     body = "\n".join(
         f'<tr class="{row.kind}"><th scope="row">{escape(row.name + remark(row))}</th>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in cells(row))
+        + "".join(f"<td{look}>{escape(cell)}</td>" for cell, look in zip(cells(table, row), printed, strict=True))
         + "</tr>"
-        for row in rows
+        for row in table.rows
     )
-    explained = (
-        "M: million. Operations: multiply-adds of one word's forward pass, softmax excluded. "
-        "The balance of the experts (CV: standard deviation over mean) is that of the last logged step."
-    )
+    label = escape(table.heading)
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="Results"><table><thead><tr>{heads}</tr>'
-        f'</thead><tbody>\n{body}\n</tbody></table></div><p class="soft">{explained}</p>'
+        f'{heading}<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table>'
+        f"<thead><tr>{heads}</tr></thead><tbody>\n{body}\n</tbody></table></div>"
+        f'<p class="soft">{escape(table.text)}</p>'
     )
 
 

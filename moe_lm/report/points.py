@@ -1,4 +1,4 @@
-"""Panels of test perplexity against a cost: a named point for each model, a line through the MoE models.
+"""Panels of test perplexity against a cost: a named point for each model, lines through models of one kind.
 
 Axes are matplotlib's, handed in by `plots`.
 """
@@ -15,11 +15,14 @@ from moe_lm.report.placement import Box, nearest, place_labels
 from moe_lm.report.seeds import seed_groups
 from moe_lm.report.ticks import set_log_axis, usable
 
-# Blue and vermilion stay apart for every kind of colour blindness; the marker says it once more.
+# Blue, vermilion and green stay apart for every kind of colour blindness; the marker says it once more.
 KINDS = {
-    False: {"label": "dense", "color": "#d55e00", "marker": "s"},
-    True: {"label": "mixture of experts", "color": "#0072b2", "marker": "o"},
+    "dense": {"label": "dense", "color": "#d55e00", "marker": "s"},
+    "flat": {"label": "mixture of experts", "color": "#0072b2", "marker": "o"},
+    "hierarchical": {"label": "hierarchical mixture", "color": "#009e73", "marker": "D"},
 }
+PAPER = {"label": "the paper, printed", "color": "#7f7f7f"}
+RISE = 1.2  # models are joined where each has, or costs, at least so many times as much as the one before
 SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 NAME_SIZE = 8
 NAME_LETTERS = 30  # a longer name is broken into lines
@@ -30,10 +33,12 @@ class Model:
     """One point: the mean over the seeds of a model, and the single runs behind it."""
 
     name: str
-    is_moe: bool
+    kind: str
     parameters: float
     at: tuple[float, float]
     runs: tuple[tuple[float, float], ...]
+    printed: tuple[float, float] | None
+    """Where the paper's model of these sizes stands, None where it has none or cannot be compared."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class PointPanel:
     key: str
     heading: str
     exponent: int | None = None  # None: chosen from the values
+    printed: str | None = None  # the paper's figure that belongs to the key, in units of the panel
 
     def draw(self, axes, runs: Sequence[RunRecord]) -> dict:
         """Draw the points; return the legend's entries, none where no run has the figures."""
@@ -52,12 +58,13 @@ class PointPanel:
         unit = "M" if exponent == 6 else "×10" + str(exponent).translate(SUPERSCRIPT)
         axes.set_xlabel(f"{self.heading} ({unit})")
         axes.set_ylabel("test perplexity")
-        set_log_axis(axes.xaxis, [x for model in models for x, _ in model.runs], pad=0.14, least=1.15)
-        set_log_axis(axes.yaxis, [y for model in models for _, y in model.runs], pad=0.14, least=1.04)
-        line = sweep(models)
-        if line:
-            axes.plot(*zip(*line, strict=True), color=KINDS[True]["color"], linewidth=1.2, alpha=0.6)
-        return dict(draw_model(axes, model) for model in sorted(models, key=lambda model: model.is_moe))
+        shown = [point for model in models for point in (*model.runs, *filter(None, [model.printed]))]
+        set_log_axis(axes.xaxis, [x for x, _ in shown], pad=0.14, least=1.15)
+        set_log_axis(axes.yaxis, [y for _, y in shown], pad=0.14, least=1.04)
+        for kind, line in lines(models).items():
+            axes.plot(*zip(*line, strict=True), color=KINDS[kind]["color"], linewidth=1.2, alpha=0.6)
+        legend = dict(draw_model(axes, model) for model in sorted(models, key=lambda m: list(KINDS).index(m.kind)))
+        return legend | dict(draw_printed(axes, model) for model in models if model.printed)
 
     def label(self, axes, runs: Sequence[RunRecord]) -> None:
         """Write each model's name where nothing else is; call it when the layout is final."""
@@ -72,8 +79,9 @@ class PointPanel:
             [on_paper(axes, model.at) for model in models],
             sizes,
             Box(x0 + 2, y0 + 2, x1 - 2, y1 - 2),
-            [on_paper(axes, point) for model in models for point in (model.at, *model.runs)],
-            list(pairwise(on_paper(axes, point) for point in sweep(models))),
+            [on_paper(axes, point) for model in models for point in (model.at, *model.runs)]
+            + [on_paper(axes, model.printed) for model in models if model.printed],
+            [pair for line in lines(models).values() for pair in pairwise(on_paper(axes, point) for point in line)],
         )
         for text, model, box in zip(texts, models, boxes, strict=True):
             put_name(axes, text, on_paper(axes, model.at), box)
@@ -92,7 +100,15 @@ class PointPanel:
         points = tuple((run.result[self.key] / unit, run.perplexity("test")) for run in runs)
         mean = (fmean(x for x, _ in points), fmean(y for _, y in points))
         parameters = runs[0].result["parameters_without_embedding_and_softmax"]
-        return Model(runs[0].name if len(runs) == 1 else name, runs[0].is_moe, parameters, mean, points)
+        name = runs[0].name if len(runs) == 1 else name
+        return Model(name, runs[0].kind, parameters, mean, points, self.printed_point(runs[0]))
+
+    def printed_point(self, run: RunRecord) -> tuple[float, float] | None:
+        """The paper's point beside a run of its sizes, None where it prints none or nothing can be compared."""
+        row = run.paper.printed if run.paper and run.paper.comparable else None
+        if row is None or self.printed is None or row.perplexity is None:
+            return None
+        return float(getattr(row, self.printed)), row.perplexity
 
     def has_figures(self, run: RunRecord) -> bool:
         """Whether a run can stand on logarithmic axes."""
@@ -100,24 +116,36 @@ class PointPanel:
 
 
 POINT_PANELS = {
-    "perplexity_operations": PointPanel("operations_per_timestep", "operations per timestep", 6),
+    "perplexity_operations": PointPanel("operations_per_timestep", "operations per timestep", 6, "operations"),
     "perplexity_parameters": PointPanel(
-        "parameters_without_embedding_and_softmax", "parameters without embedding and softmax", 6
+        "parameters_without_embedding_and_softmax", "parameters without embedding and softmax", 6, "parameters"
     ),
     "perplexity_flops": PointPanel("flops", "training FLOPs"),
 }
 
 
-def sweep(models: Sequence[Model]) -> list[tuple[float, float]]:
-    """The MoE models in order of parameters; empty where that order is none, as in an ablation."""
-    swept = sorted((model.parameters, model.at) for model in models if model.is_moe)
-    distinct = len({parameters for parameters, _ in swept}) == len(swept)
-    return [at for _, at in swept] if distinct and len(swept) > 1 else []
+def lines(models: Sequence[Model]) -> dict[str, list[tuple[float, float]]]:
+    """The points to join by kind: in order of parameters where these rise, else of cost; no line where neither does."""
+    found = {}
+    for kind in KINDS:
+        mine = [model for model in models if model.kind == kind]
+        for order in ([(model.parameters, model.at) for model in mine], [(model.at[0], model.at) for model in mine]):
+            order.sort()
+            if len(order) > 1 and all(b >= a * RISE for (a, _), (b, _) in pairwise(order)):
+                found.setdefault(kind, [at for _, at in order])
+    return found
+
+
+def draw_printed(axes, model: Model) -> tuple:
+    """Draw the paper's point, hollow, grey and larger than ours, which may cover it; return its legend entry."""
+    style = {"markerfacecolor": "none", "markeredgecolor": PAPER["color"], "markeredgewidth": 1, "markersize": 10}
+    (marker,) = axes.plot(*model.printed, marker=KINDS[model.kind]["marker"], linestyle="none", zorder=2, **style)
+    return PAPER["label"], marker
 
 
 def draw_model(axes, model: Model) -> tuple:
     """Draw one model's mean, and its single runs as dashes; return its kind and the marker drawn."""
-    kind = KINDS[model.is_moe]
+    kind = KINDS[model.kind]
     if len(model.runs) > 1:
         x, y = zip(*model.runs, strict=True)
         axes.plot(x, y, color=kind["color"], linestyle="none", marker="_", markersize=14, markeredgewidth=1)
@@ -146,6 +174,7 @@ def write_name(axes, model: Model):
         annotation_clip=False,
         parse_math=False,
         zorder=4,
+        bbox={"facecolor": axes.get_facecolor(), "edgecolor": "none", "alpha": 0.75, "pad": 0.6},  # fades lines behind
     )
 
 

@@ -5,44 +5,53 @@ from pathlib import Path
 
 from moe_lm.mistake import Mistake
 from moe_lm.report import Report
+from moe_lm.report.ablation import balance_tables
+from moe_lm.report.beside import Presets, paper_tables, set_beside
 from moe_lm.report.page import to_html
 from moe_lm.report.plots import NAMES, draw_plots
 from moe_lm.report.results import read_runs
-from moe_lm.report.table import table_rows, to_csv, to_markdown, unfinished_runs
+from moe_lm.report.table import main_table, unfinished_runs
+from moe_lm.report.writing import to_csv, to_markdown
+
+SOMETIMES = (
+    "paper.csv",
+    "imitated.csv",
+    "balance.csv",
+    *(f"{name}.{kind}" for name in NAMES for kind in ("png", "svg")),
+)
+"""Files that only some reports have."""
 
 
-def write_report(folder: Path, notes: Sequence[str] = ()) -> Report:
+def write_report(folder: Path, presets: Presets, notes: Sequence[str] = (), study: str = "") -> Report:
     """Report on the runs of `folder` in `folder/report`; the same runs give the same bytes.
 
-    `notes` stand at the top of the page: what the study can show and what not.
+    `presets` gives a preset's configuration, which tells whether a run is the paper's model or imitates it.
+    `notes` and `study` stand at the top of the page: what the study can show and what not, its name and scale.
     Raises `Mistake` where there is no run, a run is damaged or the report cannot be written.
     """
     folder = Path(folder)
-    runs = read_runs(folder)
-    rows, unfinished = table_rows(runs), unfinished_runs(runs)
+    runs = set_beside(read_runs(folder), presets)
+    tables, unfinished = [main_table(runs), *paper_tables(runs), *balance_tables(runs)], unfinished_runs(runs)
     plots = draw_plots(runs)
     pictures = {name: formats["svg"].decode() for name, formats in plots.items()}
-    markdown = to_markdown(rows, unfinished)
-    page = to_html(folder.resolve().name, notes, runs, rows, unfinished, pictures)
-    contents = {
-        "index.html": page.encode(),
-        "table.md": markdown.encode(),
-        "table.csv": to_csv(rows).encode(),
-    } | {f"{name}.{kind}": data for name, formats in plots.items() for kind, data in formats.items()}
+    markdown = to_markdown(tables, unfinished)
+    page = to_html(folder.resolve().name, study, notes, runs, tables, unfinished, pictures)
+    contents = {"index.html": page.encode(), "table.md": markdown.encode()}
+    contents |= {f"{table.name}.csv": to_csv(table).encode() for table in tables}
+    contents |= {f"{name}.{kind}": data for name, formats in plots.items() for kind, data in formats.items()}
     return Report(folder / "report", write_files(folder / "report", contents), markdown)
 
 
 def write_files(target: Path, contents: Mapping[str, bytes]) -> tuple[Path, ...]:
-    """Put each file in place whole, and remove plots of an earlier report that this one does not have."""
+    """Put each file in place whole, and remove what an earlier report had and this one has not."""
     try:
         target.mkdir(exist_ok=True)
         for name, data in contents.items():
             temporary = target / f".{name}.tmp"
             temporary.write_bytes(data)
             temporary.replace(target / name)
-        for stale in (target / f"{name}.{kind}" for name in NAMES for kind in ("png", "svg")):
-            if stale.name not in contents:
-                stale.unlink(missing_ok=True)
+        for stale in set(SOMETIMES) - contents.keys():
+            (target / stale).unlink(missing_ok=True)
     except OSError as error:
         raise Mistake(f"cannot write {target} ({error.strerror}): make it a folder you may write to") from error
     return tuple(target / name for name in contents)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 RESULT = {
     "preset": "moe_4",
@@ -25,11 +26,17 @@ RESULT = {
 }
 
 
-def write_run(folder: Path, name: str, experts: int = 4, finished: bool = True, **changes) -> Path:
-    """Write one run directory; `changes` go into result.json, `experts=0` makes a dense model."""
+def write_run(
+    folder: Path, name: str, experts: int = 4, finished: bool = True, settings: dict | None = None, **changes
+) -> Path:
+    """Write one run directory; `changes` go into result.json, `settings` into config.yaml.
+
+    `experts=0` makes a dense model.
+    """
     run = folder / name
     run.mkdir(parents=True)
-    (run / "config.yaml").write_text(f"name: {name}\nseed: 1\n", encoding="utf-8")
+    settings = f"name: {name}\nseed: 1\n" + (yaml.safe_dump(settings, sort_keys=False) if settings else "")
+    (run / "config.yaml").write_text(settings, encoding="utf-8")
     lines = []
     for step in range(1, 21):
         words = {"step": step, "words": step * 500_000}

@@ -8,6 +8,7 @@ import pytest
 from moe_lm.mistake import Mistake
 from moe_lm.report.write import write_report
 
+NO_PRESETS = {}.__getitem__  # the runs' configurations name no model, so no preset is asked for
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
 
@@ -43,7 +44,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def report(study):
-    return write_report(study, ["Nothing below 0.5 & <b>one</b> seed means anything."])
+    return write_report(study, NO_PRESETS, ["Nothing below 0.5 & <b>one</b> seed means anything."])
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_the_page_tells_everything(html):
 def test_runs_made_elsewhere_are_told_apart(make_run, tmp_path):
     make_run("moe_4", experts=0)
     make_run("moe_32", experts=0, device="NVIDIA H200", num_processes=8)
-    text = Page(write_report(tmp_path / "study", []).folder.joinpath("index.html").read_text()).text
+    text = Page(write_report(tmp_path / "study", NO_PRESETS).folder.joinpath("index.html").read_text()).text
     assert "moe_32: 8 × NVIDIA H200" in text
     assert "moe_4: 1 × cpu" in text
 
@@ -104,31 +105,44 @@ def test_odd_names_and_contents_are_escaped(make_run, tmp_path):
     name = "<script>&é‹\"'"
     run = make_run(name, experts=0, device="<img src=x>")
     (run / "config.yaml").write_text("note: </pre><script>alert(1)</script>\n")
-    report = write_report(tmp_path / "study", ["<i>&"])
+    report = write_report(tmp_path / "study", NO_PRESETS, ["<i>&"], "study <b>")
     html = (report.folder / "index.html").read_text(encoding="utf-8")
     page = Page(html)
     assert "script" not in page.tags
     assert "img" not in page.tags
     assert name in page.text
+    assert "1 finished run; study <b>" in page.text
     assert "</pre><script>alert(1)</script>" in page.text
 
 
 def test_the_same_runs_give_the_same_bytes(report, study):
     first = {path: path.read_bytes() for path in report.files}
-    again = write_report(study, ["Nothing below 0.5 & <b>one</b> seed means anything."])
+    again = write_report(study, NO_PRESETS, ["Nothing below 0.5 & <b>one</b> seed means anything."])
     assert {path: path.read_bytes() for path in again.files} == first
 
 
 def test_plots_of_an_earlier_report_do_not_stay(make_run, tmp_path):
     run = make_run("lstm", experts=0, finished=False)
-    assert (write_report(tmp_path / "study", []).folder / "curves.svg").exists()
+    assert (write_report(tmp_path / "study", NO_PRESETS).folder / "curves.svg").exists()
     (run / "metrics.jsonl").unlink()
-    report = write_report(tmp_path / "study", [])
+    report = write_report(tmp_path / "study", NO_PRESETS)
     assert {path.name for path in report.folder.iterdir()} == {"index.html", "table.md", "table.csv"}
+
+
+def test_tables_of_an_earlier_report_do_not_stay(make_run, tmp_path):
+    run = make_run("moe_4")
+    (tmp_path / "study/report").mkdir()
+    for name in ("paper.csv", "imitated.csv", "balance.csv", "mine.txt"):
+        (tmp_path / "study/report" / name).write_text("old")
+    names = {path.name for path in write_report(tmp_path / "study", NO_PRESETS).folder.iterdir()}
+    assert run.exists()
+    assert {name for name in names if not name.endswith((".png", ".svg"))} == {
+        *("index.html", "table.md", "table.csv", "mine.txt")
+    }
 
 
 def test_a_folder_that_cannot_be_written_is_a_mistake(make_run, tmp_path):
     make_run("lstm", experts=0, finished=False)
     (tmp_path / "study" / "report").write_text("in the way")
     with pytest.raises(Mistake, match=r"cannot write .*study/report \(.+\): make it a folder"):
-        write_report(tmp_path / "study", [])
+        write_report(tmp_path / "study", NO_PRESETS)

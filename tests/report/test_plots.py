@@ -93,6 +93,25 @@ def test_the_sweep_joins_moe_models_in_order_of_parameters(drawn):
     assert line.get_ydata() == pytest.approx([45.0, 39.7, 35.5])  # moe_256 is the mean of 35.7 and 35.3
 
 
+def test_hierarchical_mixtures_have_their_own_mark_and_line(make_run, tmp_path):
+    for n, name in enumerate(("moe_4", "moe_32", "moe_256_h", "moe_1024_h")):
+        gate = {"model": {"layers": {"middle": {"primary_gate": {"_partial_": True}}}}} if name.endswith("h") else {}
+        make_run(name, settings=gate, parameters_without_embedding_and_softmax=8e6 * 4**n)
+    lines = figures_of(tmp_path / "study")["perplexity_parameters"].axes[0].lines
+    assert sorted(list(line.get_xdata()) for line in lines if len(line.get_xdata()) == 2) == [[8, 32], [128, 512]]
+    assert {line.get_marker() for line in lines if len(line.get_xdata()) == 1} == {"o", "D"}
+
+
+def test_models_of_equal_parameters_are_joined_by_cost(make_run, tmp_path):
+    """As the paper's mixtures of about 4.3 thousand million parameters; the smallest may have a few more of them."""
+    for name, operations, parameters in (("small", 9e6, 4303e6), ("medium", 34e6, 4302e6), ("high", 143e6, 4371e6)):
+        make_run(name, operations_per_timestep=operations, parameters_without_embedding_and_softmax=parameters)
+    figures = figures_of(tmp_path / "study")
+    (line,) = [line for line in figures["perplexity_operations"].axes[0].lines if len(line.get_xdata()) == 3]
+    assert list(line.get_xdata()) == [9, 34, 143]
+    assert not [line for line in figures["perplexity_parameters"].axes[0].lines if len(line.get_xdata()) == 3]
+
+
 def test_an_ablation_at_equal_parameters_is_not_joined(crowded):
     axes = crowded["perplexity_parameters"].axes[0]
     assert not any(line.get_linestyle() == "-" and line.get_linewidth() > 1 for line in axes.lines)

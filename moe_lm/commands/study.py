@@ -1,0 +1,51 @@
+"""A study of configs/study: runs to train with what they share, in one size or in several."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import yaml
+
+from moe_lm.commands.configuration import choices, folder
+from moe_lm.files import write_text
+from moe_lm.mistake import Mistake
+
+
+@dataclass(frozen=True)
+class Study:
+    """One size of a study."""
+
+    study: str
+    scale: str | None
+    """The size, None where the study has only one."""
+    notes: list[str]
+    """What it can show and what not, for the report."""
+    parallel: int
+    """Runs at a time."""
+    overrides: list[str]
+    """Overrides of `train` that all runs share."""
+    runs: list[str]
+    """Each run's own overrides, as one types them."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the runs go unless the command says otherwise: another scale is another folder."""
+        return Path("runs") / "-".join(filter(None, (self.study, self.scale)))
+
+    def save(self, path: Path) -> None:
+        """Keep what a report tells of the study."""
+        write_text(path, yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True))
+
+
+def study_of(name: str, scale: str | None) -> Study:
+    """Return a study in a scale, or in its own choice of one; raises `Mistake` for what it does not have."""
+    if name not in choices("study"):
+        raise Mistake(f"study={name}: no such study; there are {', '.join(choices('study'))}")
+    content = yaml.safe_load((folder() / "study" / f"{name}.yaml").read_text(encoding="utf-8"))
+    if "scales" not in content:
+        if scale:
+            raise Mistake(f"scale={scale}: study={name} has one size only: leave scale away")
+        return Study(study=name, scale=None, **content)
+    scale = scale or content["scale"]
+    if scale not in content["scales"]:
+        raise Mistake(f"scale={scale}: study={name} has scale={' and scale='.join(content['scales'])}")
+    return Study(study=name, scale=scale, **content["scales"][scale])
