@@ -46,9 +46,7 @@ class Objective:
 
 def statistics(gatings: Mapping[str, Gating]) -> Statistics:
     """Return the additive statistics of each gated layer, detached."""
-    return {
-        layer: {name: x.detach() for name, x in gating.statistics().items()} for layer, gating in gatings.items()
-    }
+    return {layer: {name: x.detach() for name, x in gating.statistics().items()} for layer, gating in gatings.items()}
 
 
 def add(total: Statistics | None, more: Statistics) -> Statistics:

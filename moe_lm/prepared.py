@@ -7,25 +7,21 @@ of sentence 0 followed by `</S>`, then sentence 1, ...; no `<S>`), `<split>.star
 
 import errno
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from hashlib import blake2b
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from moe_lm.corpus import SPLITS, Corpus
-from moe_lm.files import sync
 from moe_lm.mistake import Mistake
-from moe_lm.split_writer import DTYPES, SplitWriter, statistics_line, unigram_perplexity
+from moe_lm.preparation import FORMAT, make, partial_folder
+from moe_lm.split_writer import DTYPES
 from moe_lm.vocabulary import Vocabulary, VocabularyRecipe
 
-_FORMAT = 1
 # What a disk says; a corpus fetched over a network raises other kinds of OSError, which are not ours to explain.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 _DISK |= {errno.ENOTDIR, errno.EEXIST, errno.EIO, errno.ENAMETOOLONG}
@@ -64,6 +60,8 @@ class Prepared:
     statistics: dict
     """Per split `sentences words tokens unknown_words empty_lines longer_than_max_words` (in training those are
     left out), and for the held-out splits `unigram_perplexity` (per word)."""
+    figures: dict = field(default_factory=dict)
+    """Published counts that were compared, by `<split>.<statistic>` or `vocabulary`: `expected` and `found`."""
 
 
 def prepare(
@@ -74,14 +72,17 @@ def prepare(
     settings: dict,
     say: Callable[[str], None],
     progress: bool,
+    num_processes: int = 1,
 ) -> Prepared:
     """Make `folder` unless it stands there with the same inputs; raises `Mistake` for bad text or disk.
 
-    `settings` is the configuration that the inputs came from: any change of it prepares anew.
+    `settings` is the configuration that the inputs came from: any change of it prepares anew. The number of
+    processes changes nothing in the folder.
     """
     inputs = {"settings": settings, "corpus": corpus.inputs(), "vocabulary": recipe.inputs()}
     inputs = json.loads(json.dumps(inputs | {"max_words": corpus.max_words}))
     if current := _open_current(folder, recipe, inputs):
+        shutil.rmtree(partial_folder(folder), ignore_errors=True)  # a crash right after the last step left it
         return current
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -89,11 +90,11 @@ def prepare(
             # Another process may have made it while this one waited.
             if current := _open_current(folder, recipe, inputs):
                 return current
-            _make(corpus, recipe, folder, inputs, say, progress)
+            make(corpus, recipe, folder, inputs, say=say, progress=progress, num_processes=num_processes)
     except OSError as error:
         if error.errno not in _DISK:
             raise
-        reason = f"{error.strerror}; mend that or choose another folder"
+        reason = f"{error.strerror}; mend that and repeat the command, or choose another folder"
         raise Mistake(f"cannot write {folder}: {reason}") from error
     return open_prepared(folder, recipe)
 
@@ -105,7 +106,7 @@ def open_prepared(folder: Path, recipe: VocabularyRecipe) -> Prepared:
     for split in SPLITS:
         paths = {part: folder / f"{split}.{part}" for part in DTYPES}
         splits[split] = Split(**{part: np.memmap(path, DTYPES[part], "r") for part, path in paths.items()})
-    return Prepared(recipe.load(folder), splits, record["fingerprint"], record["statistics"])
+    return Prepared(recipe.load(folder), splits, record["fingerprint"], record["statistics"], record.get("figures", {}))
 
 
 def _open_current(folder: Path, recipe: VocabularyRecipe, inputs: dict) -> Prepared | None:
@@ -121,8 +122,8 @@ def _read_record(folder: Path) -> dict:
     """Return `data.json` once every file of the folder is found to have the size it names."""
     try:
         record = json.loads((folder / "data.json").read_text(encoding="utf-8"))
-        if record["format"] != _FORMAT:
-            raise Mistake(f"{folder} has format {record['format']}, this version reads {_FORMAT}; prepare again")
+        if record["format"] != FORMAT:
+            raise Mistake(f"{folder} has format {record['format']}, this version reads {FORMAT}; prepare again")
         wrong = [name for name, size in record["files"].items() if (folder / name).stat().st_size != size]
     except FileNotFoundError as error:
         raise Mistake(f"{folder} is not prepared ({Path(error.filename).name} is missing); prepare it") from error
@@ -140,70 +141,3 @@ def _lock(folder: Path, say: Callable[[str], None]) -> AbstractContextManager:
     except Timeout:
         say(f"waiting: another process prepares {folder}")
         return lock.acquire()
-
-
-def _make(corpus, recipe, folder: Path, inputs: dict, say: Callable[[str], None], progress: bool) -> None:
-    """Write everything into a temporary folder beside `folder`, then put it in its place."""
-    ours = (folder / "data.json").exists() or (folder / "train.tokens").exists()
-    if folder.exists() and any(folder.iterdir()) and not ours:
-        raise Mistake(f"{folder} holds other files than prepared text; choose another folder or empty it")
-    for stale in folder.parent.iterdir():
-        if stale.name.startswith(f".{folder.name}.partial-"):  # a crash left it: the lock is ours
-            shutil.rmtree(stale)
-    temporary = folder.parent / f".{folder.name}.partial-{os.getpid()}-{os.urandom(4).hex()}"
-    temporary.mkdir()
-    try:
-        record = {"format": _FORMAT, "inputs": inputs} | _write(corpus, recipe, temporary, say, progress)
-        record["files"] = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-        (temporary / "data.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-        for path in [*temporary.iterdir(), temporary]:
-            sync(path)
-        replaced = temporary.with_name(f"{temporary.name}-replaced")
-        if folder.exists():
-            folder.rename(replaced)
-        temporary.rename(folder)
-        sync(folder.parent)
-        if replaced.exists():
-            shutil.rmtree(replaced)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _write(corpus, recipe, folder: Path, say: Callable[[str], None], progress: bool) -> dict:
-    """Write the vocabulary and the arrays; return fingerprint and statistics."""
-    for split in SPLITS:
-        if not any(line.split() for line in _kept(corpus, split)):
-            longest = f" of at most {corpus.max_words} words" if split == "train" else ""
-            raise Mistake(f"the {split} split of the corpus has no sentence{longest}; give it some text")
-
-    def training() -> Iterator[str]:
-        return iter(tqdm(_kept(corpus, "train"), "vocabulary", disable=not progress, unit=" sentences"))
-
-    vocabulary = recipe.build(training)
-    vocabulary.save(folder)
-    say(f"vocabulary: {vocabulary.size:,} tokens")
-    digest = blake2b(digest_size=16)
-    for path in sorted(folder.iterdir()):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    statistics, counts = {}, {}
-    for split in SPLITS:
-        writer = SplitWriter(folder, split, vocabulary, digest, corpus.max_words)
-        for line in tqdm(corpus.sentences(split), split, disable=not progress, unit=" sentences"):
-            writer.add(line)
-        statistics[split], counts[split] = writer.finish(), writer.counts
-        say(statistics_line(split, statistics[split], corpus.max_words))
-    for split in SPLITS[1:]:
-        statistics[split]["unigram_perplexity"] = unigram_perplexity(
-            counts["train"], counts[split], statistics[split]["words"]
-        )
-    held_out = ", ".join(f"{split} {statistics[split]['unigram_perplexity']:,.1f}" for split in SPLITS[1:])
-    say(f"unigram perplexity: {held_out}")
-    return {"fingerprint": digest.hexdigest(), "statistics": statistics}
-
-
-def _kept(corpus: Corpus, split: str) -> Iterator[str]:
-    """Stream the sentences that are not left out for their length."""
-    for line in corpus.sentences(split):
-        # n words are at least 2n - 1 characters, so most lines need no splitting.
-        if split != "train" or len(line) < 2 * corpus.max_words or len(line.split()) <= corpus.max_words:
-            yield line

@@ -1,9 +1,11 @@
-"""One split's sentences to its arrays on disk, counted on the way.
+"""One part's sentences to its arrays on disk, counted on the way, and the parts of a split to one.
 
 Shape suffix: V vocabulary.
 """
 
+import os
 from array import array
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,36 +13,34 @@ import numpy as np
 from moe_lm.vocabulary import Vocabulary
 
 DTYPES = {"tokens": "<i4", "starts": "<i8", "words": "<u4"}
+_PART_DTYPES = {"tokens": "<i4", "lengths": "<i4", "words": "<u4"}
 BUFFER = 1 << 20
 """Tokens held in memory before they are written."""
+STATISTICS = ("sentences", "words", "tokens", "unknown_words", "empty_lines", "longer_than_max_words")
 
 
-class SplitWriter:
-    """Appends one split's sentences to its three files, about a million tokens at a time."""
+class PartWriter:
+    """Appends one part's sentences to `<stem>.tokens`, `.lengths` (tokens a sentence) and `.words`."""
 
-    def __init__(self, folder: Path, split: str, vocabulary: Vocabulary, digest, max_words: int) -> None:
-        self._paths = {part: folder / f"{split}.{part}" for part in DTYPES}
-        self._is_train, self._max_words = split == "train", max_words
-        self._vocabulary, self._digest = vocabulary, digest
-        self._tokens, self._lengths, self._words = array("i"), array("q", [0]), array("I")
-        self._num_written = 0
-        self._statistics = dict.fromkeys(
-            ("sentences", "words", "tokens", "unknown_words", "empty_lines", "longer_than_max_words"), 0
-        )
-        self.counts = np.zeros(vocabulary.size, np.int64)
-        """How often each id occurs."""
+    def __init__(self, stem: Path, vocabulary: Vocabulary, *, max_words: int, keep_longer: bool) -> None:
+        """Sentences of more than `max_words` are counted, and left out unless `keep_longer`."""
+        self._files = {kind: _part_file(stem, kind).open("wb") for kind in _PART_DTYPES}
+        self._vocabulary, self._max_words, self._keep_longer = vocabulary, max_words, keep_longer
+        self._tokens, self._lengths, self._words = array("i"), array("i"), array("I")
+        self._statistics = dict.fromkeys(STATISTICS, 0)
 
     def add(self, line: str) -> None:
-        """Encode and keep one sentence; an empty line or, in training, one that is too long is only counted."""
-        num_words = len(line.split())
+        """Encode and keep one sentence; an empty line, or one that is too long, is only counted."""
+        words = line.split()
+        num_words = len(words)
         if num_words == 0:
             self._statistics["empty_lines"] += 1
             return
         if num_words > self._max_words:
             self._statistics["longer_than_max_words"] += 1
-            if self._is_train:
+            if not self._keep_longer:
                 return
-        ids = self._vocabulary.encode(line)
+        ids = self._vocabulary.encode_words(words)
         self._tokens.extend(ids)
         self._tokens.append(self._vocabulary.end)
         self._lengths.append(len(ids) + 1)
@@ -49,24 +49,73 @@ class SplitWriter:
             self._flush()
 
     def _flush(self) -> None:
-        tokens = np.array(self._tokens, DTYPES["tokens"])
-        starts = np.array(self._num_written + np.cumsum(self._lengths), DTYPES["starts"])
-        words = np.array(self._words, DTYPES["words"])
-        for part, values in {"tokens": tokens, "starts": starts, "words": words}.items():
-            with self._paths[part].open("ab") as file:
-                file.write(values.tobytes())
-        self._digest.update(tokens.tobytes())
-        self.counts += np.bincount(tokens, minlength=len(self.counts))
-        self._num_written += len(tokens)
-        self._statistics["sentences"] += len(words)
-        self._statistics["words"] += int(words.sum(dtype=np.int64))
-        self._tokens, self._lengths, self._words = array("i"), array("q"), array("I")
+        held = {"tokens": self._tokens, "lengths": self._lengths, "words": self._words}
+        values = {kind: np.array(numbers, _PART_DTYPES[kind]) for kind, numbers in held.items()}
+        for kind, file in self._files.items():
+            file.write(values[kind])
+        sums = {
+            "sentences": len(values["words"]),
+            "words": int(values["words"].sum(dtype=np.int64)),
+            "tokens": len(values["tokens"]),
+            "unknown_words": int((values["tokens"] == self._vocabulary.unknown).sum()),
+        }
+        for name, number in sums.items():
+            self._statistics[name] += number
+        self._tokens, self._lengths, self._words = array("i"), array("i"), array("I")
 
-    def finish(self) -> dict:
-        """Write what is left and return the split's statistics."""
+    def finish(self, *, durable: bool) -> dict[str, int]:
+        """Write what is left, and wait for the disk if `durable`; return the part's statistics."""
         self._flush()
-        unknown = int(self.counts[self._vocabulary.unknown])
-        return self._statistics | {"tokens": self._num_written, "unknown_words": unknown}
+        for file in self._files.values():
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+            file.close()
+        return self._statistics
+
+
+def part_is_there(stem: Path, statistics: dict[str, int]) -> bool:
+    """Return whether the files of a part have the sizes that its statistics tell."""
+    entries = {"tokens": statistics["tokens"], "lengths": statistics["sentences"], "words": statistics["sentences"]}
+    return all(
+        (path := _part_file(stem, kind)).exists() and path.stat().st_size == 4 * count
+        for kind, count in entries.items()
+    )
+
+
+def _part_file(stem: Path, kind: str) -> Path:
+    return stem.with_name(f"{stem.name}.{kind}")
+
+
+def join_parts(stems: list[Path], folder: Path, split: str, size: int, digest) -> np.ndarray:
+    """Write the parts, one after another, as the arrays of a split; return how often each of `size` ids occurs.
+
+    The tokens go into `digest` too. Memory is that of a few buffers.
+    """
+    counts_V = np.zeros(size, np.int64)
+    files = {kind: (folder / f"{split}.{kind}").open("wb") for kind in DTYPES}
+    num_tokens = 0
+    files["starts"].write(np.zeros(1, DTYPES["starts"]).tobytes())
+    for stem in stems:
+        for tokens in _chunks(_part_file(stem, "tokens"), _PART_DTYPES["tokens"]):
+            files["tokens"].write(tokens)
+            digest.update(tokens)
+            counts_V += np.bincount(tokens, minlength=size)
+        for lengths in _chunks(_part_file(stem, "lengths"), _PART_DTYPES["lengths"]):
+            starts = num_tokens + np.cumsum(lengths, dtype=np.int64)
+            files["starts"].write(starts.astype(DTYPES["starts"]))
+            num_tokens = int(starts[-1])
+        for words in _chunks(_part_file(stem, "words"), _PART_DTYPES["words"]):
+            files["words"].write(words)
+    for file in files.values():
+        file.close()
+    return counts_V
+
+
+def _chunks(path: Path, dtype: str) -> Iterator[np.ndarray]:
+    with path.open("rb") as file:
+        while len(values := np.fromfile(file, dtype, BUFFER)):
+            yield values
 
 
 def unigram_perplexity(train_V: np.ndarray, held_out_V: np.ndarray, num_words: int) -> float:

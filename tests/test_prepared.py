@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+import moe_lm.preparation
 import moe_lm.prepared
 import moe_lm.split_writer
 from moe_lm.mistake import Mistake
@@ -38,15 +39,33 @@ class Lines:
     def __init__(self, text=TEXT, stamp=0, error=None):
         self.text, self.stamp, self.error, self.passes = text, stamp, error, Counter()
 
-    def sentences(self, split):
-        self.passes[split] += 1
-        for line in self.text[split]:
-            if line is None:
-                raise self.error
-            yield line
+    def parts(self, split):
+        return [Whole(self, split)]
 
     def inputs(self):
         return {"stamp": self.stamp, "tuple": (1, 2)}
+
+    def notes(self):
+        return []
+
+    def figures(self, min_count):
+        return {}
+
+
+class Whole:
+    """A split of such a corpus as one part."""
+
+    size = 1
+
+    def __init__(self, corpus, name):
+        self.corpus, self.name = corpus, name
+
+    def sentences(self):
+        self.corpus.passes[self.name] += 1
+        for line in self.corpus.text[self.name]:
+            if line is None:
+                raise self.corpus.error
+            yield line
 
 
 WORDS = Words(file=None, min_count=1, max_size=None)
@@ -268,16 +287,23 @@ def test_a_process_killed_in_the_middle_leaves_nothing_that_counts(tmp_path):
         from pathlib import Path
         from test_prepared import Lines, make
         class Killed(Lines):
-            def sentences(self, split):
-                yield from super().sentences(split)
+            def parts(self, split):
+                if split == "valid":
+                    self.text = dict(self.text, valid=Deadly(self.text["valid"], self.passes))
+                return super().parts(split)
+        class Deadly(list):
+            def __init__(self, lines, passes):
+                super().__init__(lines)
+                self.passes = passes
+            def __iter__(self):
+                yield from super().__iter__()
                 if self.passes["valid"] == 2:
                     os.kill(os.getpid(), signal.SIGKILL)
         make(Path({str(tmp_path / "data")!r}), Killed())
     """
     ended = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, check=False)
     assert ended.returncode == -9, ended.stderr
-    (partial,) = [name for name in names(tmp_path) if "partial" in name]
-    assert (tmp_path / partial / "train.tokens").exists()  # it was well under way
+    assert (tmp_path / ".data.partial" / "parts" / "train-00000.tokens").exists()  # it was well under way
     with pytest.raises(Mistake, match="not prepared"):
         open_prepared(tmp_path / "data", WORDS)
     assert make(tmp_path / "data").splits["train"].num_sentences == 3
@@ -294,7 +320,8 @@ def test_two_processes_do_not_prepare_at_once(tmp_path):
         said.append(line)
         if line.startswith("waiting"):
             # What the other process does meanwhile: it prepares, then lets go.
-            moe_lm.prepared._make(Lines(), WORDS, tmp_path / "data", stamp, lambda line: None, False)
+            quiet = {"say": lambda line: None, "progress": False, "num_processes": 1}
+            moe_lm.preparation.make(Lines(), WORDS, tmp_path / "data", stamp, **quiet)
             lock.release()
 
     stamp = {"settings": {}, "corpus": {"stamp": 0, "tuple": [1, 2]}, "vocabulary": {"file": None}, "max_words": 4}
@@ -316,5 +343,6 @@ def test_progress_goes_to_standard_error_only_when_asked(tmp_path, capsys):
         prepare(corpus=Lines(), recipe=WORDS, folder=tmp_path / "bars", settings={}, say=print, progress=True)
     output = capsys.readouterr()
     assert "vocabulary: 5 tokens" in output.out
-    assert "train" in output.err
+    assert "counting" in output.err
+    assert "encoding" in output.err
     assert "sentences" in output.err

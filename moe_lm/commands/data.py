@@ -1,6 +1,7 @@
 """A configuration's corpus and vocabulary to prepared data."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from hashlib import blake2b
@@ -12,7 +13,11 @@ from moe_lm.prepared import Prepared, open_prepared, prepare
 
 
 def prepared_data(config: dict, say: Callable[[str], None]) -> Prepared:
-    """Return the token ids of `corpus` and `vocabulary`, prepared now unless they lie in `data` already."""
+    """Return the token ids of `corpus` and `vocabulary`, prepared now unless they lie in `data` already.
+
+    Large text is prepared by `processes` of the configuration, else one for each core.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     settings = {"corpus": config["corpus"], "vocabulary": config["vocabulary"]}
     return prepare(
         corpus=build(config["corpus"]),
@@ -21,6 +26,7 @@ def prepared_data(config: dict, say: Callable[[str], None]) -> Prepared:
         settings=settings,
         say=say,
         progress=sys.stderr.isatty(),
+        num_processes=config.get("processes") or cores,
     )
 
 

@@ -8,14 +8,18 @@ from moe_lm.mistake import Mistake
 from moe_lm.run import flatten
 
 OPTIONAL = {
+    "corpus.folder": str,
     "file": str,
     "machine.threads": int,
     "name": str,
     "parallel": int,
+    "processes": int,
     "runs": str,
+    "scale": str,
     "study": str,
     "vocabulary.file": str,
     "vocabulary.max_size": int,
+    "vocabulary_size": int,
 }
 """What a key takes whose default is null."""
 

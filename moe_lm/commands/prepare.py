@@ -4,6 +4,8 @@ import sys
 
 from moe_lm.commands.configuration import composed, resolved
 from moe_lm.commands.data import data_folder, prepared_data
+from moe_lm.mistake import Mistake
+from moe_lm.published import report
 from moe_lm.split_writer import statistics_line
 
 HELP = "text to token ids in data/<name>/ (train does it by itself)"
@@ -12,6 +14,8 @@ HELP = "text to token ids in data/<name>/ (train does it by itself)"
 def main(arguments: list[str]) -> int:
     """Prepare the data and print what is in them."""
     config = resolved(composed("prepare", arguments))
+    if config["processes"] is not None and config["processes"] < 1:
+        raise Mistake(f"processes={config['processes']}: must be at least 1, or null for one a core")
     said = []
 
     def say(line: str) -> None:
@@ -22,5 +26,6 @@ def main(arguments: list[str]) -> int:
     if not said:  # it was there already
         for split, part in data.statistics.items():
             print(statistics_line(split, part, config["corpus"]["max_words"]), file=sys.stderr)
+        print("\n".join(report(data.figures)), end="\n" if data.figures else "", file=sys.stderr)
     print(f"{data_folder(config)}: vocabulary of {data.vocabulary.size:,}, fingerprint {data.fingerprint}")
     return 0

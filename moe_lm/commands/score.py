@@ -16,7 +16,7 @@ from moe_lm.batches import in_order
 from moe_lm.commands import build as make
 from moe_lm.commands.configuration import composed, resolved
 from moe_lm.commands.load import Trained, load
-from moe_lm.corpus.text import decoded_lines, lines
+from moe_lm.corpus.lines import decoded_lines, lines
 from moe_lm.mistake import Mistake
 from moe_lm.prepared import Split
 from moe_lm.vocabulary import END, START

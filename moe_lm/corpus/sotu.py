@@ -7,10 +7,10 @@ ready tokenisers change words ("ca n't") or do not know the abbreviations of two
 
 import hashlib
 import re
-from collections.abc import Iterator
 from functools import cached_property
 from importlib.metadata import version
 
+from moe_lm.corpus import InMemory
 from moe_lm.mistake import Mistake
 
 # Raised whenever a sentence below may come out otherwise, so that prepared folders are made anew.
@@ -85,13 +85,21 @@ class Sotu:
         self.max_words = max_words
         self._seed = seed
 
-    def sentences(self, split: str) -> Iterator[str]:
-        """Yield the split's sentences, tokens separated by single spaces, in the order the seed gives."""
-        yield from self._splits[split]
+    def parts(self, split: str) -> list[InMemory]:
+        """Return the split's sentences, tokens separated by single spaces, in the order the seed gives."""
+        return [InMemory(split, self._splits[split])]
 
     def inputs(self) -> dict:
         """Return the version of the package that carries the text and that of the tokenisation."""
         return {"sotu": version("sotu"), "format": _FORMAT}
+
+    def notes(self) -> list[str]:
+        """Return nothing: there is only one form of this corpus."""
+        return []
+
+    def figures(self, min_count: int | None) -> dict[str, int]:  # noqa: ARG002
+        """Return nothing: no count of these sentences is published."""
+        return {}
 
     @cached_property
     def _splits(self) -> dict[str, list[str]]:

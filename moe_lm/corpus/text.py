@@ -1,20 +1,12 @@
 """A corpus of the user's own files: one sentence a line, plain or compressed, read as a stream."""
 
-import codecs
-import gzip
-import io
-import lzma
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
 
-import zstandard
-
 from moe_lm.corpus import SPLITS
+from moe_lm.corpus.lines import Block, blocks
 from moe_lm.mistake import Mistake
-
-_DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 
 
 class Text:
@@ -35,10 +27,9 @@ class Text:
         self._patterns = {split: [globs] if isinstance(globs, str) else list(globs) for split, globs in patterns}
         self.max_words = max_words
 
-    def sentences(self, split: str) -> Iterator[str]:
-        """Stream the lines of the split's files in sorted order; raises `Mistake` for a bad file."""
-        for path in self._files()[split]:
-            yield from lines(path)
+    def parts(self, split: str) -> list[Block]:
+        """Return the split's files in sorted order, large ones in blocks of lines."""
+        return [block for path in self._files()[split] for block in blocks(path)]
 
     def inputs(self) -> dict:
         """Return each file's absolute path, size in bytes and modification time in nanoseconds, by split."""
@@ -47,6 +38,14 @@ class Text:
             stats = [(path, path.stat()) for path in paths]
             record[split] = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
         return record
+
+    def notes(self) -> list[str]:
+        """Return nothing: the files are the user's own."""
+        return []
+
+    def figures(self, min_count: int | None) -> dict[str, int]:  # noqa: ARG002
+        """Return nothing: the files are the user's own."""
+        return {}
 
     def _files(self) -> dict[str, list[Path]]:
         """Return the real paths of every split's files, sorted and without repetition."""
@@ -74,68 +73,3 @@ def _matches(split: str, patterns: list[str]) -> list[Path]:
             raise Mistake(f"corpus.{split}: no file matches {pattern} (looked from {Path.cwd()})")
         found |= files
     return sorted(found)
-
-
-def lines(path: Path) -> Iterator[str]:
-    """Stream a file's lines, unpacked by its suffix; raises `Mistake` where it cannot be read."""
-    try:
-        with _open(path) as stream:
-            yield from decoded_lines(stream, str(path))
-    except OSError as error:
-        raise Mistake(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def decoded_lines(stream: Iterable[bytes], name: str) -> Iterator[str]:
-    """Decode lines one by one, so that a bad byte is reported with its line."""
-    number = 0
-    try:
-        for number, line in enumerate(stream, start=1):
-            yield (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode().rstrip("\n")
-    except UnicodeDecodeError as error:
-        raise Mistake(f"{name}, line {number}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
-    except _DAMAGED as error:
-        reason = str(error) or type(error).__name__
-        raise Mistake(f"{name}: damaged or cut short after line {number} ({reason}); fetch it again") from error
-
-
-def _open(path: Path) -> io.BufferedIOBase:
-    if path.suffix == ".gz":
-        return gzip.open(path)
-    if path.suffix == ".xz":
-        return lzma.open(path)
-    if path.suffix == ".zst":
-        return io.BufferedReader(_ZstdStream(path), 1 << 20)
-    return path.open("rb")
-
-
-class _ZstdStream(io.RawIOBase):
-    """The bytes of a .zst file, all its frames; zstandard's own reader ends silently in a file cut short."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("rb")
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._frame_began = False
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-    def readinto(self, buffer) -> int:
-        while not self._ready:
-            chunk = self._frame.unused_data if self._frame.eof else b""
-            if self._frame.eof:
-                self._frame, self._frame_began = zstandard.ZstdDecompressor().decompressobj(), False
-            chunk = chunk or self._file.read(1 << 16)
-            if not chunk:
-                if self._frame_began:
-                    raise EOFError("the last frame is not complete")
-                return 0
-            self._frame_began = True
-            self._ready = memoryview(self._frame.decompress(chunk))
-        size = min(len(buffer), len(self._ready))
-        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
-        return size

@@ -15,9 +15,7 @@ from moe_lm.mistake import Mistake
 class NoisyTopK(nn.Module):
     """G(x) = Softmax(KeepTopK(x W_g + eps * (Softplus(x W_noise) + noise_epsilon), k)), noise in training only."""
 
-    def __init__(
-        self, *, width: int, num_experts: int, k: int, noise_epsilon: float, num_groups: int | None = None
-    ):
+    def __init__(self, *, width: int, num_experts: int, k: int, noise_epsilon: float, num_groups: int | None = None):
         super().__init__()
         if not noise_epsilon > 0:
             raise Mistake(f"gate.noise_epsilon={noise_epsilon}: must be positive")

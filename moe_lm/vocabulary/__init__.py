@@ -3,7 +3,8 @@
 Implementations stand beside this file, one each, and are chosen by the YAML of the same name.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +25,10 @@ class Vocabulary(Protocol):
         """Return the ids of the sentence's tokens, without `<S>` and `</S>`."""
         ...
 
+    def encode_words(self, words: list[str]) -> list[int]:
+        """Return the ids of a sentence that is split into words already."""
+        ...
+
     def tokens_per_word(self, ids: list[int]) -> list[int]:
         """Return how many of a sentence's ids, in order, spell each of its words."""
         ...
@@ -41,15 +46,34 @@ class Vocabulary(Protocol):
         ...
 
 
+class TrainingText(Protocol):
+    """The training split as a recipe sees it; every call is a pass of its own over the text."""
+
+    def sentences(self) -> Iterator[str]:
+        """Stream the sentences in order."""
+        ...
+
+    def count_words(self) -> tuple[Counter[str], int]:
+        """Return how often each word occurs, and the number of sentences that have one; on many processes."""
+        ...
+
+    def say(self, line: str) -> None:
+        """Tell the user something about the vocabulary."""
+        ...
+
+
 class VocabularyRecipe(Protocol):
-    """How a vocabulary comes about: what a YAML under `configs/vocabulary` builds."""
+    """How a vocabulary comes about: what a YAML under `configs/vocabulary` builds; picklable."""
+
+    min_count: int | None
+    """Given where the vocabulary is every word of training seen that often, else None."""
 
     def inputs(self) -> dict:
         """Return a JSON-able record that changes whenever the vocabulary may have changed."""
         ...
 
-    def build(self, sentences: Callable[[], Iterator[str]]) -> Vocabulary:
-        """Make the vocabulary from the training split; `sentences()` starts a fresh pass over it."""
+    def build(self, text: TrainingText) -> Vocabulary:
+        """Make the vocabulary from the training split."""
         ...
 
     def load(self, folder: Path) -> Vocabulary:

@@ -4,13 +4,13 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
 from moe_lm.mistake import Mistake
-from moe_lm.vocabulary import END, START, UNKNOWN
+from moe_lm.vocabulary import END, START, UNKNOWN, TrainingText
 
 _MODEL, _ORDER = "subwords.model", "subwords.order.json"
 _SPECIAL = 3 + 256  # markers and bytes
@@ -39,8 +39,12 @@ class SubwordVocabulary:
 
     def encode(self, sentence: str) -> list[int]:
         """Return the ids of the sentence's pieces, without `<S>` and `</S>`."""
+        return self.encode_words(sentence.split())
+
+    def encode_words(self, words: list[str]) -> list[int]:
+        """Return the ids of the pieces that spell the words one after another."""
         id_of = self._id_of
-        return [id_of[piece] for piece in self._pieces.encode(_plain(sentence))]
+        return [id_of[piece] for piece in self._pieces.encode(_plain(words))]
 
     def tokens_per_word(self, ids: list[int]) -> list[int]:
         """Return how many pieces each word took: a word's first piece begins with the sign for a space."""
@@ -70,6 +74,8 @@ class SubwordVocabulary:
 class Subwords:
     """The recipe of a subword vocabulary: `size` pieces, learnt from at most `max_sentences` sentences."""
 
+    min_count = None
+
     def __init__(self, *, size: int, max_sentences: int) -> None:
         """`size` counts the three markers and the 256 bytes too."""
         if size <= _SPECIAL:
@@ -82,13 +88,13 @@ class Subwords:
         """Return the version of SentencePiece, which decides what pieces come out."""
         return {"sentencepiece": version("sentencepiece")}
 
-    def build(self, sentences: Callable[[], Iterator[str]]) -> SubwordVocabulary:
+    def build(self, text: TrainingText) -> SubwordVocabulary:
         """Learn the pieces from evenly spaced sentences; the same text gives the same bytes."""
-        num_sentences = sum(1 for _ in sentences())
+        num_sentences = sum(1 for _ in text.sentences())
         step = max(1, -(-num_sentences // self._max_sentences))
 
         def sample() -> Iterator[str]:
-            return (_plain(sentence) for sentence in islice(sentences(), 0, None, step))
+            return (_plain(sentence.split()) for sentence in islice(text.sentences(), 0, None, step))
 
         model = self._train(sample())
         return SubwordVocabulary(model=model, order=_by_frequency(model, sample()))
@@ -160,6 +166,6 @@ def _by_frequency(model: bytes, sample: Iterator[str]) -> list[int]:
     return sorted(range(pieces.get_piece_size()), key=lambda piece: (-counts[piece], piece))
 
 
-def _plain(sentence: str) -> str:
-    """Return the sentence with single spaces and escaped signs, as it goes into SentencePiece."""
-    return _ESCAPE.sub(lambda match: _ESCAPES[match[0]], " ".join(sentence.split()))
+def _plain(words: list[str]) -> str:
+    """Return the words with single spaces between and escaped signs, as they go into SentencePiece."""
+    return _ESCAPE.sub(lambda match: _ESCAPES[match[0]], " ".join(words))

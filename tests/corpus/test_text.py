@@ -8,6 +8,7 @@ import pytest
 import zstandard
 from omegaconf import OmegaConf
 
+from moe_lm.corpus import sentences
 from moe_lm.corpus.text import Text
 from moe_lm.mistake import Mistake
 
@@ -28,7 +29,7 @@ def held_out(tmp_path):
 
 
 def train_lines(pattern, held_out):
-    return list(text(pattern, held_out, held_out).sentences("train"))
+    return list(sentences(text(pattern, held_out, held_out), "train"))
 
 
 def zst(data: bytes) -> bytes:
@@ -81,7 +82,7 @@ def test_inputs_name_path_size_and_time_and_change_with_the_file(tmp_path, held_
 
 def test_a_large_file_is_read_as_a_stream(tmp_path, held_out):
     (tmp_path / "train.xz").write_bytes(lzma.compress(b"one line\n" * 1000)[:-40])
-    lines = text(str(tmp_path / "train.xz"), held_out, held_out).sentences("train")
+    lines = sentences(text(str(tmp_path / "train.xz"), held_out, held_out), "train")
     assert next(lines) == "one line"  # the damage at the end is not met before it is read
     lines.close()
 
@@ -130,7 +131,7 @@ def test_a_damaged_compressed_file_is_named(tmp_path, held_out, ending, compress
 def test_a_file_that_vanishes_is_reported(tmp_path, held_out, monkeypatch):
     path = tmp_path / "train.gz"
     path.write_bytes(gzip.compress(b"one\n"))
-    lines = text(str(path), held_out, held_out).sentences("train")
+    lines = sentences(text(str(path), held_out, held_out), "train")
     monkeypatch.setattr(gzip, "open", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     with pytest.raises(Mistake, match=r"train\.gz cannot be read: Permission denied"):
         next(lines)

@@ -5,6 +5,7 @@ import random
 from collections import Counter
 
 import pytest
+from training_text import TrainingText
 
 from moe_lm.mistake import Mistake
 from moe_lm.vocabulary.subwords import Subwords
@@ -31,7 +32,7 @@ def vocabulary(sentences):
 
 
 def build(sentences, size=SIZE, max_sentences=100_000):
-    return Subwords(size=size, max_sentences=max_sentences).build(lambda: iter(sentences))
+    return Subwords(size=size, max_sentences=max_sentences).build(TrainingText(sentences))
 
 
 def test_training_text_comes_back_exactly(vocabulary, sentences):

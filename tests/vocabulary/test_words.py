@@ -4,6 +4,7 @@ import random
 from collections import Counter
 
 import pytest
+from training_text import TrainingText, Unread
 
 from moe_lm.mistake import Mistake
 from moe_lm.vocabulary.words import Words
@@ -20,13 +21,13 @@ def tokens(vocabulary):
 
 
 def build(sentences, **options):
-    return words(**options).build(lambda: iter(sentences))
+    return words(**options).build(TrainingText(sentences))
 
 
 def from_file(tmp_path, content, **options):
     path = tmp_path / "words.txt"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return words(file=str(path), **options).build(lambda: pytest.fail("the text need not be read"))
+    return words(file=str(path), **options).build(Unread())
 
 
 def test_counted_words_come_by_count_then_by_spelling_with_the_markers_in_their_places():
@@ -86,6 +87,32 @@ def test_a_saved_vocabulary_loads_as_it_was(tmp_path, options):
     assert (tmp_path / "vocabulary.txt").read_bytes() == before
 
 
+def test_the_forms_of_the_published_file(tmp_path):
+    """`1b_word_vocab.txt` has counts and two markers, `vocab-2016-09-10.txt` all three and a line that is no word."""
+    with_counts = "<S> 60602056\nthe 37\n<UNK> 9\n, 8\ncaf\u00a0e 3\n"
+    assert tokens(from_file(tmp_path, with_counts)) == ["</S>", "<S>", "the", "<UNK>", ",", "caf\u00a0e"]
+    without = "</S>\n<S>\n<UNK>\nthe\n,\n!!!MAXTERMID\n"
+    assert tokens(from_file(tmp_path, without)) == ["</S>", "<S>", "<UNK>", "the", ","]
+
+
+def test_what_a_file_lacks_is_said(tmp_path):
+    path = tmp_path / "words.txt"
+    bare, full = "the\n", "<S>\n</S>\n<UNK>\nthe\n"
+    for content, expected in ((bare, "1 tokens, <S>, </S>, <UNK> added"), (full, "4 tokens, the markers among them")):
+        path.write_text(content)
+        text = Unread()
+        words(file=str(path), min_count=5).build(text)
+        (said,) = text.said
+        assert expected in said
+        assert said.endswith("vocabulary.min_count does not apply to a file")
+
+
+def test_the_least_count_is_told_only_where_it_alone_decides(tmp_path):
+    assert words(min_count=3).min_count == 3
+    assert words(min_count=3, max_size=9).min_count is None
+    assert words(file=str(tmp_path / "words.txt"), min_count=3).min_count is None
+
+
 def test_a_file_keeps_its_order_and_gets_the_markers_it_lacks(tmp_path):
     vocabulary = from_file(tmp_path, "the 9\nof\n<S>\ncafé\t3\n\n")
     assert tokens(vocabulary) == ["</S>", "<UNK>", "the", "of", "<S>", "café"]
@@ -111,7 +138,7 @@ def test_a_bad_file_is_reported_with_its_line(tmp_path, content, message):
 
 
 def test_a_missing_file_is_reported(tmp_path):
-    for ask in (lambda recipe: recipe.inputs(), lambda recipe: recipe.build(lambda: iter([]))):
+    for ask in (lambda recipe: recipe.inputs(), lambda recipe: recipe.build(Unread())):
         with pytest.raises(Mistake, match=r"nowhere\.txt cannot be read: No such file"):
             ask(words(file=str(tmp_path / "nowhere.txt")))
 

@@ -1,0 +1,30 @@
+"""Training text in memory, as a vocabulary's recipe sees it."""
+
+from collections import Counter
+
+
+class TrainingText:
+    """A list of sentences; what a recipe says is kept in `said`."""
+
+    def __init__(self, lines=()):
+        self.lines, self.said = list(lines), []
+        self.say = self.said.append
+
+    def sentences(self):
+        return iter(self.lines)
+
+    def count_words(self):
+        counts = Counter()
+        for line in self.lines:
+            for word in line.split():
+                counts[word] += 1
+        return counts, sum(1 for line in self.lines if line.split())
+
+
+class Unread(TrainingText):
+    """Text that need not be read."""
+
+    def sentences(self):
+        raise AssertionError("the text need not be read")
+
+    count_words = sentences
