@@ -15,7 +15,6 @@ import moe_lm
 from moe_lm.commands.build import build, build_model
 from moe_lm.commands.configuration import choices, composed, folder, resolved
 from moe_lm.commands.kinds import OPTIONAL
-from moe_lm.operations import operations_per_timestep, parameters_without_embedding_and_softmax
 from moe_lm.run import IDENTITY, flatten
 
 COMMANDS = sorted(path.stem for path in folder().glob("*.yaml"))
