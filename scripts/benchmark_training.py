@@ -39,6 +39,9 @@ def main() -> None:
     for count in options.experts:
         name = f"moe_{count}"
         models[name] = ["model=moe_4", f"model.num_experts={count}", f"model.expert_hidden={options.hidden}"]
+    for count in options.hierarchical:
+        name = f"moe_{count}_h"
+        models[name] = ["model=moe_256_h", f"model.num_experts={count}", f"model.expert_hidden={options.hidden}"]
     with tempfile.TemporaryDirectory() as folder:
         trainers = {name: _trainer(name, choice, options, data, Path(folder)) for name, choice in models.items()}
         seconds = {name: [] for name in trainers}
@@ -68,6 +71,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--hidden", type=int, default=1024, help="of one expert")
     parser.add_argument("--experts", type=int, nargs="+", default=[32])
+    parser.add_argument("--hierarchical", type=int, nargs="*", default=[], help="experts, in 16 groups, 2 x 2 a token")
     parser.add_argument("--words", type=int, default=4096, help="in a batch")
     parser.add_argument("--vocabulary", type=int, default=20_000)
     parser.add_argument("--sampled", type=int, default=8192)

@@ -92,7 +92,7 @@ def test_the_paper_scale_has_the_printed_sizes(configs, study):
         assert parameters == pytest.approx(float(row.parameters), abs=0.055), name
         assert config["model"]["dropout"] == row.dropout
         assert config["optimizer"]["experts"] == ("factored" if parameters > 1000 else "adam")
-        assert config["training"]["num_words"] == 10 * 798_949_912
+        assert config["training"]["num_words"] == 27_000 * 300_000
         assert config["batch"]["words"] == 300_000
 
 

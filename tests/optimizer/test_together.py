@@ -116,7 +116,7 @@ def test_bytes_a_parameter_at_the_papers_size():
 def test_training_goes_on_from_stored_state():
     """State taken over by name makes the next update the same bit for bit."""
     models = [setting("optimizer.experts=factored") for _ in range(2)]
-    for model, _, optimizer in models:
+    for _, _, optimizer in models:
         optimizer.step()
         optimizer.zero_grad()
     (first, _, optimizer), (second, recipe, _) = models
