@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 from moe_lm.mistake import Mistake
 from moe_lm.model import LanguageModel
-from moe_lm.optimizer import OptimizerRecipe
+from moe_lm.optimizer import EXPERTS, KINDS, VOCABULARY, OptimizerRecipe, kind_of
 
 FLOAT32, BFLOAT16, INT64 = 4, 2, 8
-EXPERTS, VOCABULARY, REST = KINDS = ("experts", "vocabulary", "rest")
-"""Kinds of parameters: experts' matrices are divided over the processes, the others are in each."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +74,14 @@ class Held:
 def held(model: LanguageModel, recipe: OptimizerRecipe, step: Step) -> dict[str, Held]:
     """Return, by kind, what the process with the most experts holds; exact but for the rows that a step touches.
 
-    Of those it counts the most there can be, every token another word; in text they are far fewer.
+    Of those it counts the most there can be, every token another word; in text they are far fewer. A second copy of
+    them, which further micro-batches may need, is in `second_gradient_bytes`.
     """
     sums = {kind: [0, 0, 0, 0] for kind in KINDS}
     for kind, name, parameter, rows in _parameters(model, step):
         part = _share(parameter, step) if kind == EXPERTS else parameter
         weights = part.numel() * part.element_size()
-        if step.bfloat16 and kind != VOCABULARY and part.dim() > 1:
+        if step.bfloat16 and kind != VOCABULARY and part.dim() > 1 and ".lstm." not in name:
             weights += part.numel() * BFLOAT16  # the copy that the products read
         bytes_ = (part.numel(), weights, recipe.gradient_bytes(name, part, rows), recipe.state_bytes(name, part))
         sums[kind] = [total + more for total, more in zip(sums[kind], bytes_, strict=True)]
@@ -90,14 +89,19 @@ def held(model: LanguageModel, recipe: OptimizerRecipe, step: Step) -> dict[str,
 
 
 def second_gradient_bytes(model: LanguageModel, recipe: OptimizerRecipe, step: Step) -> int:
-    """Return what the experts of one layer need once more while a further micro-batch's gradients are added up."""
+    """Return what is needed once more while a further micro-batch's gradients are added up.
+
+    That is the gradients of one layer's experts, and of the vocabulary's rows (`moe_lm.rows` keeps up to twice them).
+    """
     if step.micro_tokens >= step.tokens:
         return 0
+    parameters = _parameters(model, step)
+    of_rows = sum(recipe.gradient_bytes(name, p, rows) for kind, name, p, rows in parameters if kind == VOCABULARY)
     largest = 0
     for layer in model.layers.values():
-        parts = ((name, _share(p, step)) for name, p in layer.named_parameters() if _kind(name) == EXPERTS)
+        parts = ((name, _share(p, step)) for name, p in layer.named_parameters() if kind_of(name) == EXPERTS)
         largest = max(largest, sum(recipe.gradient_bytes(name, part, 0) for name, part in parts))
-    return largest
+    return largest + of_rows
 
 
 def activation_bytes(model: LanguageModel, step: Step) -> int:
@@ -145,19 +149,12 @@ def bytes_sent(model: LanguageModel, recipe: OptimizerRecipe, step: Step) -> dic
 def _parameters(model: LanguageModel, step: Step) -> Iterator[tuple[str, str, Tensor, int]]:
     """Yield kind, name, parameter and, of the vocabulary's, how many rows a step touches at most."""
     for name, parameter in model.named_parameters():
-        kind, rows = _kind(name), 0
+        kind, rows = kind_of(name), 0
         if kind == VOCABULARY:
             rows = step.tokens
             if name.startswith("softmax."):
                 rows = rows + _num_candidates(model) if _samples(model) else len(parameter)
         yield kind, name, parameter, min(rows, len(parameter))
-
-
-def _kind(name: str) -> str:
-    """A name's suffix says what a parameter is."""
-    if name.endswith(("_EDH", "_EHD")):
-        return EXPERTS
-    return VOCABULARY if name.endswith(("_VD", "_V")) else REST
 
 
 def _share(parameter_E: Tensor, step: Step) -> Tensor:
@@ -185,7 +182,7 @@ def _candidates_bytes(model: LanguageModel) -> int:
 def _kept_by(layer: nn.Module, step: Step, kept: int) -> int:
     """Bytes a token that a layer keeps beside its input."""
     if hasattr(layer, "lstm"):
-        return _kept_by_lstm(layer.lstm) * kept
+        return _kept_by_lstm(layer.lstm) * FLOAT32
     if hasattr(layer, "experts"):
         return _kept_by_mixture(layer, step, kept)
     # What each of its matrices gives.

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -27,6 +28,8 @@ from moe_lm.vocabulary import Vocabulary, VocabularyRecipe
 from moe_lm.workers import each
 
 FORMAT = 1
+_SAMPLE = 1000
+"""Sentences by which the size of the arrays is told before they are made."""
 _LARGE = 32 << 20
 """Bytes of text from which worker processes, waiting for the disk and figures of speed are worth their time."""
 
@@ -110,6 +113,8 @@ class _Making:
             self._say(note)
         vocabulary = self._vocabulary()
         self._say(f"vocabulary: {vocabulary.size:,} tokens")
+        if self.is_large and not any((self.folder / "counts").iterdir()):  # else the check went before
+            self._refuse_small_disk_by_sample()
         records = self._encode()
         fingerprint, statistics = self._join(vocabulary, records)
         figures = compare(self._corpus.figures(self._recipe.min_count), statistics, vocabulary.size)
@@ -155,7 +160,7 @@ class _Making:
                 total[word] = total.get(word, 0) + count
             fresh += sum(found["counts"]) if is_fresh else 0
         self._say_rate("counting", len(tasks), fresh, time.perf_counter() - began)
-        self._refuse_small_disk(sum(total.values()), num_sentences)
+        self._refuse_small_disk(sum(total.values()) + num_sentences, num_sentences)
         return Counter(total), num_sentences
 
     def say(self, line: str) -> None:
@@ -179,6 +184,8 @@ class _Making:
 
     def _join(self, vocabulary: Vocabulary, records: dict[str, list[dict]]) -> tuple[str, dict]:
         """Put vocabulary and arrays into `whole`; return fingerprint and statistics."""
+        every = [record for split in SPLITS for record in records[split]]
+        self._refuse_small_disk(sum(record["tokens"] for record in every), sum(record["sentences"] for record in every))
         digest = blake2b(digest_size=16)
         for path in sorted((self.folder / "vocabulary").iterdir()):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -223,10 +230,17 @@ class _Making:
             rate = f"{num_words / seconds:,.0f} words/s, {number} process{'es' * (number > 1)}"
             self._say(f"{what}: {num_words:,} words in {seconds:.1f} s, {rate}")
 
-    def _refuse_small_disk(self, num_words: int, num_sentences: int) -> None:
+    def _refuse_small_disk_by_sample(self) -> None:
+        """Raise where the disk cannot hold a word a token at the rate of the first sentences; compressed, it is more."""
+        sample = list(islice(self._kept("train"), _SAMPLE))
+        num_words, size = sum(len(line.split()) for line in sample), sum(len(line.encode()) + 1 for line in sample)
+        whole = sum(part.size for part in self._parts["train"])
+        self._refuse_small_disk((num_words + len(sample)) * whole // size, len(sample) * whole // size)
+
+    def _refuse_small_disk(self, num_tokens: int, num_sentences: int) -> None:
         """Raise where the disk cannot hold the arrays: in parts and, before those go, as a whole."""
         there = sum(path.stat().st_size for path in (self.folder / "parts").iterdir())
-        needed = 2 * (4 * (num_words + num_sentences) + 12 * num_sentences) - there
+        needed = (4 + 4) * num_tokens + (8 + 12) * num_sentences - there
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise Mistake(

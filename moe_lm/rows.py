@@ -34,8 +34,8 @@ def take_rows(matrix_VD: Tensor, row_T: Tensor) -> Tensor:
 def row_gradient(matrix_VD: Tensor) -> RowGradient | None:
     """Return the summed gradient of all rows taken since `forget_row_gradients`, None if there were none."""
     parts = getattr(matrix_VD, "row_gradients", [])
-    if len(parts) > 1:
-        parts[:] = [_summed(torch.cat([part.row_U for part in parts]), torch.cat([part.value_UD for part in parts]))]
+    while len(parts) > 1:
+        parts.append(_joined(parts.pop(), parts.pop()))
     return parts[0] if parts else None
 
 
@@ -43,6 +43,21 @@ def forget_row_gradients(matrix_VD: Tensor) -> None:
     """Drop what `row_gradient` returns."""
     if hasattr(matrix_VD, "row_gradients"):
         matrix_VD.row_gradients.clear()
+
+
+def _keep(parts: list[RowGradient], part: RowGradient) -> None:
+    """Add a part, joined with the last ones while these are no more than twice its size.
+
+    Each part is then larger than twice the next: together they never take more than twice the rows touched, however
+    many micro-batches there are, and a row is moved a few times only.
+    """
+    while parts and len(parts[-1].row_U) <= 2 * len(part.row_U):
+        part = _joined(part, parts.pop())
+    parts.append(part)
+
+
+def _joined(a: RowGradient, b: RowGradient) -> RowGradient:
+    return _summed(torch.cat([a.row_U, b.row_U]), torch.cat([a.value_UD, b.value_UD]))
 
 
 def _summed(row_T: Tensor, grad_TD: Tensor) -> RowGradient:
@@ -62,5 +77,5 @@ class _Take(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_TD):
-        ctx.matrix_VD.row_gradients.append(_summed(ctx.saved_tensors[0], grad_TD))
+        _keep(ctx.matrix_VD.row_gradients, _summed(ctx.saved_tensors[0], grad_TD))
         return None, None

@@ -186,3 +186,13 @@ def test_a_run_can_be_moved_and_scored_without_its_text(own_trained, moe_lm):
 
 def test_repeating_a_scoring_prints_the_same(trained, moe_lm):
     assert moe_lm("score", RUN, "text/test.txt").out == moe_lm("score", RUN, "text/test.txt").out
+
+
+def test_evaluate_reads_what_training_prepared_wherever_that_is(workspace, moe_lm, training):
+    """The run knows where its data lie; nothing is prepared a second time."""
+    assert moe_lm("train", *training, "data=elsewhere").code == 0
+    for text in Path("text").iterdir():
+        text.unlink()
+    outcome = moe_lm("evaluate", "run=runs/tiny", "json=true")
+    assert outcome.code == 0, outcome.err
+    assert not Path("data").exists()

@@ -8,3 +8,26 @@ def test_strictly_balanced_needs_its_loss(workspace, moe_lm, training):
     assert outcome.err.splitlines()[-1].startswith("moe-lm: the gate of model.layers.middle learns by the balance loss")
     assert "'balance=[importance,load,batchwise]'" in outcome.err
     assert not list(workspace.glob("runs/*/checkpoints"))
+
+
+def test_its_loss_needs_a_weight(workspace, moe_lm, training):
+    """Thresholds that no gradient reaches would never be learned."""
+    gate = "gate@model.layers.middle.gate=strictly_balanced"
+    outcome = moe_lm("train", *training, gate, "balance=[batchwise]", "balance.batchwise.weight=0")
+    assert outcome.code == 2
+    assert "balance.batchwise.weight=0" in outcome.err.splitlines()[-1]
+
+
+def test_the_loss_needs_such_a_gate(workspace, moe_lm, training):
+    """A loss that would teach nobody is refused too."""
+    outcome = moe_lm("train", *training, "balance=[batchwise]")
+    assert outcome.code == 2
+    assert "teaches a gate that this model lacks" in outcome.err.splitlines()[-1]
+
+
+def test_gates_of_two_kinds_train_together(workspace, moe_lm, training):
+    """The loss of one is 0 for the other."""
+    extra = ["+layer@model.layers.extra=moe", "model.order=[lower,extra,middle,upper]"]
+    gate = "gate@model.layers.extra.gate=strictly_balanced"
+    outcome = moe_lm("train", *training, *extra, gate, "balance=[batchwise,importance,load]")
+    assert outcome.code == 0, outcome.err

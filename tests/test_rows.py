@@ -69,3 +69,22 @@ def test_nothing_of_the_matrix_size_is_made():
         loss.backward()
     assert row_gradient(matrix).value_UD.shape == (50, 8)
     assert largest <= 50 * 8
+
+
+def test_many_micro_batches_take_no_more_than_twice_the_rows():
+    """Words sampled for all micro-batches are not stored again for each; the sum stays that of the whole."""
+    torch.manual_seed(0)
+    matrix = nn.Parameter(torch.zeros(5000, 2, dtype=torch.float64))
+    keep_row_gradients(matrix)
+    shared, expected, touched = torch.arange(300), torch.zeros(5000, 2, dtype=torch.float64), set(range(300))
+    for _ in range(60):
+        own = torch.randint(300, 5000, (20,))
+        rows = torch.cat([shared, own])
+        weight = torch.randn(len(rows), 2, dtype=torch.float64)
+        (take_rows(matrix, rows) * weight).sum().backward()
+        expected.index_add_(0, rows, weight)
+        touched |= set(own.tolist())
+        assert sum(len(part.row_U) for part in matrix.row_gradients) <= 2 * len(touched)
+    row_U, value_UD = row_gradient(matrix)
+    assert row_U.tolist() == sorted(touched)
+    torch.testing.assert_close(value_UD, expected[row_U])

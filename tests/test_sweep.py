@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
@@ -30,10 +31,10 @@ def test_grid_is_the_product_of_its_lists():
 
 def test_command_line_replaces_the_study(monkeypatch, tmp_path):
     """A key given to the sweep takes the place of the study's own; a list of values multiplies its runs."""
-    jobs = jobs_of(["study=quickstart", "training.num_words=1000", "model=moe_4"])
+    jobs = jobs_of(["study=quickstart", "training.num_words=1000", "model.dropout=0.5"])
     assert all("training.num_words=1000" in job.arguments for job in jobs)
     assert not any(a.startswith("training.num_words=4") for job in jobs for a in job.arguments)
-    assert {a for job in jobs for a in job.arguments if a.startswith("model=")} == {"model=moe_4"}
+    assert {a for job in jobs for a in job.arguments if a.startswith("model.dropout=")} == {"model.dropout=0.5"}
     once = names(["study=quickstart"])
     assert "runs/quickstart/moe_16" in once
     twice = names(["study=quickstart", "seed=1,2"])
@@ -123,3 +124,16 @@ def test_mistake_is_one_line_before_anything_runs(arguments, words, tmp_path, mo
     assert words in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("study", "given"),
+    [("balance", "balance.importance.weight=0.5"), ("capacity", "model=moe_4")],
+    ids=["loss", "model"],
+)
+def test_what_a_study_varies_cannot_be_set(workspace, moe_lm, study, given):
+    """Its runs would be called after what they are not."""
+    outcome = moe_lm("sweep", f"study={study}", given)
+    assert outcome.code == 2
+    assert f"{given.partition('=')[0]} is what the runs of this study differ in" in outcome.err
+    assert not Path("runs").exists()

@@ -3,7 +3,10 @@
 import re
 
 import pytest
+from omegaconf import OmegaConf
 from tiny_training import TRAINING, assert_one_line, with_overrides
+
+from moe_lm.commands.configuration import composed
 
 # Overrides of a good training, and what the line must contain.
 TRAIN = [
@@ -126,3 +129,11 @@ def test_training_refuses(workspace, moe_lm, overrides, expected):
     if overrides[0] == "softmax=full":
         arguments.remove("softmax.num_sampled=16")
     assert_one_line(moe_lm("train", *arguments), *expected)
+
+
+@pytest.mark.parametrize("override", ["model.expert_hidden=1e3", "model.k=2.0", "model.num_experts=8.0"])
+def test_a_size_may_be_written_as_a_float(override):
+    """It is read by the layers all the same."""
+    key, value = override.split("=")
+    config = composed("describe", ["model=moe_4", override])
+    assert OmegaConf.select(config, key) == int(float(value))

@@ -1,6 +1,12 @@
-"""Training text in memory, as a vocabulary's recipe sees it."""
+"""Training text in memory, as a vocabulary's recipe sees it, and the sentences of a corpus."""
 
 from collections import Counter
+
+
+def sentences(corpus, split):
+    """Stream all sentences of a split, part after part."""
+    for part in corpus.parts(split):
+        yield from part.sentences()
 
 
 class TrainingText:

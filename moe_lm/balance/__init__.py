@@ -12,6 +12,8 @@ class BalanceLoss(Protocol):
     """A scalar from a gating's global statistics; the objective multiplies it by `weight`."""
 
     weight: float
+    teaches: bool = False
+    """Whether it is there for gates that name it as their `needs_loss`, and idle without one."""
 
     def __call__(self, gating: Gating) -> Tensor:
         """Return the unweighted loss; reads additive statistics only, never single assignments."""

@@ -49,11 +49,13 @@ def composed(command: str, arguments: list[str]) -> DictConfig:
     try:
         if missing := sorted(OmegaConf.missing_keys(config)):
             raise Mistake(f"{command} needs {' '.join(f'{key}=...' for key in missing)}")
+        unread = _unread_size(arguments, config)  # before values of another kind replace interpolations
         check_kinds(defaults, config)
     except OmegaConfBaseException as error:
         raise Mistake(f"configuration: {first_line(error)}") from None
     _refuse_idle_layers(selections, config)
-    _refuse_unread_sizes(arguments, config)
+    if unread:
+        raise Mistake(unread)
     return config
 
 
@@ -146,14 +148,18 @@ def _refuse_idle_layers(selections: list[str], config: DictConfig) -> None:
             raise Mistake(f"{text}: give the layer its place in model.order, as in model.order=[{order}]")
 
 
-def _refuse_unread_sizes(arguments: list[str], config: DictConfig) -> None:
-    """Raise for a size of the model that no layer in its order reads: it would be in the run's name for nothing."""
+def _unread_size(arguments: list[str], config: DictConfig) -> str | None:
+    """Say which size of the model no layer in its order reads: it would be in the run's name for nothing."""
     sizes = {key: argument for argument in arguments if (key := argument.partition("=")[0]).startswith("model.")}
-    order = list(config.get("model", {}).get("order", ()))
-    if not sizes or not set(order) <= config.model.layers.keys() or len(set(order)) < len(order):
-        return  # a wrong order has a mistake of its own
-    layers = "".join(OmegaConf.to_yaml(config.model.layers[name]) for name in order)
-    read = {"order", "width", "dropout", "layers", *re.findall(r"\$\{model\.(\w+)\}", layers)}
+    if not sizes:
+        return None
+    order = config.model.order if OmegaConf.is_list(config.model.order) else []
+    layers = [config.model.layers[name] for name in set(order) & config.model.layers.keys()]
+    if not len(layers) == len(order) > 0 or not all(map(OmegaConf.is_dict, layers)):
+        return None  # a wrong order or layer has a mistake of its own
+    text = "".join(map(OmegaConf.to_yaml, layers))
+    read = {"order", "width", "dropout", "layers", *re.findall(r"\$\{model\.(\w+)\}", text)}
     for key, argument in sizes.items():
         if key.split(".")[1] not in read:
-            raise Mistake(f"{argument}: no layer of model={preset_of(arguments)} reads {key}: leave it away")
+            return f"{argument}: no layer of model={preset_of(arguments)} reads {key}: leave it away"
+    return None

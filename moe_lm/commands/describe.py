@@ -28,7 +28,8 @@ def main(arguments: list[str]) -> int:
     """Print the figures as a table or as one JSON object."""
     config = resolved(composed("describe", arguments))
     preset = preset_of(arguments)
-    changed = any("model." in argument.partition("=")[0] for argument in arguments)
+    keys = [argument.partition("=")[0] for argument in arguments]
+    changed = any("model." in key or key == "vocabulary_size" for key in keys)
     figures = {"preset": preset, **figures_of(config, preset), "printed": None if changed else _printed(preset)}
     print(json.dumps(figures) if config["json"] else table(figures))
     return 0
@@ -59,8 +60,8 @@ def _vocabulary_size(config: dict, preset: str) -> int:
     size = config["vocabulary_size"]
     if size is None:
         return NEWS if preset in TABLE_8 else BENCHMARK
-    if size < 1:
-        raise Mistake(f"vocabulary_size={size}: must be at least 1, or null")
+    if not 1 <= size < 2**31:
+        raise Mistake(f"vocabulary_size={size}: must be at least 1 and below 2^31, or null")
     return size
 
 

@@ -3,12 +3,11 @@
 import json
 import sys
 
-from tqdm import tqdm
-
 from moe_lm.commands import build as make
 from moe_lm.commands.configuration import composed, resolved
 from moe_lm.commands.data import existing_data, prepared_data
 from moe_lm.commands.load import load
+from moe_lm.commands.result import measuring_bar
 from moe_lm.corpus import SPLITS
 from moe_lm.mistake import Mistake
 from moe_lm.perplexity import measure
@@ -24,14 +23,16 @@ def main(arguments: list[str]) -> int:
         raise Mistake(f"split={split}: choose {', '.join(SPLITS)}")
     on = make.ready_to_read(config)
     trained = load(config["run"], str(config["checkpoint"]), on)
-    settings = trained.config | {"data": config["data"]}
+    settings = trained.config | {"data": config["data"] or str(trained.config.get("data", "data"))}
     # The token ids it was trained on, if they are there: then the text itself may have gone or changed.
     data = existing_data(settings, trained.fingerprint)
-    data = data or prepared_data(settings, say=lambda line: print(line, file=sys.stderr))
+    if data is None:
+        _say(f"the token ids of its training are not in {settings['data']}: preparing them there")
+        data = prepared_data(settings, say=_say)
     if data.fingerprint != trained.fingerprint:
-        raise Mistake(f"{config['run']} was trained on other data than those in {config['data']}: the text changed")
+        raise Mistake(f"{config['run']} was trained on other data than those in {settings['data']}: the text changed")
     part = data.splits[split]
-    with tqdm(total=part.num_words, unit="word", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+    with measuring_bar(split, part.num_words) as bar:
         measured = measure(
             trained.model,
             part,
@@ -50,3 +51,7 @@ def main(arguments: list[str]) -> int:
             f"({measured.nats:.3f} nats, {measured.words:,} words with </S>, {measured.sentences:,} sentences)"
         )
     return 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)

@@ -9,6 +9,10 @@ from moe_lm.run import flatten
 
 OPTIONAL = {
     "corpus.folder": str,
+    "corpus.path": str,
+    "corpus.revision": str,
+    "corpus.subset": str,
+    "data": str,
     "file": str,
     "machine.threads": int,
     "name": str,

@@ -2,9 +2,12 @@
 
 import math
 import platform
+import sys
+from collections.abc import Callable
 from importlib.metadata import version
 
 import torch
+from tqdm import tqdm
 
 from moe_lm.mistake import Mistake
 from moe_lm.model import LanguageModel
@@ -18,17 +21,41 @@ from moe_lm.prepared import Prepared
 from moe_lm.trainer import Trainer
 
 
-def measure_split(model: LanguageModel, config: dict, data: Prepared, split: str, limit: int | None = None) -> Measured:
+def measure_split(
+    model: LanguageModel,
+    config: dict,
+    data: Prepared,
+    split: str,
+    limit: int | None = None,
+    watch: Callable[[int], object] = int,
+) -> Measured:
     """Measure the model on a split (or its first sentences), in batches of the training's size."""
-    words = config["batch"]["micro_words"]
-    start = data.vocabulary.start
-    return measure(model, data.splits[split], start=start, max_sentences=words, max_words=words, limit=limit)
+    words, start = config["batch"]["micro_words"], data.vocabulary.start
+    part = data.splits[split]
+    return measure(model, part, start=start, max_sentences=words, max_words=words, limit=limit, watch=watch)
+
+
+def measuring_bar(split: str, num_words: int) -> tqdm:
+    """Return the progress bar of a measurement; in a log only one that takes long leaves a trace."""
+    seen = sys.stderr.isatty()
+    return tqdm(
+        total=num_words,
+        desc=split,
+        unit="word",
+        unit_scale=True,
+        delay=0 if seen else 20,
+        mininterval=0.5 if seen else 20,
+        dynamic_ncols=True,
+    )
 
 
 def result_of(config: dict, preset: str, data: Prepared, trainer: Trainer) -> dict:
     """Return result.json's content: the last step's model, measured on all of valid and test."""
     model, progress = trainer.model, trainer.progress
-    measured = {split: measure_split(model, config, data, split) for split in ("valid", "test")}
+    measured = {}
+    for split in ("valid", "test"):
+        with measuring_bar(split, data.splits[split].num_words) as bar:
+            measured[split] = measure_split(model, config, data, split, watch=bar.update)
     if not all(math.isfinite(m.perplexity) for m in measured.values()):
         raise Mistake("the training diverged (no finite perplexity): lower optimizer.learning_rate under another name")
     return {

@@ -58,6 +58,9 @@ def jobs_of(given: list[str]) -> list[Job]:
     if study is None and not given:
         raise Mistake("moe-lm sweep needs study=... or a grid, as in -m model=moe_4,moe_32")
     lines = [shlex.split(line) for line in study.runs] if study else [[]]
+    for key in {_key(a) for a in given} - {"name"}:
+        if len({a for line in lines for a in line if _key(a) == key}) > 1:
+            raise Mistake(f"{key} is what the runs of this study differ in: choose another study, or -m with a grid")
     grid = [job for line in lines for job in _enumerate(_replaced(line, given))]
     common = _replaced(list(study.overrides), given) if study else []
     jobs = {}

@@ -3,10 +3,12 @@
 import re
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from moe_lm.balance import BalanceLoss
 from moe_lm.batches import Batches
 from moe_lm.commands import build as make
 from moe_lm.commands.configuration import composed, default_name, preset_of, resolved
@@ -78,7 +80,7 @@ def trainer_of(config: dict, data: Prepared, run: Run, on: torch.device) -> Trai
     model = make.build_model(config, vocabulary.size).to(on)
     recompute_hidden(model, config["machine"]["recompute"])
     balance = {name: make.build(part) for name, part in config["balance"].items() if name != "exact"}
-    _check_losses(model, set(balance))
+    _check_losses(model, balance)
     recipe = make.build(config["optimizer"])
     batches = Batches(
         data.splits["train"],
@@ -113,16 +115,20 @@ def trainer_of(config: dict, data: Prepared, run: Run, on: torch.device) -> Trai
     )
 
 
-def _check_losses(model: LanguageModel, balance: set[str]) -> None:
-    """Refuse a gate that would never learn what it needs at evaluation."""
+def _check_losses(model: LanguageModel, balance: Mapping[str, BalanceLoss]) -> None:
+    """Refuse a gate that would never learn what it needs at evaluation, and a loss that would teach no gate."""
+    needed = {}
     for name, layer in model.layers.items():
-        for module in layer.modules():
-            needed = getattr(module, "needs_loss", None)
-            if needed and needed not in balance:
-                raise Mistake(
-                    f"the gate of model.layers.{name} learns by the balance loss {needed}: "
-                    f"choose 'balance=[{','.join([*sorted(balance), needed])}]'"
-                )
+        needed |= {loss: name for module in layer.modules() if (loss := getattr(module, "needs_loss", None))}
+    for loss, layer in needed.items():
+        if loss not in balance:
+            chosen = ",".join([*sorted(balance), loss])
+            raise Mistake(f"the gate of model.layers.{layer} learns by the balance loss {loss}: 'balance=[{chosen}]'")
+        if balance[loss].weight == 0:
+            raise Mistake(f"balance.{loss}.weight=0: the gate of model.layers.{layer} learns by this loss alone")
+    for loss, part in balance.items():
+        if getattr(part, "teaches", False) and loss not in needed:
+            raise Mistake(f"the balance loss {loss} teaches a gate that this model lacks: leave {loss} out of balance")
 
 
 def _describe(model: LanguageModel, run: Run) -> None:

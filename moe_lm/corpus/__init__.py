@@ -70,9 +70,3 @@ class InMemory:
     def sentences(self) -> Iterator[str]:
         """Yield them in order."""
         yield from self.lines
-
-
-def sentences(corpus: Corpus, split: str) -> Iterator[str]:
-    """Stream all sentences of a split, part after part."""
-    for part in corpus.parts(split):
-        yield from part.sentences()

@@ -1,11 +1,13 @@
 """Lines of text files, plain or compressed, read as a stream: whole files, or blocks of large ones."""
 
 import codecs
+import errno
 import gzip
 import io
 import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,7 +109,18 @@ def decoded_lines(stream: Iterable[bytes], name: str, lines_before: Callable[[],
         raise Mistake(f"{name}: damaged or cut short after line {number} ({reason}); fetch it again") from error
 
 
+@contextmanager
+def disk_errors_named(path: Path) -> Iterator[None]:
+    """Turn an error of the disk into a `Mistake` that names the file it is about, or else `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise _unreadable(Path(error.filename or path), error) from error
+
+
 def _unreadable(path: Path, error: OSError) -> Mistake:
+    if error.errno == errno.ENOENT and path.is_symlink():
+        return Mistake(f"{path} is a link to {path.readlink()}, which does not exist; mend or delete the link")
     return Mistake(f"{path} cannot be read: {error.strerror or error}")
 
 

@@ -11,12 +11,12 @@ from itertools import chain
 from pathlib import Path
 
 from moe_lm.corpus import Part
-from moe_lm.corpus.lines import blocks
+from moe_lm.corpus.lines import blocks, disk_errors_named
 from moe_lm.corpus.tables import Rows, hub_files, local_files
 from moe_lm.mistake import Mistake
 
 NUM_SHARDS = {"train": 99, "held-out": 50}
-"""Shards of the whole benchmark; number 0 of 100 became the held-out ones."""
+"""Shards of the whole benchmark."""
 FIGURES = {
     "train.sentences": 30_301_028,
     "train.words": 798_949_912,
@@ -24,13 +24,15 @@ FIGURES = {
     "test.words": 159_658,
 }
 """Published counts, words with one `</S>` a sentence; 829,250,940 is the training text's with both markers."""
+HUB = {"path": "billion-word-benchmark/lm1b", "revision": "refs/convert/parquet", "subset": "plain_text"}
+"""Where the hub has the benchmark as Parquet files, unless the configuration says otherwise."""
 VOCABULARY = {3: 793_471}
 """Published size by least count, the markers `<S>`, `</S>` and `<UNK>` included."""
 
 _FOLDERS = {"train": "training-monolingual.tokenized.shuffled", "held-out": "heldout-monolingual.tokenized.shuffled"}
 _SUFFIX = r"(\.gz|\.xz|\.zst)?"
 _NAMES = {
-    "train": re.compile(rf"news\.en-(\d{{5}})-of-00100{_SUFFIX}"),
+    "train": re.compile(rf"news\.en-(?!00000)(\d{{5}})-of-00100{_SUFFIX}"),  # what the held-out shards were cut from is none
     "held-out": re.compile(rf"news\.en\.heldout-(\d{{5}})-of-00050{_SUFFIX}"),
 }
 
@@ -39,30 +41,48 @@ class Lm1b:
     """The benchmark's training shards, its test shard, and its other held-out shards for validation."""
 
     def __init__(
-        self, *, folder: str | None, path: str, revision: str, subset: str, streaming: bool, max_words: int
+        self,
+        *,
+        folder: str | None,
+        path: str | None,
+        revision: str | None,
+        subset: str | None,
+        streaming: bool,
+        max_words: int,
     ) -> None:
         """Read the archive's `folder` where given, else `path`: a folder of tables here, or a dataset on the hub.
 
-        `revision` and `subset` apply to the hub: which branch or commit, and which folder in it.
+        `revision` applies to the hub: which branch or commit. `subset` is a folder in either; all three are
+        null for those of `HUB`.
         """
         if max_words < 1:
             raise Mistake(f"corpus.max_words={max_words} leaves no sentence; give 1 or more")
         self.max_words = max_words
-        self._folder, self._path, self._revision, self._subset = folder, path, revision, subset
-        self._streaming = streaming
+        self._folder, self._streaming = folder, streaming
+        self._given = {"path": path, "revision": revision, "subset": subset}
+        self._given = {name: value for name, value in self._given.items() if value is not None}
+        if folder is not None and self._given:
+            name, value = next(iter(self._given.items()))
+            raise Mistake(f"corpus.{name}={value} does not apply to corpus.folder, the original archive; drop one")
 
     @cached_property
     def _form(self) -> "_Archive | _Tables | _Hub":
         if self._folder is not None:
             return _Archive(Path(self._folder).expanduser())
-        tables = Path(self._path).expanduser()
-        if tables.is_dir():
-            inside = tables / self._subset
-            root = inside if inside.is_dir() else tables
+        path, revision, subset = (HUB | self._given).values()
+        tables = Path(path).expanduser()
+        with disk_errors_named(tables):
+            is_local, inside = tables.is_dir(), (tables / subset).is_dir()
+        if is_local:
+            if "revision" in self._given:
+                raise Mistake(f"corpus.revision={revision} does not apply to {tables}, a folder here; drop it")
+            if "subset" in self._given and not inside:
+                raise Mistake(f"{tables} holds no folder {subset}; give another corpus.subset or drop it")
+            root = tables / subset if inside else tables
             return _Tables({split: local_files(root, split) for split in ("train", "test")}, self._streaming)
-        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", self._path):
-            return _Hub(self._path, self._revision, self._subset, self._streaming)
-        raise Mistake(f"corpus.path={self._path}: there is no such folder, nor can it be the name of a dataset")
+        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
+            return _Hub(path, revision, subset, self._streaming)
+        raise Mistake(f"corpus.path={path}: there is no such folder, nor can it be the name of a dataset")
 
     def parts(self, split: str) -> Sequence[Part]:
         """Return the split's shards, or blocks of their lines."""
@@ -95,10 +115,10 @@ class _Archive:
     @cached_property
     def _shards(self) -> dict[str, dict[int, Path]]:
         """Return the paths by number, training and held-out."""
-        if not self._folder.is_dir():
-            raise Mistake(f"corpus.folder={self._folder} is no folder; name the one that the archive unpacks to")
-        shards = {kind: self._found(kind) for kind in _FOLDERS}
-        shards["train"].pop(0, None)  # what the held-out shards were cut from
+        with disk_errors_named(self._folder):
+            if not self._folder.is_dir():
+                raise Mistake(f"corpus.folder={self._folder} is no folder; name the one that the archive unpacks to")
+            shards = {kind: self._found(kind) for kind in _FOLDERS}
         if not shards["train"]:
             raise Mistake(f"{self._folder / _FOLDERS['train']} holds no shard news.en-00001-of-00100 to ...-00099-...")
         if 0 not in shards["held-out"]:
@@ -120,6 +140,8 @@ class _Archive:
                 number = int(match[1])
                 if number in found:
                     raise Mistake(f"{path} and {found[number].name} are the same shard; keep one of them")
+                if path.stat().st_size == 0:
+                    raise Mistake(f"{path} is empty: a shard holds sentences; fetch it again, or take the file away")
                 found[number] = path.resolve()
         return found
 

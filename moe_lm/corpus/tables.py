@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 from urllib.parse import quote
 
+from moe_lm.corpus.lines import disk_errors_named
 from moe_lm.mistake import Mistake
 
 FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
@@ -49,12 +50,23 @@ class Rows:
                     raise Mistake(
                         f"{self.files[0]} has no column {_COLUMN!r}, only {', '.join(table.column_names)}; rename one"
                     )
+                _refuse_other_than_text(_named(self.files), table.schema.field(_COLUMN).type)
                 for sentence in table[_COLUMN].to_pylist():
                     yield sentence or ""
         except (Mistake, MemoryError):
             raise
         except Exception as error:  # of the library, of Arrow, of HTTP: no list of their classes stays true
             raise Mistake(f"{_named(self.files)} cannot be read: {reason(error)}") from error
+
+
+def _refuse_other_than_text(name: str, kind) -> None:
+    """Raise `Mistake` unless an Arrow type is text, text in a dictionary, or nothing but missing entries."""
+    from pyarrow import types
+
+    value = kind.value_type if types.is_dictionary(kind) else kind
+    texts = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    if not any(is_one(value) for is_one in texts):
+        raise Mistake(f"{name}: column {_COLUMN!r} holds {kind}, not text; write its sentences as strings")
 
 
 def _named(files: tuple[str, ...]) -> str:
@@ -72,12 +84,15 @@ def local_files(folder: Path, split: str) -> list[tuple[str, int]]:
 
     Raises `Mistake` where there is none, or of several formats.
     """
-    paths = sorted(path for path in (folder / split).glob("*") if path.suffix in FORMATS)
+    inside = folder / split
+    with disk_errors_named(inside):
+        paths = sorted(path for path in inside.iterdir() if path.suffix in FORMATS) if inside.is_dir() else []
+        files = [(str(path.resolve()), path.stat().st_size) for path in paths]
     if not paths:
-        raise Mistake(f"{folder / split} holds no {', '.join(FORMATS)} file; give another corpus.path")
+        raise Mistake(f"{inside} holds no {', '.join(FORMATS)} file; give another corpus.path")
     if len(kinds := sorted({path.suffix for path in paths})) > 1:
-        raise Mistake(f"{folder / split} holds {' and '.join(kinds)} files; keep those of one format")
-    return [(str(path.resolve()), path.stat().st_size) for path in paths]
+        raise Mistake(f"{inside} holds {' and '.join(kinds)} files; keep those of one format")
+    return files
 
 
 def hub_files(path: str, revision: str, folder: str) -> list[tuple[str, int]]:

@@ -5,7 +5,7 @@ from glob import glob
 from pathlib import Path
 
 from moe_lm.corpus import SPLITS
-from moe_lm.corpus.lines import Block, blocks
+from moe_lm.corpus.lines import Block, blocks, disk_errors_named
 from moe_lm.mistake import Mistake
 
 
@@ -63,13 +63,22 @@ def _matches(split: str, patterns: list[str]) -> list[Path]:
     found = set()
     for pattern in patterns:
         name = Path(pattern).expanduser()
-        if name.is_dir():
-            raise Mistake(f"corpus.{split}: {pattern} is a folder; name its files, for example {pattern}/*.txt")
-        # A path that exists is meant literally, even with a bracket in it; Path.glob refuses absolute patterns.
-        matches = [str(name)] if name.exists() else glob(str(name), recursive=True)  # noqa: PTH207
-        paths = [Path(path) for path in matches]
-        files = {path.resolve() for path in paths if not path.is_dir()}
+        with disk_errors_named(name):
+            files = _files_of(split, pattern, name)
         if not files:
             raise Mistake(f"corpus.{split}: no file matches {pattern} (looked from {Path.cwd()})")
         found |= files
     return sorted(found)
+
+
+def _files_of(split: str, pattern: str, name: Path) -> set[Path]:
+    """Return the real paths of the files that one path or glob names."""
+    if name.is_dir():
+        raise Mistake(f"corpus.{split}: {pattern} is a folder; name its files, for example {pattern}/*.txt")
+    # A path that exists is meant literally, even with a bracket in it; Path.glob refuses absolute patterns.
+    is_one = name.exists() or name.is_symlink()
+    matches = [str(name)] if is_one else glob(str(name), recursive=True)  # noqa: PTH207
+    paths = [path for path in map(Path, matches) if not path.is_dir()]
+    for path in paths:
+        path.stat()  # so that a link to nothing is named itself
+    return {path.resolve() for path in paths}

@@ -52,6 +52,11 @@ class Gating:
 class Gate(Protocol):
     """A gating network, G(x), or, made with `num_groups`, one for each group of experts (Appendix B)."""
 
+    num_experts: int
+    """Experts to choose among, with groups those of one group."""
+    needs_loss: str | None = None
+    """Name of the balance loss without which the gate would not learn what it needs at evaluation."""
+
     def __call__(self, x_TD: Tensor, group_T: Tensor | None = None) -> Gating:
         """Assign each token to experts.
 

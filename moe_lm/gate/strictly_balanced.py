@@ -31,7 +31,7 @@ class StrictlyBalanced(nn.Module):
         # so that at first a token's experts count about equally.
         self.gate_DE = nn.Parameter(torch.empty(*groups, width, num_experts).normal_(std=0.01))
         # Where the gate values of such a W_g lie: no threshold has far to go, and the loss starts near 0.
-        self.threshold_E = nn.Parameter(torch.full((*groups, num_experts), 1 / num_experts))
+        self.threshold_E = nn.Parameter(torch.full(((num_groups or 1) * num_experts,), 1 / num_experts))
 
     def forward(self, x_TD: Tensor, group_T: Tensor | None = None) -> Gating:
         """Assign tokens to experts; float32 arithmetic whatever the autocast type."""
@@ -47,7 +47,7 @@ class StrictlyBalanced(nn.Module):
             logit_TE, threshold_TE = x_TD @ self.gate_DE, self.threshold_E
         else:
             logit_TE = grouped_product(x_TD, self.gate_DE, group_T)
-            threshold_TE = self.threshold_E.index_select(0, group_T)
+            threshold_TE = self.threshold_E.view(-1, self.num_experts).index_select(0, group_T)
         gate_TE = logit_TE.softmax(dim=1)
         mask_TE, sums = gate_TE > threshold_TE, {}
         if self.training:

@@ -24,8 +24,7 @@ class Lstm(nn.Module):
 
     def forward(self, x_TD: Tensor, sentences: Sentences) -> tuple[Tensor, None]:
         """Run over all sentences side by side; padding exists only inside this call."""
-        y_LBD, _ = self.lstm(sentences.pad(x_TD))
-        return sentences.unpad(y_LBD), None
+        return _recurred(self.lstm, x_TD, sentences), None
 
     def operations_per_timestep(self) -> int:
         """4 gates of units * (inputs + recurrent inputs)."""
@@ -48,8 +47,7 @@ class ProjectedLstm(nn.Module):
 
     def forward(self, x_TD: Tensor, sentences: Sentences) -> tuple[Tensor, None]:
         """Run over all sentences side by side; padding exists only inside this call."""
-        y_LBD, _ = self.lstm(sentences.pad(x_TD))
-        return sentences.unpad(y_LBD), None
+        return _recurred(self.lstm, x_TD, sentences), None
 
     def operations_per_timestep(self) -> int:
         """4 gates of units * (inputs + recurrent inputs), and the projection."""
@@ -87,13 +85,23 @@ class _WideProjection(nn.Module):
             nn.init.uniform_(weight, -1 / math.sqrt(units), 1 / math.sqrt(units))
 
     def forward(self, x_LBD: Tensor) -> tuple[Tensor, None]:
-        with torch.autocast(x_LBD.device.type, enabled=False):
-            recurrent_GU = self.weight_hh_l0 @ self.weight_hr_l0
+        recurrent_GU = self.weight_hh_l0 @ self.weight_hr_l0
         start_1BU = x_LBD.new_zeros(1, x_LBD.shape[1], self.units)
         weights = (self.weight_ih_l0, recurrent_GU, self.bias_ih_l0, self.bias_hh_l0)
         # Biases, one layer, no dropout inside, one direction, timesteps first.
         h_LBU, *_ = torch.lstm(x_LBD, (start_1BU, start_1BU), weights, True, 1, 0.0, self.training, False, False)
         return h_LBU @ self.weight_hr_l0.t(), None
+
+
+def _recurred(lstm: nn.Module, x_TD: Tensor, sentences: Sentences) -> Tensor:
+    """Run in the weights' own type whatever the autocast type.
+
+    Under autocast cuDNN would take float16, also where bfloat16 is asked for, and lose the small gradients of a mean
+    over hundreds of thousands of words.
+    """
+    with torch.autocast(x_TD.device.type, enabled=False):
+        y_LBD, _ = lstm(sentences.pad(x_TD.to(lstm.weight_ih_l0.dtype)))
+        return sentences.unpad(y_LBD)
 
 
 @torch.no_grad()

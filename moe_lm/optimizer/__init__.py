@@ -9,6 +9,16 @@ from torch.optim import Optimizer
 
 from moe_lm.rows import row_gradient
 
+EXPERTS, VOCABULARY, REST = KINDS = ("experts", "vocabulary", "rest")
+"""Kinds of parameters; experts' matrices are divided over processes, the others are in each."""
+
+
+def kind_of(name: str) -> str:
+    """Return the kind of the parameter of this name: its suffix says it."""
+    if name.endswith(("_EDH", "_EHD")):
+        return EXPERTS
+    return VOCABULARY if name.endswith(("_VD", "_V")) else REST
+
 
 class OptimizerRecipe(Protocol):
     """What a YAML under `configs/optimizer` builds."""

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from moe_lm.mistake import Mistake
-from moe_lm.optimizer import Together
+from moe_lm.optimizer import EXPERTS, VOCABULARY, Together, kind_of
 from moe_lm.optimizer.factored import FactoredAdam
 from moe_lm.optimizer.lazy import LazyAdam
 
-_EXPERTS, _VOCABULARY = ("adam", "factored"), ("lazy", "dense")
+_OF_EXPERTS, _OF_VOCABULARY = ("adam", "factored"), ("lazy", "dense")
 
 
 class Adam:
@@ -34,14 +34,14 @@ class Adam:
                 f"optimizer: learning_rate={learning_rate} clip_norm={clip_norm} epsilon={epsilon} must be "
                 f"positive, beta1={beta1} beta2={beta2} at least 0 and below 1"
             )
-        if experts not in _EXPERTS:
-            raise Mistake(f"optimizer.experts={experts}: choose {' or '.join(_EXPERTS)}")
-        if vocabulary not in _VOCABULARY:
-            raise Mistake(f"optimizer.vocabulary={vocabulary}: choose {' or '.join(_VOCABULARY)}")
+        if experts not in _OF_EXPERTS:
+            raise Mistake(f"optimizer.experts={experts}: choose {' or '.join(_OF_EXPERTS)}")
+        if vocabulary not in _OF_VOCABULARY:
+            raise Mistake(f"optimizer.vocabulary={vocabulary}: choose {' or '.join(_OF_VOCABULARY)}")
         self.learning_rate = learning_rate
         self.clip_norm = clip_norm
         self._beta1, self._beta2, self._epsilon = beta1, beta2, epsilon
-        self._rules = {"experts": experts, "vocabulary": vocabulary}
+        self._rules = {EXPERTS: "dense" if experts == "adam" else experts, VOCABULARY: vocabulary}
 
     def build(self, model: nn.Module) -> Together:
         """Return the optimizers of all the model's parameters."""
@@ -79,7 +79,5 @@ class Adam:
         return numbers[self._rule(name)] * parameter.element_size() + 4
 
     def _rule(self, name: str) -> str:
-        """Return how this parameter is updated; its name's suffix says what it is."""
-        if name.endswith(("_EDH", "_EHD")):
-            return "factored" if self._rules["experts"] == "factored" else "dense"
-        return self._rules["vocabulary"] if name.endswith(("_VD", "_V")) else "dense"
+        """Return how this parameter is updated."""
+        return self._rules.get(kind_of(name), "dense")

@@ -33,8 +33,8 @@ class LazyAdam(torch.optim.Optimizer):
                 state["step"] += 1
                 touched = row_gradient(matrix)
                 if matrix.grad is not None:
-                    touched = _whole(matrix.grad, touched)
-                if touched is not None:
+                    _update_all(matrix, touched, state, group)
+                elif touched is not None:
                     _update(matrix, touched, state, group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -54,10 +54,21 @@ class LazyAdam(torch.optim.Optimizer):
         return self.state[matrix]
 
 
-def _whole(grad_VD: Tensor, more: RowGradient | None) -> RowGradient:
+def _update_all(matrix_VD: Tensor, more: RowGradient | None, state: dict[str, Tensor], settings: dict) -> None:
+    """Every row has a gradient, as of a full softmax; rows taken beside it are added."""
+    grad_VD, moment_VD = matrix_VD.grad, state["second_moment"]
     if more is not None:
-        grad_VD = grad_VD.index_add(0, more.row_U, more.value_UD)
-    return RowGradient(torch.arange(len(grad_VD), device=grad_VD.device), grad_VD)
+        grad_VD.index_add_(0, more.row_U, more.value_UD)
+    step, beta2 = state["step"].item(), settings["beta2"]
+    decay_V = beta2 ** (step - state["last_step"])
+    state["last_step"].fill_(step)
+    moment_VD.mul_(_of_rows(decay_V, grad_VD)).addcmul_(grad_VD, grad_VD, value=1 - beta2)
+    deviation_VD = (moment_VD / (1 - beta2**step)).sqrt_().add_(settings["epsilon"])
+    matrix_VD.addcdiv_(grad_VD, deviation_VD, value=-settings["lr"])
+
+
+def _of_rows(factor_U: Tensor, value_UD: Tensor) -> Tensor:
+    return factor_U.view(-1, *[1] * (value_UD.dim() - 1))
 
 
 def _update(matrix_VD: Tensor, touched: RowGradient, state: dict[str, Tensor], settings: dict) -> None:
@@ -66,7 +77,7 @@ def _update(matrix_VD: Tensor, touched: RowGradient, state: dict[str, Tensor], s
     decay_U = beta2 ** (step - state["last_step"].index_select(0, row_U))
     state["last_step"].index_fill_(0, row_U, step)
     moment_UD = state["second_moment"].index_select(0, row_U)
-    moment_UD.mul_(decay_U.view(-1, *[1] * (grad_UD.dim() - 1))).addcmul_(grad_UD, grad_UD, value=1 - beta2)
+    moment_UD.mul_(_of_rows(decay_U, grad_UD)).addcmul_(grad_UD, grad_UD, value=1 - beta2)
     state["second_moment"].index_copy_(0, row_U, moment_UD)
     deviation_UD = moment_UD.div_(1 - beta2**step).sqrt_().add_(settings["epsilon"])
     matrix_VD.index_add_(0, row_U, grad_UD / deviation_UD, alpha=-settings["lr"])

@@ -145,7 +145,8 @@ def _read(path: Path) -> tuple[list[str], list[int]]:
     counts = []
     for number, line in enumerate(lines, start=1):
         try:
-            # Nothing else separates: a published word may hold what Python too takes for white space.
+            # Other white space does not separate here, as it does in text (`str.split`), so that a word holding it
+            # would be kept and never matched; the published vocabularies seen so far hold no such word.
             fields = re.split("[ \t]+", line.decode().strip(" \t\r"))
         except UnicodeDecodeError as error:
             raise Mistake(f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file") from error

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 
 import moe_lm.corpus.lm1b
-from moe_lm.corpus import sentences
 from moe_lm.corpus.lm1b import Lm1b
 from moe_lm.mistake import Mistake
 from moe_lm.prepared import prepare

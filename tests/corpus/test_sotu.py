@@ -6,7 +6,7 @@ from itertools import chain
 
 import pytest
 
-from moe_lm.corpus import SPLITS, sentences
+from moe_lm.corpus import SPLITS
 from moe_lm.corpus.sotu import Sotu, split_sentences, tokenize
 from moe_lm.mistake import Mistake
 

@@ -8,7 +8,6 @@ import pytest
 import zstandard
 from omegaconf import OmegaConf
 
-from moe_lm.corpus import sentences
 from moe_lm.corpus.text import Text
 from moe_lm.mistake import Mistake
 

@@ -145,13 +145,12 @@ def test_groups_are_flat_gates_on_their_own_rows(sizes, train):
     for group, size in enumerate(sizes):
         rows, columns = slice(start, start + size), slice(group * num_experts, (group + 1) * num_experts)
         flat = make(num_experts, k, train=train)
-        for name in ("gate_DE", "threshold_E"):
+        own = {"gate_DE": gate.gate_DE[group], "threshold_E": gate.threshold_E[columns]}
+        for name, value in own.items():
             delattr(flat, name)
-            setattr(flat, name, getattr(gate, name)[group])
+            setattr(flat, name, value)
         part = flat(x_TD[rows])
-        torch.testing.assert_close(
-            dense(part), by_hand(x_TD[rows], gate.gate_DE[group], gate.threshold_E[group], k, train)[0]
-        )
+        torch.testing.assert_close(dense(part), by_hand(x_TD[rows], *own.values(), k, train)[0])
         table[rows, columns] = dense(part)
         gap = gap + part.sums.get("threshold_gap", 0)
         load += part.load_E.tolist()
