@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from hashlib import blake2b
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -231,15 +231,19 @@ class _Making:
             self._say(f"{what}: {num_words:,} words in {seconds:.1f} s, {rate}")
 
     def _refuse_small_disk_by_sample(self) -> None:
-        """Raise where the disk cannot hold a word a token at the rate of the first sentences; compressed, it is more."""
-        sample = list(islice(self._kept("train"), _SAMPLE))
-        num_words, size = sum(len(line.split()) for line in sample), sum(len(line.encode()) + 1 for line in sample)
-        whole = sum(part.size for part in self._parts["train"])
-        self._refuse_small_disk((num_words + len(sample)) * whole // size, len(sample) * whole // size)
+        """Raise where the disk cannot hold four fifths of the arrays that the first sentences promise.
+
+        They promise a token a word and as much text as there are bytes: compressed text and subwords are more.
+        """
+        lines = chain.from_iterable(part.sentences() for part in self._parts["train"])
+        sample = [(len(line.split()), len(line.encode()) + 1) for line in islice(lines, _SAMPLE)]
+        lengths = [words + 1 for words, _ in sample if 0 < words <= self._corpus.max_words]
+        share = 0.8 * sum(part.size for part in self._parts["train"]) / sum(size for _, size in sample)
+        self._refuse_small_disk(int(share * sum(lengths)), int(share * len(lengths)))
 
     def _refuse_small_disk(self, num_tokens: int, num_sentences: int) -> None:
         """Raise where the disk cannot hold the arrays: in parts and, before those go, as a whole."""
-        there = sum(path.stat().st_size for path in (self.folder / "parts").iterdir())
+        there = sum(path.stat().st_size for path in (self.folder / "parts").iterdir() if path.suffix != ".json")
         needed = (4 + 4) * num_tokens + (8 + 12) * num_sentences - there
         free = shutil.disk_usage(self.folder).free
         if needed > free:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tarfile
@@ -101,6 +102,30 @@ def test_a_small_disk_and_a_bad_folder_are_said_first(tmp_path, server):
     assert not list((tmp_path / "lm1b").iterdir())
     (tmp_path / "file").write_text("")
     refused(download(tmp_path / "file" / "lm1b", server), "cannot make", "give another folder")
+
+
+@pytest.mark.parametrize("is_fetched", [False, True])
+def test_the_room_of_an_interrupted_unpacking_is_counted_on(tmp_path, server, is_fetched):
+    left = tmp_path / "lm1b" / f"{NAME}.partial"
+    left.mkdir(parents=True)
+    if is_fetched:
+        shutil.copyfile(server["LM1B_URL"].removeprefix("file://"), tmp_path / "lm1b" / f"{NAME}.tar.gz")
+    (tmp_path / "bin").mkdir()
+    disk = tmp_path / "bin" / "df"  # has room as soon as what is left is gone
+    disk.write_text(f"#!/bin/sh\necho Head\n[ -e '{left}' ] && echo d 9 9 0 9 || echo d 9 9 999999 9\n")
+    disk.chmod(0o755)
+    outcome = download(tmp_path / "lm1b", server | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"})
+    assert outcome.returncode == 0, outcome.stderr
+
+
+def test_the_next_command_can_be_pasted(tmp_path, server):
+    from moe_lm.commands.configuration import composed, resolved
+
+    folder = tmp_path / "my text"
+    outcome = download(folder, server)
+    told, *command = shlex.split(outcome.stdout)
+    assert (told, command[:2]) == ("next:", ["moe-lm", "prepare"])
+    assert resolved(composed("prepare", command[2:]))["corpus"]["folder"] == str(folder / NAME)
 
 
 def test_a_missing_tool_is_named(tmp_path, server):

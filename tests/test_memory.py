@@ -195,3 +195,54 @@ def test_a_further_micro_batch_needs_gradients_twice():
             assert 0 < found - experts // share <= whole
     step = Step(words=90, micro_words=9)
     assert 0 < second_gradient_bytes(make(LAYERS["lstm"]()), recipe(), step) <= whole
+
+
+def test_bfloat16_halves_what_products_keep_and_copies_their_matrices():
+    """Not the gates, the residual stream and the softmax; the vocabulary's matrices have no copy."""
+    model = make(LAYERS["wide"]())
+    half = Step(words=WORDS, micro_words=WORDS, bfloat16=True)
+    assert activation_bytes(model, STEP) - activation_bytes(model, half) == WORDS * (200 + WIDTH) * 2
+    parts, halves = held(model, recipe(), STEP), held(model, recipe(), half)
+    assert halves["rest"].weights == 1.5 * parts["rest"].weights
+    assert halves["vocabulary"] == parts["vocabulary"]
+
+
+def test_logits_are_a_block():
+    """As many rows of candidates as max_logits allows, never more than there are tokens, never less than one."""
+    few = Step(words=5, micro_words=5)
+    assert logits_bytes(make(), STEP) == 100 * SAMPLED * 4
+    assert logits_bytes(make(), few) == 5 * SAMPLED * 4
+    assert logits_bytes(make(softmax=FULL), STEP) == 11 * SIZE * 4
+    assert logits_bytes(make(softmax=partial(FullSoftmax, max_logits=10)), few) == SIZE * 4
+
+
+def test_bytes_sent_by_hand():
+    """2 processes of 10 tokens: half of 2 assignments goes away, there and back, twice; a ring sends half twice."""
+    model = make(MoE(width=WIDTH, hidden=10, num_experts=10, k=2, gate=GATE), size=200)
+    dense, step = recipe(vocabulary="dense"), Step(words=20, micro_words=20, num_processes=2)
+    replicated = 2 * WIDTH * 10 + 2 * 200 * WIDTH + 200  # both gate matrices, both of the vocabulary, its biases
+    assert bytes_sent(model, dense, step) == {"tokens": 10 * 2 * WIDTH * 4 * 4 // 2, "gradients": replicated * 4}
+    # Lazily the embedding's 10 rows go to the other process; of the softmax 110 rows of 200 bytes and more.
+    rows = 2 * WIDTH * 10 * 4 + 10 * (WIDTH * 4 + 8) + 110 * (WIDTH * 4 + 8) + 200 * 4
+    assert bytes_sent(model, recipe(), step)["gradients"] == rows
+    assert bytes_sent(model, recipe(), STEP) == {"tokens": 0, "gradients": 0}
+    hierarchical = make(LAYERS["hierarchical"]())
+    assert bytes_sent(hierarchical, dense, step)["tokens"] == 10 * 4 * WIDTH * 4 * 4 // 2
+    assert bytes_sent(make(LAYERS["lstm"]()), dense, step)["tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"micro_words": 21}, "micro_words <= words"),
+        ({"micro_words": 0}, "micro_words <= words"),
+        ({"num_processes": 0}, "num_processes=0"),
+        ({"num_processes": -3}, "num_processes=-3"),
+        ({"num_processes": 21}, "batch.words=20"),
+    ],
+    ids=str,
+)
+def test_sizes_that_do_not_fit_are_a_mistake(sizes, words):
+    """A line that names the key."""
+    with pytest.raises(Mistake, match=words):
+        Step(**{"words": 20, "micro_words": 20} | sizes)

@@ -189,6 +189,46 @@ def test_a_disk_too_small_is_said_before_it_is_full(text, monkeypatch):
         make(corpus(text), text / "data")
 
 
+@pytest.fixture
+def listed(text):
+    """A vocabulary from a file, so that no word is counted; and the bytes of the arrays, in parts and as a whole."""
+    (text / "words").write_text("".join(f"w{i}\n" for i in range(300)))
+    recipe = Words(file=str(text / "words"), min_count=1, max_size=None)
+    splits = make(corpus(text), text / "whole", recipe=recipe).splits.values()
+    parts = sum(4 * len(split.tokens) + 8 * split.num_sentences for split in splits)
+    return recipe, parts, sum(4 * len(split.tokens) + 12 * split.num_sentences for split in splits)
+
+
+def test_a_small_disk_is_said_before_encoding_where_no_word_is_counted(text, monkeypatch, listed):
+    recipe, parts, whole = listed
+    disk = shutil.disk_usage(text)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk._replace(free=(parts + whole) * 6 // 10))
+    with pytest.raises(Mistake, match="free; make room"):
+        make(corpus(text), text / "data", recipe=recipe)
+    assert not list((text / ".data.partial" / "parts").iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk._replace(free=parts + whole))
+    assert make(corpus(text), text / "data", recipe=recipe).fingerprint
+
+
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_a_disk_that_others_fill_is_said_before_the_parts_are_joined(text, monkeypatch, listed, lacking):
+    recipe, _, whole = listed
+    disk, encode = shutil.disk_usage(text), moe_lm.preparation._Making._encode
+
+    def encode_and_fill(making):
+        records = encode(making)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: disk._replace(free=whole - lacking))
+        return records
+
+    monkeypatch.setattr(moe_lm.preparation._Making, "_encode", encode_and_fill)
+    if not lacking:
+        assert make(corpus(text), text / "data", recipe=recipe).fingerprint
+        return
+    with pytest.raises(Mistake, match="free; make room"):
+        make(corpus(text), text / "data", recipe=recipe)
+    assert not list((text / ".data.partial" / "whole").iterdir())
+
+
 class Published(Text):
     """Text of which counts are published."""
 

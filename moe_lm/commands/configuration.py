@@ -18,7 +18,7 @@ from moe_lm.commands.spelling import explain, first_line
 from moe_lm.mistake import Mistake
 from moe_lm.run import IDENTITY, flatten
 
-TEXT_KEYS = ("name", "run", "runs", "data", "file", "vocabulary.file")
+TEXT_KEYS = ("name", "run", "runs", "data", "file", "vocabulary.file", "corpus.folder", "corpus.path")
 """Keys whose value is taken to the letter: a run's name holds `,` and `=`, which Hydra would read as a sweep."""
 
 SEVERAL = ("balance",)

@@ -32,7 +32,8 @@ VOCABULARY = {3: 793_471}
 _FOLDERS = {"train": "training-monolingual.tokenized.shuffled", "held-out": "heldout-monolingual.tokenized.shuffled"}
 _SUFFIX = r"(\.gz|\.xz|\.zst)?"
 _NAMES = {
-    "train": re.compile(rf"news\.en-(?!00000)(\d{{5}})-of-00100{_SUFFIX}"),  # what the held-out shards were cut from is none
+    # Number 0 is what the held-out shards were cut from.
+    "train": re.compile(rf"news\.en-(?!00000)(\d{{5}})-of-00100{_SUFFIX}"),
     "held-out": re.compile(rf"news\.en\.heldout-(\d{{5}})-of-00050{_SUFFIX}"),
 }
 

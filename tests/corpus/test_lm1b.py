@@ -2,9 +2,11 @@
 
 import lzma
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from training_text import sentences
 
 import moe_lm.corpus.lm1b
 from moe_lm.corpus.lm1b import Lm1b
@@ -55,10 +57,10 @@ def archive(tmp_path):
     return tmp_path / "archive"
 
 
-def lm1b(folder=None, path=HUB, revision="refs/convert/parquet", subset="plain_text", streaming=True, max_words=1000):
+def lm1b(folder=None, path=None, revision=None, subset=None, streaming=True, max_words=1000):
     return Lm1b(
         folder=folder and str(folder),
-        path=str(path),
+        path=path and str(path),
         revision=revision,
         subset=subset,
         streaming=streaming,
@@ -108,6 +110,8 @@ def test_a_part_of_the_benchmark_is_loudly_called_so(archive):
     said = []
     make(lm1b(archive), archive.parent / "data", said.append)
     assert note in said
+    agreed = "the test split, all that was compared, agrees with the published figures: "
+    assert said[-1] == f"{agreed}test sentences 25, test words with </S> {TEST_WORDS}"
 
 
 @pytest.mark.parametrize(
@@ -132,6 +136,53 @@ def test_a_folder_that_is_none_and_a_shard_twice_are_refused(archive):
     (archive / f"{NAMES[1]}.gz").write_bytes(b"")
     with pytest.raises(Mistake, match="are the same shard"):
         lm1b(archive).inputs()
+
+
+def test_a_shard_that_is_a_link_to_nothing_is_named_itself(archive):
+    (archive / NAMES[1]).unlink()
+    (archive / NAMES[1]).symlink_to(archive / "nothing")
+    with pytest.raises(Mistake, match=r"news\.en-00002-of-00100 is a link to .*nothing, which does not exist; mend"):
+        lm1b(archive).inputs()
+
+
+@pytest.mark.parametrize("method", ["iterdir", "is_dir"])
+def test_a_folder_that_may_not_be_read_is_named(archive, tables, monkeypatch, method):
+    root = tables("parquet")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, method, refuse)
+    for corpus, name in ((lm1b(archive), "archive"), (lm1b(path=root), "tables")):
+        with pytest.raises(Mistake, match=rf"{name}\S* cannot be read: Permission denied"):
+            corpus.inputs()
+
+
+@pytest.mark.parametrize("name", [NAMES[1], NAMES[5]])
+def test_an_empty_shard_is_refused(archive, name):
+    (archive / name).write_bytes(b"")
+    with pytest.raises(Mistake, match=rf"{name} is empty: a shard holds sentences"):
+        lm1b(archive).inputs()
+
+
+def test_what_held_out_shards_were_cut_from_may_be_empty(archive):
+    (archive / NAMES[4]).write_bytes(b"")
+    assert len(lm1b(archive).inputs()["train"]) == 4
+
+
+@pytest.mark.parametrize("key", ["path", "revision", "subset"])
+def test_what_does_not_apply_to_the_archive_is_refused(archive, key):
+    with pytest.raises(Mistake, match=rf"corpus\.{key}=other does not apply to corpus\.folder"):
+        lm1b(archive, **{key: "other"})
+
+
+def test_what_does_not_apply_to_tables_here_is_refused(tables):
+    root = tables("parquet")
+    with pytest.raises(Mistake, match=r"corpus\.revision=other does not apply to .*tables, a folder here"):
+        lm1b(path=root, revision="other").inputs()
+    with pytest.raises(Mistake, match=r"tables holds no folder other; give another corpus\.subset"):
+        lm1b(path=root, subset="other").inputs()
+    assert lm1b(path=root.parent, subset="tables").inputs() == lm1b(path=root).inputs()
 
 
 def test_nothing_published_is_left_out_by_default():
@@ -226,6 +277,34 @@ def test_too_few_held_out_sentences_are_refused(tables):
     root = tables("parquet", held_out=NAMES[6:7])
     with pytest.raises(Mistake, match=r"the first 12 held-out sentences of .* in 25 of the benchmark's test shard"):
         lm1b(path=root).parts("test")
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary", "null"])
+def test_every_kind_of_text_is_read(tables, kind):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    root = tables("parquet")
+    lines = pa.array([None, None] if kind == "null" else ["a b", None])
+    types = {"dictionary": pa.dictionary(pa.int32(), pa.string())}
+    lines = lines.cast(types[kind] if kind in types else getattr(pa, kind)())
+    pq.write_table(pa.table({"text": lines}), root / "train" / "0000.parquet")
+    assert list(lm1b(path=root).parts("train")[0].sentences()) == ["" if kind == "null" else "a b", ""]
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [([1, 2], "int64"), ([["a", "b"]], "list<.*string>"), ([b"a"], "binary"), ([{"a": 1}], "struct")],
+)
+def test_a_column_of_anything_but_text_is_refused(tables, values, kind):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    root = tables("parquet")
+    pq.write_table(pa.table({"text": values}), root / "train" / "0000.parquet")
+    with pytest.raises(Mistake, match=rf"train/0000\.parquet: column 'text' holds {kind}.*, not text") as caught:
+        list(lm1b(path=root).parts("train")[0].sentences())
+    assert "\n" not in str(caught.value)
 
 
 def test_bad_tables_are_named(tables, tmp_path):

@@ -5,6 +5,7 @@ import sys
 from itertools import chain
 
 import pytest
+from training_text import sentences
 
 from moe_lm.corpus import SPLITS
 from moe_lm.corpus.sotu import Sotu, split_sentences, tokenize

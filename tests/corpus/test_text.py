@@ -7,6 +7,7 @@ import os
 import pytest
 import zstandard
 from omegaconf import OmegaConf
+from training_text import sentences
 
 from moe_lm.corpus.text import Text
 from moe_lm.mistake import Mistake
@@ -109,6 +110,13 @@ def test_a_file_in_train_and_in_test_is_refused_even_by_another_name(tmp_path, h
     (tmp_path / "link").symlink_to(tmp_path / "train")
     with pytest.raises(Mistake, match=r"is in corpus\.train and in corpus\.test"):
         text(str(tmp_path / "train"), held_out, str(tmp_path / "link")).inputs()
+
+
+def test_a_link_to_nothing_is_named_itself(tmp_path, held_out):
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nothing")
+    for pattern in ("gone.txt", "*.txt"):
+        with pytest.raises(Mistake, match=r"gone\.txt is a link to .*nothing, which does not exist"):
+            text(str(tmp_path / pattern), held_out, held_out).inputs()
 
 
 def test_bad_utf8_is_reported_with_file_and_line(tmp_path, held_out):
