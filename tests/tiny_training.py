@@ -29,7 +29,7 @@ TRAINING = shlex.split(
 )
 
 # What may stand before that line: progress of the preparation.
-PROGRESS = re.compile(r"(vocabulary|train|valid|test|unigram perplexity|runs/\S+): ")
+PROGRESS = re.compile(r"(vocabulary|train|valid|test|unigram perplexity|runs/\S+): |the token ids of its training ")
 
 
 class Outcome(NamedTuple):
