@@ -106,7 +106,7 @@ def _print(seconds: dict[str, list[float]], options: argparse.Namespace) -> None
         print(f"{name:<12} {row['words_per_second']:10,.0f} words/s   {row['of_dense']:.2f} of moe_1_wide")
     if options.json:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-        record = {"rows": rows, "options": {k: str(v) for k, v in vars(options).items()}}
+        record = {"rows": rows, "options": {k: str(v) for k, v in vars(options).items() if k != "json"}}
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
         record |= {"device": device, "threads": torch.get_num_threads(), "commit": commit.stdout.strip()}
         record["torch"] = torch.__version__
