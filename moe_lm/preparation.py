@@ -34,52 +34,19 @@ _LARGE = 32 << 20
 """Bytes of text from which worker processes, waiting for the disk and figures of speed are worth their time."""
 
 
-def make(
-    corpus: Corpus,
-    recipe: VocabularyRecipe,
-    folder: Path,
-    inputs: dict,
-    *,
-    say: Callable[[str], None],
-    progress: bool,
-    num_processes: int,
-) -> None:
-    """Write everything beside `folder`, then put it in its place; the caller holds the folder's lock."""
-    ours = (folder / "data.json").exists() or (folder / "train.tokens").exists()
-    if folder.exists() and any(folder.iterdir()) and not ours:
-        raise Mistake(f"{folder} holds other files than prepared text; choose another folder or empty it")
-    making = _Making(corpus, recipe, partial_folder(folder), say, progress, num_processes)
-    try:
-        making.take_up(inputs)
-        record = {"format": FORMAT, "inputs": inputs} | making.run()
-        whole = making.whole
-        record["files"] = {path.name: path.stat().st_size for path in sorted(whole.iterdir())}
-        (whole / "data.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-        for path in [*whole.iterdir(), whole]:
-            sync(path)
-        replaced = making.folder / "replaced"
-        if folder.exists():
-            folder.rename(replaced)
-        whole.rename(folder)
-        sync(folder.parent)
-    except BaseException as error:
-        if not making.is_large:  # nothing worth going on with
-            shutil.rmtree(making.folder, ignore_errors=True)
-        elif isinstance(error, KeyboardInterrupt):
-            say(f"{making.folder} keeps what is done: repeat the command to go on")
-        raise
-    shutil.rmtree(making.folder, ignore_errors=True)
-
-
-def partial_folder(folder: Path) -> Path:
-    """Return where what is to become `folder` is made."""
-    return folder.parent / f".{folder.name}.partial"
-
-
-class _Making:
+class Making:
     """One making, and what of it is done already."""
 
-    def __init__(self, corpus, recipe, folder: Path, say, progress: bool, num_processes: int) -> None:
+    def __init__(
+        self,
+        corpus: Corpus,
+        recipe: VocabularyRecipe,
+        folder: Path,
+        *,
+        say: Callable[[str], None],
+        progress: bool,
+        num_processes: int,
+    ) -> None:
         self._corpus, self._recipe, self.folder = corpus, recipe, folder
         self._say, self._progress = say, progress
         self._parts: dict[str, list[Part]] = {split: list(corpus.parts(split)) for split in SPLITS}

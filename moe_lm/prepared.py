@@ -17,8 +17,9 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from moe_lm.corpus import SPLITS, Corpus
+from moe_lm.files import sync
 from moe_lm.mistake import Mistake
-from moe_lm.preparation import FORMAT, make, partial_folder
+from moe_lm.preparation import FORMAT, Making
 from moe_lm.split_writer import DTYPES
 from moe_lm.vocabulary import Vocabulary, VocabularyRecipe
 
@@ -90,13 +91,55 @@ def prepare(
             # Another process may have made it while this one waited.
             if current := _open_current(folder, recipe, inputs):
                 return current
-            make(corpus, recipe, folder, inputs, say=say, progress=progress, num_processes=num_processes)
+            _make(corpus, recipe, folder, inputs, say=say, progress=progress, num_processes=num_processes)
     except OSError as error:
         if error.errno not in _DISK:
             raise
         reason = f"{error.strerror}; mend that and repeat the command, or choose another folder"
         raise Mistake(f"cannot write {folder}: {reason}") from error
     return open_prepared(folder, recipe)
+
+
+def _make(
+    corpus: Corpus,
+    recipe: VocabularyRecipe,
+    folder: Path,
+    inputs: dict,
+    *,
+    say: Callable[[str], None],
+    progress: bool,
+    num_processes: int,
+) -> None:
+    """Write everything beside `folder`, then put it in its place; the caller holds the folder's lock."""
+    ours = (folder / "data.json").exists() or (folder / "train.tokens").exists()
+    if folder.exists() and any(folder.iterdir()) and not ours:
+        raise Mistake(f"{folder} holds other files than prepared text; choose another folder or empty it")
+    making = Making(corpus, recipe, partial_folder(folder), say=say, progress=progress, num_processes=num_processes)
+    try:
+        making.take_up(inputs)
+        record = {"format": FORMAT, "inputs": inputs} | making.run()
+        whole = making.whole
+        record["files"] = {path.name: path.stat().st_size for path in sorted(whole.iterdir())}
+        (whole / "data.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        for path in [*whole.iterdir(), whole]:
+            sync(path)
+        replaced = making.folder / "replaced"
+        if folder.exists():
+            folder.rename(replaced)
+        whole.rename(folder)
+        sync(folder.parent)
+    except BaseException as error:
+        if not making.is_large:  # nothing worth going on with
+            shutil.rmtree(making.folder, ignore_errors=True)
+        elif isinstance(error, KeyboardInterrupt):
+            say(f"{making.folder} keeps what is done: repeat the command to go on")
+        raise
+    shutil.rmtree(making.folder, ignore_errors=True)
+
+
+def partial_folder(folder: Path) -> Path:
+    """Return where what is to become `folder` is made."""
+    return folder.parent / f".{folder.name}.partial"
 
 
 def open_prepared(folder: Path, recipe: VocabularyRecipe) -> Prepared:

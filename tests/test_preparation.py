@@ -213,14 +213,14 @@ def test_a_small_disk_is_said_before_encoding_where_no_word_is_counted(text, mon
 @pytest.mark.parametrize("lacking", [0, 1])
 def test_a_disk_that_others_fill_is_said_before_the_parts_are_joined(text, monkeypatch, listed, lacking):
     recipe, _, whole = listed
-    disk, encode = shutil.disk_usage(text), moe_lm.preparation._Making._encode
+    disk, encode = shutil.disk_usage(text), moe_lm.preparation.Making._encode
 
     def encode_and_fill(making):
         records = encode(making)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: disk._replace(free=whole - lacking))
         return records
 
-    monkeypatch.setattr(moe_lm.preparation._Making, "_encode", encode_and_fill)
+    monkeypatch.setattr(moe_lm.preparation.Making, "_encode", encode_and_fill)
     if not lacking:
         assert make(corpus(text), text / "data", recipe=recipe).fingerprint
         return

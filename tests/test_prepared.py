@@ -321,7 +321,7 @@ def test_two_processes_do_not_prepare_at_once(tmp_path):
         if line.startswith("waiting"):
             # What the other process does meanwhile: it prepares, then lets go.
             quiet = {"say": lambda line: None, "progress": False, "num_processes": 1}
-            moe_lm.preparation.make(Lines(), WORDS, tmp_path / "data", stamp, **quiet)
+            moe_lm.prepared._make(Lines(), WORDS, tmp_path / "data", stamp, **quiet)
             lock.release()
 
     stamp = {"settings": {}, "corpus": {"stamp": 0, "tuple": [1, 2]}, "vocabulary": {"file": None}, "max_words": 4}
