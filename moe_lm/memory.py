@@ -136,7 +136,7 @@ def bytes_sent(model: LanguageModel, recipe: OptimizerRecipe, step: Step) -> dic
     others = step.num_processes - 1
     away = others / step.num_processes
     number = BFLOAT16 if step.bfloat16 else FLOAT32
-    rows = sum(_assignments(layer) for layer in model.layers.values() if hasattr(layer, "experts"))
+    rows = sum(layer.assignments_per_token for layer in model.layers.values() if hasattr(layer, "experts"))
     tokens = 4 * step.tokens * rows * model.embedding_VD.shape[1] * number * away
     gradients = 0.0
     for kind, name, parameter, touched in _parameters(model, step):
@@ -201,16 +201,13 @@ def _kept_by_lstm(lstm: nn.Module) -> int:
 def _kept_by_mixture(layer: nn.Module, step: Step, kept: int) -> int:
     """Of each assignment the expert's input, hidden layer and output; the sigmoid's output; the gates."""
     _, width, hidden = layer.experts.w1_EDH.shape
-    rows = _assignments(layer)
+    rows = layer.assignments_per_token
     of_experts = rows * (2 * width + (0 if step.recompute else hidden)) + width
     # A gate keeps some 5 numbers an expert it chooses among (clean, noise, deviation, ...), 12 an assignment.
     of_gates = 5 * layer.gate.num_experts
     if hasattr(layer, "primary_gate"):
-        # The second level reads k rows a token.
-        of_gates = 5 * layer.primary_gate.num_experts + layer.k * (6 * layer.gate.num_experts + width + 12)
-    return of_experts * kept + (of_gates + 12 * rows) * FLOAT32
-
-
-def _assignments(layer: nn.Module) -> int:
-    """Experts a token: k, or in a hierarchy k in each of k groups."""
-    return layer.k**2 if hasattr(layer, "primary_gate") else layer.k
+        # The second level reads a row for each group of a token.
+        of_gates = 5 * layer.primary_gate.num_experts + layer.groups_per_token * (
+            6 * layer.gate.num_experts + width + 12
+        )
+    return round(of_experts * kept + (of_gates + 12 * rows) * FLOAT32)

@@ -54,6 +54,11 @@ class LanguageModel(nn.Module):
                 gatings[name] = gating
         return x_TD, gatings
 
+    def adapt(self, statistics: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Let each gated layer's gates move what no gradient moves, by its statistics of the global batch."""
+        for name, values in statistics.items():
+            self.layers[name].adapt(values)
+
     def token_nats(self, batch: MicroBatch) -> Tensor:
         """Return each predicted token's exact nats (float64, T)."""
         return self.softmax.token_nats(self.hidden(batch)[0], batch.target_T)

@@ -103,6 +103,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         total, seen = torch.zeros((), dtype=torch.float64, device=self._device), None
+        asked = dropped = 0
         terms: dict[str, Tensor | float] = {}
         # Of losses on global values every micro-batch has the same; of its own, each its share.
         shares = [1.0 / len(micro_batches) if everywhere else batch.num_words / num_words for batch in micro_batches]
@@ -114,15 +115,20 @@ class Trainer:
             terms = {name: terms.get(name, 0.0) + shares[i] * value for name, value in values.items()}
             total += nats.detach()
             seen = add(seen, statistics(gatings))
+            asked += sum(gating.num_asked for gating in gatings.values())
+            dropped += sum(gating.num_dropped for gating in gatings.values())
         norm = self.optimizer.clip(self.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.model.adapt(seen)
         progress.step += 1
         progress.words += num_words
         progress.tokens += sum(len(batch.target_T) for batch in micro_batches)
         self._interval.add(steps=1, words=num_words, nats=total, grad_norm=norm)
         whole = [gating.with_statistics(seen[layer]) for layer, gating in gatings.items()]
         self._interval.add(**balance_figures(whole), **{f"balance_{name}": value for name, value in terms.items()})
+        if gatings:
+            self._interval.add(dropped=dropped / max(asked, 1))
         return num_words
 
     @torch.no_grad()

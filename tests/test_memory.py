@@ -25,7 +25,15 @@ from moe_lm.softmax.sampled import SampledSoftmax
 WIDTH, SIZE, SAMPLED, LENGTHS = 48, 900, 100, [22, 23, 24, 24] * 9
 WORDS = sum(LENGTHS)
 STEP = Step(words=WORDS, micro_words=WORDS)
-GATE = partial(NoisyTopK, noise_epsilon=0.01)
+
+
+def GATE(**sizes):
+    """A gate that sums what the default losses read, as in training."""
+    gate = NoisyTopK(noise_epsilon=0.01, **sizes)
+    gate.wanted = frozenset({"importance_E", "load_E"})
+    return gate
+
+
 SAMPLE = partial(SampledSoftmax, num_sampled=SAMPLED, max_logits=10_000)
 FULL = partial(FullSoftmax, max_logits=10_000)
 LAYERS = {

@@ -5,8 +5,9 @@ def test_strictly_balanced_needs_its_loss(workspace, moe_lm, training):
     """One line names the loss, before anything is trained."""
     outcome = moe_lm("train", *training, "gate@model.layers.middle.gate=strictly_balanced")
     assert outcome.code == 2
-    assert outcome.err.splitlines()[-1].startswith("moe-lm: the gate of model.layers.middle learns by the balance loss")
-    assert "'balance=[importance,load,batchwise]'" in outcome.err
+    line = outcome.err.splitlines()[-1]
+    assert line.startswith("moe-lm: the gate model.layers.middle.gate learns by the balance loss batchwise")
+    assert "'balance=[importance,batchwise]'" in outcome.err
     assert not list(workspace.glob("runs/*/checkpoints"))
 
 
@@ -22,7 +23,7 @@ def test_the_loss_needs_such_a_gate(workspace, moe_lm, training):
     """A loss that would teach nobody is refused too."""
     outcome = moe_lm("train", *training, "balance=[batchwise]")
     assert outcome.code == 2
-    assert "teaches a gate that this model lacks" in outcome.err.splitlines()[-1]
+    assert "the balance loss batchwise has no gradient for model.layers.middle.gate" in outcome.err.splitlines()[-1]
 
 
 def test_gates_of_two_kinds_train_together(workspace, moe_lm, training):

@@ -254,7 +254,11 @@ def test_hierarchical_load_is_not_additive_but_its_sums_are(hierarchical):
     apart_E = sum(part.load_E for part in parts)
     assert (apart_E - whole.load_E).abs().max() > 0.1
     everywhere = collected(passed_over, CUTS)["middle"]
-    assert set(everywhere) == {"importance_E", "primary_load_G", "secondary_load_E", "num_received_G"}
+    assert set(everywhere) == {"importance_E", "num_received_G"} | {
+        f"{level}_{name}"
+        for level in ("primary", "secondary")
+        for name in ("load_E", "asked_E", "first_choice_E", "probability_E", "log_z_squared", "num_tokens")
+    }
     for part in parts:
         together = part.with_statistics(everywhere)
         torch.testing.assert_close(together.load_E, whole.load_E, rtol=1e-12, atol=1e-12)

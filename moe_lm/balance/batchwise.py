@@ -16,7 +16,7 @@ class Batchwise:
     both levels.
     """
 
-    teaches: ClassVar[bool] = True
+    reads: ClassVar[str] = "threshold_gap"
 
     def __init__(self, *, weight: float):
         self.weight = checked_weight(weight)

@@ -1,5 +1,7 @@
 """The importance loss (section 4, eq. 6-7)."""
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from moe_lm.balance import checked_weight, squared_coefficient_of_variation
@@ -8,6 +10,8 @@ from moe_lm.gate import Gating
 
 class Importance:
     """CV(Importance(X))^2: experts should receive equal sums of gate values."""
+
+    reads: ClassVar[str] = "importance_E"
 
     def __init__(self, *, weight: float):
         self.weight = checked_weight(weight)

@@ -1,5 +1,7 @@
 """The load loss (Appendix A, eq. 8-11)."""
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from moe_lm.balance import checked_weight, squared_coefficient_of_variation
@@ -8,6 +10,8 @@ from moe_lm.gate import Gating
 
 class Load:
     """CV(Load(X))^2: experts should receive equal numbers of tokens."""
+
+    reads: ClassVar[str] = "load_E"
 
     def __init__(self, *, weight: float):
         self.weight = checked_weight(weight)

@@ -1,6 +1,7 @@
 """Values of another kind than the default's are refused: Hydra itself lets any through."""
 
 import json
+import re
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -14,7 +15,10 @@ OPTIONAL = {
     "corpus.subset": str,
     "data": str,
     "file": str,
+    "gate.capacity_factor": float,
+    "gate.max_experts": int,
     "machine.threads": int,
+    "max_words": int,
     "name": str,
     "parallel": int,
     "processes": int,
@@ -25,7 +29,9 @@ OPTIONAL = {
     "vocabulary.max_size": int,
     "vocabulary_size": int,
 }
-"""What a key takes whose default is null."""
+"""What a key takes whose default is null; gate. is any gate of a layer."""
+
+_GATE = re.compile(r"model\.layers\.\w+\.(primary_)?gate\.")
 
 _WORDS = {
     int: "a whole number",
@@ -43,7 +49,7 @@ def check_kinds(defaults: DictConfig, config: DictConfig) -> None:
     for key, value in values.items():
         if key not in plain:
             _refuse_shape(key, value, plain)
-        wanted = type(plain[key]) if plain[key] is not None else OPTIONAL.get(key)
+        wanted = type(plain[key]) if plain[key] is not None else OPTIONAL.get(_GATE.sub("gate.", key))
         if wanted is None or (value is None and plain[key] is None):
             continue
         fitting = _fitting(value, wanted)

@@ -3,16 +3,15 @@
 import re
 import signal
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from moe_lm.balance import BalanceLoss
 from moe_lm.batches import Batches
 from moe_lm.commands import build as make
 from moe_lm.commands.configuration import composed, default_name, preset_of, resolved
 from moe_lm.commands.data import prepared_data
+from moe_lm.commands.gates import check_losses, choices_over_batch, want
 from moe_lm.commands.result import measure_split, result_of, summary
 from moe_lm.experts import recompute_hidden
 from moe_lm.metrics import MetricsLog
@@ -80,7 +79,8 @@ def trainer_of(config: dict, data: Prepared, run: Run, on: torch.device) -> Trai
     model = make.build_model(config, vocabulary.size).to(on)
     recompute_hidden(model, config["machine"]["recompute"])
     balance = {name: make.build(part) for name, part in config["balance"].items() if name != "exact"}
-    _check_losses(model, balance)
+    check_losses(model, balance)
+    want(model, balance)
     recipe = make.build(config["optimizer"])
     batches = Batches(
         data.splits["train"],
@@ -99,6 +99,8 @@ def trainer_of(config: dict, data: Prepared, run: Run, on: torch.device) -> Trai
     )
     run.keep_vocabulary(vocabulary.save)
     _describe(model, run)
+    for line in choices_over_batch(model):
+        _say(line)
     return Trainer(
         model=model,
         objective=Objective(balance),
@@ -113,22 +115,6 @@ def trainer_of(config: dict, data: Prepared, run: Run, on: torch.device) -> Trai
         fingerprint=data.fingerprint,
         settings=settings,
     )
-
-
-def _check_losses(model: LanguageModel, balance: Mapping[str, BalanceLoss]) -> None:
-    """Refuse a gate that would never learn what it needs at evaluation, and a loss that would teach no gate."""
-    needed = {}
-    for name, layer in model.layers.items():
-        needed |= {loss: name for module in layer.modules() if (loss := getattr(module, "needs_loss", None))}
-    for loss, layer in needed.items():
-        if loss not in balance:
-            chosen = ",".join([*sorted(balance), loss])
-            raise Mistake(f"the gate of model.layers.{layer} learns by the balance loss {loss}: 'balance=[{chosen}]'")
-        if balance[loss].weight == 0:
-            raise Mistake(f"balance.{loss}.weight=0: the gate of model.layers.{layer} learns by this loss alone")
-    for loss, part in balance.items():
-        if getattr(part, "teaches", False) and loss not in needed:
-            raise Mistake(f"the balance loss {loss} teaches a gate that this model lacks: leave {loss} out of balance")
 
 
 def _describe(model: LanguageModel, run: Run) -> None:

@@ -32,7 +32,12 @@ class Gating:
     num_dropped: int = 0
     """Assignments lost to a capacity limit; `num_asked` - `num_dropped` are in the list."""
     sums: Mapping[str, Tensor] = field(default_factory=dict)
-    """Further additive statistics that balance losses may read, by name."""
+    """Further additive statistics that balance losses or the gate's `adapt` may read, by name.
+
+    Of one entry an expert: `asked_E`, its choices before any capacity, `first_choice_E`, the first choices among them,
+    `probability_E`, the sum of its share of a softmax over all experts. Scalars: `log_z_squared`, the sum of
+    logsumexp(logits)^2, and `num_tokens`.
+    """
 
     @property
     def num_experts(self) -> int:
@@ -50,12 +55,25 @@ class Gating:
 
 
 class Gate(Protocol):
-    """A gating network, G(x), or, made with `num_groups`, one for each group of experts (Appendix B)."""
+    """A gating network, G(x), or, made with `num_groups`, one for each group of experts (Appendix B).
+
+    What has a default here may be left out of an implementation.
+    """
 
     num_experts: int
     """Experts to choose among, with groups those of one group."""
+    assignments_per_token: float
+    """Experts that a token is sent to on average, where that is not `k`."""
+    only_k: int | None = None
+    """The one k that the gate is defined for."""
+    offers: frozenset[str] = frozenset({"importance_E"})
+    """Names of the statistics through which the gradient of a balance loss reaches the gate."""
+    wanted: frozenset[str] | None = None
+    """Names of the statistics that losses read: no others need be made of a batch; None: all."""
     needs_loss: str | None = None
     """Name of the balance loss without which the gate would not learn what it needs at evaluation."""
+    chooses_over_batch: str | None = None
+    """What its choice in training depends on beside the token itself, and what evaluation goes by instead."""
 
     def __call__(self, x_TD: Tensor, group_T: Tensor | None = None) -> Gating:
         """Assign each token to experts.
@@ -69,12 +87,30 @@ class Gate(Protocol):
         """Multiply-adds a token costs in the gate's matrices, with groups those of one group."""
         ...
 
+    def adapt(self, statistics: Mapping[str, Tensor]) -> None:
+        """Move what no gradient moves (a bias, a threshold) by the global batch's statistics, after its update.
 
-def checked_k(k: int, num_experts: int) -> int:
-    """Return k; raises `Mistake` where there are not as many experts."""
+        A function of these sums alone, so that it is the same on every process; what it moves is a buffer, so that it
+        is part of the checkpoint. A gate without any such thing has no `adapt`.
+        """
+
+
+def checked_k(k: int, num_experts: int, only: int | None = None, name: str = "") -> int:
+    """Return k; raises `Mistake` where there are not as many experts, or where the gate is defined for another k."""
     if not 1 <= k <= num_experts:
         raise Mistake(
             f"model.k={k} experts a token of model.num_experts={num_experts}: "
             "k must be at least 1 and at most num_experts"
         )
+    if only is not None and k != min(only, num_experts):
+        experts = "1 expert" if only == 1 else f"{only} experts"
+        raise Mistake(
+            f"the gate {name} sends a token to {experts}, not {k}: model.k={only}"
+            " (or primary_k of the layer, for a primary gate)"
+        )
     return k
+
+
+def offers_of(gate: Gate) -> frozenset[str]:
+    """Return what a gate offers to balance losses; one that does not say so offers what `Gate` says."""
+    return getattr(gate, "offers", Gate.offers)

@@ -3,17 +3,22 @@
 Shape suffixes: T tokens, D width, E experts (of a group), K experts a token, A = T*K assignments, G groups.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_lm.gate import Gating, checked_k
-from moe_lm.grouped_product import grouped_product
+from moe_lm.gate.choices import choice_sums, numbered, product, summed, token_choice
 from moe_lm.mistake import Mistake
 
 
 class NoisyTopK(nn.Module):
     """G(x) = Softmax(KeepTopK(x W_g + eps * (Softplus(x W_noise) + noise_epsilon), k)), noise in training only."""
+
+    offers: ClassVar[frozenset[str]] = frozenset({"importance_E", "load_E", "probability_E", "log_z_squared"})
+    wanted: frozenset[str] | None = None
 
     def __init__(self, *, width: int, num_experts: int, k: int, noise_epsilon: float, num_groups: int | None = None):
         super().__init__()
@@ -36,39 +41,20 @@ class NoisyTopK(nn.Module):
         return (self.gate_DE.numel() + self.noise_DE.numel()) // (self.num_groups or 1)
 
     def _gating(self, x_TD: Tensor, group_T: Tensor | None) -> Gating:
-        clean_TE = _product(x_TD, self.gate_DE, group_T)
+        clean_TE = product(x_TD, self.gate_DE, group_T)
         noisy_TE, deviation_TE = clean_TE, None
         if self.training:
-            deviation_TE = F.softplus(_product(x_TD, self.noise_DE, group_T)) + self.noise_epsilon
+            deviation_TE = F.softplus(product(x_TD, self.noise_DE, group_T)) + self.noise_epsilon
             noisy_TE = clean_TE + torch.randn_like(clean_TE) * deviation_TE
         top_TK, expert_TK = noisy_TE.topk(min(self.k + 1, self.num_experts), dim=1)
-        gate_TK = top_TK[:, : self.k].softmax(dim=1)
-        first_T1 = 0 if group_T is None else (group_T * self.num_experts).unsqueeze(1)
-        expert_A, order_A = (expert_TK[:, : self.k] + first_T1).reshape(-1).sort(stable=True)
-        gate_A = gate_TK.reshape(-1).index_select(0, order_A)
-        zeros_E = clean_TE.new_zeros(self.num_experts * (self.num_groups or 1))
-        if deviation_TE is None or self.k == self.num_experts:
-            load_E = zeros_E.index_add(0, expert_A, torch.ones_like(gate_A.detach()))
-        else:
+        expert_TK, load_E, sums = numbered(expert_TK[:, : self.k], group_T, self.num_experts), None, {}
+        if self.training:
+            sums = choice_sums(noisy_TE, expert_TK, group_T, self.num_groups, self.wanted)
+        if deviation_TE is not None and self.k < self.num_experts:
             chance_TE = probability_in_top_k(clean_TE, noisy_TE, deviation_TE, top_TK, self.k)
-            load_E = chance_TE.sum(dim=0) if group_T is None else _sums_by_group(chance_TE, group_T, self.num_groups)
-        return Gating(
-            token_A=order_A // self.k,
-            expert_A=expert_A,
-            gate_A=gate_A,
-            num_tokens=x_TD.shape[0],
-            importance_E=zeros_E.index_add(0, expert_A, gate_A),
-            load_E=load_E,
-            num_asked=x_TD.shape[0] * self.k,
-        )
-
-
-def _product(x_TD: Tensor, weight: Tensor, group_T: Tensor | None) -> Tensor:
-    return x_TD @ weight if group_T is None else grouped_product(x_TD, weight, group_T)
-
-
-def _sums_by_group(x_TE: Tensor, group_T: Tensor, num_groups: int) -> Tensor:
-    return x_TE.new_zeros(num_groups, x_TE.shape[1]).index_add(0, group_T, x_TE).reshape(-1)
+            load_E = summed(chance_TE, group_T, self.num_groups).reshape(-1)
+        num_experts = self.num_experts * (self.num_groups or 1)
+        return token_choice(expert_TK, top_TK[:, : self.k].softmax(dim=1), num_experts, load_E=load_E, sums=sums)
 
 
 def probability_in_top_k(clean_TE: Tensor, noisy_TE: Tensor, deviation_TE: Tensor, top_TK: Tensor, k: int) -> Tensor:

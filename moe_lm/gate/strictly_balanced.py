@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lm.gate import Gating, checked_k
-from moe_lm.grouped_product import grouped_product
+from moe_lm.gate.choices import batchwise_mask, expert_choice, logit_sums, of_tokens, product
 
 
 class StrictlyBalanced(nn.Module):
@@ -22,6 +22,11 @@ class StrictlyBalanced(nn.Module):
     """
 
     needs_loss: ClassVar[str] = "batchwise"
+    offers: ClassVar[frozenset[str]] = frozenset({"importance_E", "log_z_squared", "threshold_gap"})
+    chooses_over_batch: ClassVar[str] = (
+        "lets each expert take equally many tokens of the micro-batch; evaluation goes by learned thresholds"
+    )
+    wanted: frozenset[str] | None = None
 
     def __init__(self, *, width: int, num_experts: int, k: int, num_groups: int | None = None):
         super().__init__()
@@ -43,39 +48,15 @@ class StrictlyBalanced(nn.Module):
         return self.gate_DE.numel() // (self.num_groups or 1)
 
     def _gating(self, x_TD: Tensor, group_T: Tensor | None) -> Gating:
-        if group_T is None:
-            logit_TE, threshold_TE = x_TD @ self.gate_DE, self.threshold_E
-        else:
-            logit_TE = grouped_product(x_TD, self.gate_DE, group_T)
-            threshold_TE = self.threshold_E.view(-1, self.num_experts).index_select(0, group_T)
+        logit_TE = product(x_TD, self.gate_DE, group_T)
+        threshold_TE = of_tokens(self.threshold_E.view(-1, self.num_experts), group_T)
         gate_TE = logit_TE.softmax(dim=1)
         mask_TE, sums = gate_TE > threshold_TE, {}
         if self.training:
             above_TE, mask_TE = mask_TE, batchwise_mask(gate_TE.detach(), self.k, group_T)
             surplus_TE = above_TE.to(gate_TE.dtype) - mask_TE.to(gate_TE.dtype)
-            sums["threshold_gap"] = (surplus_TE * (gate_TE - threshold_TE)).sum()
-            sums["num_tokens"] = gate_TE.new_full((), x_TD.shape[0])
-        return self._assigned(logit_TE, mask_TE, group_T, sums)
-
-    def _assigned(self, logit_TE: Tensor, mask_TE: Tensor, group_T: Tensor | None, sums: dict[str, Tensor]) -> Gating:
-        column_A, token_A = mask_TE.t().nonzero(as_tuple=True)
-        expert_A = column_A
-        if group_T is not None:
-            expert_A, order_A = (group_T.index_select(0, token_A) * self.num_experts + column_A).sort(stable=True)
-            column_A, token_A = column_A.index_select(0, order_A), token_A.index_select(0, order_A)
-        share_TE = masked_softmax(logit_TE, mask_TE)
-        gate_A = share_TE.reshape(-1).index_select(0, token_A * self.num_experts + column_A)
-        zeros_E = logit_TE.new_zeros(self.threshold_E.numel())
-        return Gating(
-            token_A=token_A,
-            expert_A=expert_A,
-            gate_A=gate_A,
-            num_tokens=logit_TE.shape[0],
-            importance_E=zeros_E.index_add(0, expert_A, gate_A),
-            load_E=zeros_E.index_add(0, expert_A, torch.ones_like(gate_A.detach())),
-            num_asked=token_A.numel(),
-            sums=sums,
-        )
+            sums = logit_sums(logit_TE, self.wanted) | {"threshold_gap": (surplus_TE * (gate_TE - threshold_TE)).sum()}
+        return expert_choice(mask_TE, masked_softmax(logit_TE, mask_TE), group_T, self.num_groups, sums)
 
 
 def masked_softmax(logit_TE: Tensor, mask_TE: Tensor) -> Tensor:
@@ -85,39 +66,3 @@ def masked_softmax(logit_TE: Tensor, mask_TE: Tensor) -> Tensor:
     """
     left_out_TE = ~mask_TE & mask_TE.any(dim=1, keepdim=True)
     return logit_TE.masked_fill(left_out_TE, -torch.inf).softmax(dim=1)
-
-
-def batchwise_mask(x_TE: Tensor, k: int, group_T: Tensor | None = None) -> Tensor:
-    """M_batchwise: each expert takes the m tokens, of its group's, with the largest x; of equal ones the earlier.
-
-    m = k|X|/n of the |X| tokens and n experts to the nearest whole number (a half upwards), at least 1. So a token
-    gets k experts on average, or more where there are fewer than n/k tokens.
-    """
-    x_ET = x_TE.t().contiguous()
-    return (_top_m(x_ET, k) if group_T is None else _top_m_of_groups(x_ET, k, group_T)).t()
-
-
-def _top_m(x_ET: Tensor, k: int) -> Tensor:
-    num_experts, num_tokens = x_ET.shape
-    m = min(max(_nearest(k * num_tokens, num_experts), 1), num_tokens)
-    # Not the indices: which of equal values topk takes is not promised. (It takes a tenth of a sort's time.)
-    least_E1 = x_ET.topk(m, dim=1).values[:, -1:]
-    above_ET, equal_ET = x_ET > least_E1, x_ET == least_E1
-    left_E1 = m - above_ET.sum(dim=1, keepdim=True)
-    return above_ET | (equal_ET & (equal_ET.cumsum(dim=1) <= left_E1))
-
-
-def _top_m_of_groups(x_ET: Tensor, k: int, group_T: Tensor) -> Tensor:
-    """Sorts by value and then, stably, by group: place t of every expert's row then belongs to group_T[t]."""
-    num_experts, num_tokens = x_ET.shape
-    order_ET = x_ET.argsort(dim=1, descending=True, stable=True)
-    by_group_ET = group_T.expand_as(order_ET).gather(1, order_ET).argsort(dim=1, stable=True)
-    order_ET = order_ET.gather(1, by_group_ET)
-    start_T, end_T = torch.searchsorted(group_T, group_T), torch.searchsorted(group_T, group_T, right=True)
-    rank_T = torch.arange(num_tokens, device=group_T.device) - start_T
-    taken_T = rank_T < _nearest(k * (end_T - start_T), num_experts).clamp(min=1)
-    return torch.zeros_like(x_ET, dtype=torch.bool).scatter(1, order_ET, taken_T.expand_as(order_ET))
-
-
-def _nearest(dividend: int | Tensor, divisor: int) -> int | Tensor:
-    return (dividend + divisor // 2) // divisor

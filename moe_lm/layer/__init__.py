@@ -3,6 +3,7 @@
 Shape suffixes: T tokens, D width.
 """
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from torch import Tensor
@@ -21,3 +22,9 @@ class Layer(Protocol):
     def operations_per_timestep(self) -> int:
         """Multiply-adds a token costs in the forward pass, as the paper's ops/timestep."""
         ...
+
+    offers: frozenset[str]
+    """Of a layer with a gate: the statistics through which a balance loss's gradient reaches it."""
+
+    def adapt(self, statistics: Mapping[str, Tensor]) -> None:
+        """Of a layer with a gate: let its gates move what no gradient moves, by the global batch's statistics."""

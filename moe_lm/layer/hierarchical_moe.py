@@ -4,21 +4,25 @@ Shape suffixes: T tokens, D width, G groups, E experts of all groups, R rows sen
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
 from moe_lm.dispatch import combine, dispatch
 from moe_lm.experts import Experts
-from moe_lm.gate import Gate, Gating
+from moe_lm.gate import Gate, Gating, offers_of
 from moe_lm.mistake import Mistake
 from moe_lm.sentences import Sentences
+
+_PRODUCTS = ("load_E", "asked_E", "first_choice_E", "probability_E")
+"""Sums of one entry an expert that both levels together have as equation 14 makes the load."""
 
 
 class HierarchicalMoE(nn.Module):
     """y = sigmoid(sum_i sum_j G_primary(x)_i G_i(x)_j E_ij(x)) (eq. 12; the sigmoid: Appendix C.1).
 
-    `num_experts` in `num_groups` equal groups; k groups a token and k experts in each, so k * k experts a token.
+    `num_experts` in `num_groups` equal groups; `primary_k` groups a token, k where that is not given, and k experts in
+    each of them.
     """
 
     def __init__(
@@ -31,11 +35,13 @@ class HierarchicalMoE(nn.Module):
         k: int,
         primary_gate: Callable[..., Gate],
         gate: Callable[..., Gate],
+        primary_k: int | None = None,
     ):
         super().__init__()
-        _check(width=width, expert_hidden=hidden, num_experts=num_experts, num_groups=num_groups, k=k)
-        self.k, self.num_groups = k, num_groups
-        self.primary_gate = primary_gate(width=width, num_experts=num_groups, k=k)
+        primary_k = k if primary_k is None else primary_k
+        _check(k, primary_k, width=width, expert_hidden=hidden, num_experts=num_experts, num_groups=num_groups)
+        self.k, self.primary_k, self.num_groups = k, primary_k, num_groups
+        self.primary_gate = primary_gate(width=width, num_experts=num_groups, k=primary_k)
         self.gate = gate(width=width, num_experts=num_experts // num_groups, k=k, num_groups=num_groups)
         self.experts = Experts(width=width, hidden=hidden, num_experts=num_experts)
 
@@ -47,58 +53,103 @@ class HierarchicalMoE(nn.Module):
         return combine(y_AD, gating).sigmoid(), gating
 
     def operations_per_timestep(self) -> int:
-        """The primary gate, k secondary gates and k * k experts."""
-        secondary = self.gate.operations_per_timestep() + self.k * self.experts.operations_per_row()
-        return self.primary_gate.operations_per_timestep() + self.k * secondary
+        """The primary gate, and for each group a token is sent to the secondary gate and its experts."""
+        secondary = self.gate.operations_per_timestep() * self.groups_per_token
+        experts = self.assignments_per_token * self.experts.operations_per_row()
+        return self.primary_gate.operations_per_timestep() + round(secondary + experts)
+
+    @property
+    def groups_per_token(self) -> float:
+        """Groups that a token is sent to, on average."""
+        return getattr(self.primary_gate, "assignments_per_token", self.primary_k)
+
+    @property
+    def assignments_per_token(self) -> float:
+        """Experts a token, on average."""
+        return self.groups_per_token * getattr(self.gate, "assignments_per_token", self.k)
+
+    @property
+    def offers(self) -> frozenset[str]:
+        """The statistics through which a balance loss's gradient reaches a gate.
+
+        Importance and load are made of both levels whatever the gates, and scalars are sums; of other entries an expert
+        there must be both.
+        """
+        levels = offers_of(self.primary_gate), offers_of(self.gate)
+        either, both = levels[0] | levels[1], levels[0] & levels[1]
+        always = {"importance_E", "load_E"}
+        return both | {name for name in either if name in always or not name.endswith("_E")}
+
+    def adapt(self, statistics: Mapping[str, Tensor]) -> None:
+        """Let the gates of both levels move what no gradient moves, by the global batch's statistics."""
+        for level, gate in (("primary_", self.primary_gate), ("secondary_", self.gate)):
+            if hasattr(gate, "adapt"):
+                gate.adapt({n.removeprefix(level): x for n, x in statistics.items() if n.startswith(level)})
 
 
 @dataclass(frozen=True)
 class HierarchicalGating(Gating):
-    """A gating over all a * b experts, whose load is not additive itself but made of additive sums (eq. 14)."""
+    """A gating over all a * b experts; what is not additive itself is made of sums that are."""
+
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    """The additive sums of both levels, as primary_... and secondary_..., and `num_received_G`, |X^(i)|."""
 
     def statistics(self) -> dict[str, Tensor]:
         """Return the importance and the sums of both levels: additive over tokens and over processes."""
-        return {"importance_E": self.importance_E, **self.sums}
+        return {"importance_E": self.importance_E, **self.parts}
 
     def with_statistics(self, values: Mapping[str, Tensor]) -> "HierarchicalGating":
-        """Return the gating with other statistics in the place of its own, the load made anew from them."""
-        sums = {name: values[name] for name in self.sums}
-        return replace(self, importance_E=values["importance_E"], load_E=hierarchical_load(sums), sums=sums)
+        """Return the gating with other statistics in the place of its own, all else made anew from them."""
+        parts = {name: values[name] for name in self.parts}
+        load_E, sums = of_both_levels(parts)
+        return replace(self, importance_E=values["importance_E"], load_E=load_E, sums=sums, parts=parts)
 
 
 def joined(primary: Gating, secondary: Gating, k: int) -> HierarchicalGating:
     """Return both levels as one gating; the secondary's tokens are the rows that the primary sent.
 
     A gate's weight is G_primary(x)_i G_i(x)_j (eq. 12), the importance their sum (eq. 13). A row that the primary
-    drops loses k assignments. Scalar sums of both levels are added.
+    drops loses k assignments.
     """
     gate_A = primary.gate_A.index_select(0, secondary.token_A) * secondary.gate_A
-    sums = dict(secondary.sums)
-    for name, value in primary.sums.items():
-        sums[name] = sums[name] + value if name in sums else value
-    sums |= {
-        "primary_load_G": primary.load_E,
-        "secondary_load_E": secondary.load_E,
-        "num_received_G": _counts(primary),
-    }
+    parts = {"num_received_G": _counts(primary)}
+    for level, gating in (("primary", primary), ("secondary", secondary)):
+        parts |= {f"{level}_{name}": x for name, x in gating.statistics().items() if name != "importance_E"}
+    load_E, sums = of_both_levels(parts)
     return HierarchicalGating(
         token_A=primary.token_A.index_select(0, secondary.token_A),
         expert_A=secondary.expert_A,
         gate_A=gate_A,
         num_tokens=primary.num_tokens,
         importance_E=gate_A.new_zeros(secondary.num_experts).index_add(0, secondary.expert_A, gate_A),
-        load_E=hierarchical_load(sums),
+        load_E=load_E,
         num_asked=secondary.num_asked + k * primary.num_dropped,
         num_dropped=secondary.num_dropped + k * primary.num_dropped,
         sums=sums,
+        parts=parts,
     )
 
 
-def hierarchical_load(sums: Mapping[str, Tensor]) -> Tensor:
-    """Load_H(X)_ij = Load_primary(X)_i Load_i(X^(i))_j / |X^(i)| (eq. 14); a group without tokens has no load."""
-    received_G = sums["num_received_G"].clamp(min=1)
-    load_GE = sums["secondary_load_E"].view(len(received_G), -1)
-    return ((sums["primary_load_G"] / received_G).unsqueeze(1) * load_GE).reshape(-1)
+def of_both_levels(parts: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the load of all a * b experts and the further sums, from those of both levels.
+
+    Load_H(X)_ij = Load_primary(X)_i Load_i(X^(i))_j / |X^(i)| (eq. 14); a group without tokens has no load. Choices and
+    probabilities are made in the same way; scalars are added.
+    """
+    levels = [
+        {name.removeprefix(level): x for name, x in parts.items() if name.startswith(level)}
+        for level in ("primary_", "secondary_")
+    ]
+    received_G = parts["num_received_G"].clamp(min=1)
+    sums = {}
+    for name in levels[0] | levels[1]:
+        values = [level[name] for level in levels if name in level]
+        if values[0].dim() == 0:
+            sums[name] = sum(values[1:], start=values[0])
+        elif len(values) == 2 and name in _PRODUCTS:
+            of_groups_G, of_experts_GE = values[0], values[1].view(len(received_G), -1)
+            sums[name] = ((of_groups_G / received_G).unsqueeze(1) * of_experts_GE).reshape(-1)
+    return sums.pop("load_E"), sums
 
 
 def _counts(primary: Gating) -> Tensor:
@@ -107,14 +158,15 @@ def _counts(primary: Gating) -> Tensor:
     return ones_A.new_zeros(primary.num_experts).index_add(0, primary.expert_A, ones_A)
 
 
-def _check(*, num_experts: int, num_groups: int, k: int, **sizes: int) -> None:
+def _check(k: int, primary_k: int, *, num_experts: int, num_groups: int, **sizes: int) -> None:
     sizes |= {"num_experts": num_experts, "num_groups": num_groups}
     if min(sizes.values()) < 1:
         raise Mistake(f"{' '.join(f'model.{name}={value}' for name, value in sizes.items())} must be at least 1")
     if num_experts % num_groups:
         raise Mistake(f"model.num_experts={num_experts}: must be a multiple of model.num_groups={num_groups}")
-    if not 1 <= k <= min(num_groups, num_experts // num_groups):
+    if not 1 <= primary_k <= num_groups or not 1 <= k <= num_experts // num_groups:
+        levels = f"model.k={k} at each level" if k == primary_k else f"model.k={k} and primary_k={primary_k}"
         raise Mistake(
-            f"model.k={k} at each level: must be at least 1, at most model.num_groups={num_groups} and at most the "
+            f"{levels}: must be at least 1, at most model.num_groups={num_groups} and at most the "
             f"{num_experts // num_groups} experts of a group"
         )

@@ -3,13 +3,13 @@
 Shape suffixes: T tokens, D width, A assignments.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
 from moe_lm.dispatch import combine, dispatch
 from moe_lm.experts import Experts
-from moe_lm.gate import Gate, Gating
+from moe_lm.gate import Gate, Gating, offers_of
 from moe_lm.mistake import Mistake
 from moe_lm.sentences import Sentences
 
@@ -34,5 +34,21 @@ class MoE(nn.Module):
         return combine(y_AD, gating).sigmoid(), gating
 
     def operations_per_timestep(self) -> int:
-        """k experts and the gate."""
-        return self.k * self.experts.operations_per_row() + self.gate.operations_per_timestep()
+        """k experts, or as many as the gate sends a token to on average, and the gate."""
+        experts = round(self.assignments_per_token * self.experts.operations_per_row())
+        return experts + self.gate.operations_per_timestep()
+
+    @property
+    def assignments_per_token(self) -> float:
+        """Experts a token, on average."""
+        return getattr(self.gate, "assignments_per_token", self.k)
+
+    @property
+    def offers(self) -> frozenset[str]:
+        """The statistics through which a balance loss's gradient reaches the gate."""
+        return offers_of(self.gate)
+
+    def adapt(self, statistics: Mapping[str, Tensor]) -> None:
+        """Let the gate move what no gradient moves, by the global batch's statistics."""
+        if hasattr(self.gate, "adapt"):
+            self.gate.adapt(statistics)

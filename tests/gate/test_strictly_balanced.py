@@ -79,7 +79,7 @@ def test_gating_follows_the_equations(num_tokens, num_experts, k, train):
     assert gating.num_asked == int((want_TE > 0).sum()) == len(gating.token_A)
     pairs = list(zip(gating.expert_A.tolist(), gating.token_A.tolist(), strict=True))
     assert pairs == sorted(set(pairs))
-    assert gating.sums.keys() == ({"threshold_gap", "num_tokens"} if train else set())
+    assert gating.sums.keys() == ({"threshold_gap", "num_tokens", "log_z_squared"} if train else set())
     if train:
         torch.testing.assert_close(gating.sums["threshold_gap"], loss)
         assert gating.sums["num_tokens"].item() == num_tokens

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from tiny_training import TRAINING, assert_one_line, with_overrides
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_lm.balance.batchwise import Batchwise
+from moe_lm.commands.build import build
+from moe_lm.commands.configuration import folder
 from moe_lm.dispatch import dispatch
 from moe_lm.gate import Gating
 from moe_lm.gate.noisy_top_k import NoisyTopK
@@ -26,6 +29,7 @@ from moe_lm.mistake import Mistake
 from moe_lm.sentences import Sentences
 
 WIDTH, HIDDEN, EPSILON = 4, 6, 0.01
+GATES = sorted(path.stem for path in (folder() / "gate").glob("*.yaml"))
 GATE = partial(NoisyTopK, noise_epsilon=EPSILON)
 
 
@@ -33,7 +37,12 @@ def sentences(num_tokens):
     return Sentences(num_tokens, 1, None)
 
 
-def make(groups, experts, k, *, train=True, dtype=torch.float64, primary_gate=GATE, gate=GATE):
+def partial_of(name):
+    """A gate as its YAML describes it, for the layer to complete."""
+    return build(OmegaConf.to_container(OmegaConf.load(folder() / "gate" / f"{name}.yaml")))
+
+
+def make(groups, experts, k, primary_k=None, *, train=True, dtype=torch.float64, primary_gate=GATE, gate=GATE):
     """A layer of `groups` times `experts` experts whose gates are random, as after some training."""
     torch.manual_seed(0)
     layer = HierarchicalMoE(
@@ -42,6 +51,7 @@ def make(groups, experts, k, *, train=True, dtype=torch.float64, primary_gate=GA
         num_experts=groups * experts,
         num_groups=groups,
         k=k,
+        primary_k=primary_k,
         primary_gate=primary_gate,
         gate=gate,
     )
@@ -152,7 +162,7 @@ def test_the_load_teaches_the_primary_gate_too():
     matrices = tuple(layer.primary_gate.parameters()) + tuple(layer.gate.parameters())
     grads = torch.autograd.grad(gating.load_E.square().sum(), matrices, retain_graph=True)
     assert all(grad.abs().max() > 1e-3 for grad in grads)
-    alone = gating.sums["secondary_load_E"].square().sum()
+    alone = gating.parts["secondary_load_E"].square().sum()
     first, _, second, _ = torch.autograd.grad(alone, matrices, allow_unused=True)
     assert first is None
     assert second.abs().max() > 1e-3
@@ -234,7 +244,7 @@ def test_a_groups_gate_sees_only_what_it_is_sent(secondary):
         sent = gating.token_A[gating.expert_A // 3 == i]
         received = [t for t in range(12) if any(torch.equal(x_TD[t], row) for row in rows_RD[group_R == i])]
         assert torch.equal(rows_RD[group_R == i], x_TD[received])
-        assert len(received) == gating.sums["num_received_G"][i]
+        assert len(received) == gating.parts["num_received_G"][i]
         assert set(sent.tolist()) <= set(received)
         mine = second.gate_A[second.expert_A // 3 == i].square().sum() + second.load_E.view(4, 3)[i].square().sum()
         (grad_TD,) = torch.autograd.grad(mine, x_TD, retain_graph=True)
@@ -332,10 +342,12 @@ def test_a_row_that_the_primary_gate_drops_loses_k_assignments():
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize(("first", "second"), list(product([GATE, StrictlyBalanced], repeat=2)))
+@pytest.mark.parametrize(("first", "second"), list(product(GATES, repeat=2)))
 def test_any_gate_may_stand_at_either_level(first, second, train):
     """The output is the sum of the list's weighted experts, and its numbers agree, whatever the gates."""
-    layer, x_TD = make(4, 3, 2, train=train, primary_gate=first, gate=second), tokens(30).requires_grad_()
+    first, second = (partial_of(name) for name in (first, second))
+    ks = [getattr(gate.func, "only_k", None) or 2 for gate in (second, first)]
+    layer, x_TD = make(4, 3, *ks, train=train, primary_gate=first, gate=second), tokens(30).requires_grad_()
     y_TD, gating = layer(x_TD, sentences(30))
     assert len(gating.expert_A) == gating.num_asked - gating.num_dropped
     answers_TD = torch.zeros_like(x_TD)
@@ -386,7 +398,7 @@ def test_load_of_a_group_estimates_the_hard_count_of_all_draws():
     layer, x_TD = make(3, 4, 2), tokens(40)
     torch.manual_seed(0)
     gatings = [gating_of(layer, x_TD, layer.primary_gate(x_TD)) for _ in range(300)]
-    assert all(gating.sums["num_received_G"].all() for gating in gatings)
+    assert all(gating.parts["num_received_G"].all() for gating in gatings)
     assert_averages_zero(
         torch.stack([(gating.load_E - hard_count(gating)).view(3, 4).sum(dim=1) for gating in gatings])
     )
