@@ -1,7 +1,10 @@
 """Files that a crash leaves whole: the old one or the new one."""
 
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+from moe_lm.mistake import Mistake
 
 
 def sync(path: Path) -> None:
@@ -21,3 +24,21 @@ def write_text(path: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     partial.replace(path)
+
+
+def replace_files(folder: Path, contents: Mapping[str, bytes], sometimes: Iterable[str] = ()) -> tuple[Path, ...]:
+    """Put each file in place whole, and remove those of `sometimes` that were there and are not among them.
+
+    Raises `Mistake` where the folder cannot be written.
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+        for name, data in contents.items():
+            temporary = folder / f".{name}.tmp"
+            temporary.write_bytes(data)
+            temporary.replace(folder / name)
+        for stale in set(sometimes) - contents.keys():
+            (folder / stale).unlink(missing_ok=True)
+    except OSError as error:
+        raise Mistake(f"cannot write {folder} ({error.strerror}): make it a folder you may write to") from error
+    return tuple(folder / name for name in contents)

@@ -123,7 +123,7 @@ def keep_memory() -> None:
 
 
 def ready_to_read(config: dict) -> torch.device:
-    """Check and apply what `evaluate` and `score` have in common; return the device."""
+    """Check and apply what `evaluate`, `score` and `inspect` have in common; return the device."""
     for key, value in config["batch"].items():
         if value < 1:
             raise Mistake(f"batch.{key}={value}: must be at least 1")

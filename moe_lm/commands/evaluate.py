@@ -5,8 +5,7 @@ import sys
 
 from moe_lm.commands import build as make
 from moe_lm.commands.configuration import composed, resolved
-from moe_lm.commands.data import existing_data, prepared_data
-from moe_lm.commands.load import load
+from moe_lm.commands.load import data_of, load
 from moe_lm.commands.result import measuring_bar
 from moe_lm.corpus import SPLITS
 from moe_lm.mistake import Mistake
@@ -23,15 +22,7 @@ def main(arguments: list[str]) -> int:
         raise Mistake(f"split={split}: choose {', '.join(SPLITS)}")
     on = make.ready_to_read(config)
     trained = load(config["run"], str(config["checkpoint"]), on)
-    settings = trained.config | {"data": config["data"] or str(trained.config.get("data", "data"))}
-    # The token ids it was trained on, if they are there: then the text itself may have gone or changed.
-    data = existing_data(settings, trained.fingerprint)
-    if data is None:
-        _say(f"the token ids of its training are not in {settings['data']}: preparing them there")
-        data = prepared_data(settings, say=_say)
-    if data.fingerprint != trained.fingerprint:
-        raise Mistake(f"{config['run']} was trained on other data than those in {settings['data']}: the text changed")
-    part = data.splits[split]
+    part = data_of(trained, config["run"], config["data"], _say).splits[split]
     with measuring_bar(split, part.num_words) as bar:
         measured = measure(
             trained.model,

@@ -1,5 +1,6 @@
-"""A run's directory to the model it trained."""
+"""A run's directory to the model it trained, and to the text it was trained on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import torch
 
 from moe_lm import checkpoint
 from moe_lm.commands import build as make
+from moe_lm.commands.data import existing_data, prepared_data
 from moe_lm.mistake import Mistake
 from moe_lm.model import LanguageModel
+from moe_lm.prepared import Prepared
 from moe_lm.run import Run
 from moe_lm.vocabulary import Vocabulary
 
@@ -44,6 +47,22 @@ def load(folder: str, which: str, on: torch.device) -> Trained:
     model = model.to_empty(device="cpu")
     checkpoint.load_model(path, model)
     return Trained(model.to(on).eval(), vocabulary, config, int(path.name), checkpoint.load_state(path)["data"])
+
+
+def data_of(trained: Trained, run: str, folder: str | None, say: Callable[[str], None]) -> Prepared:
+    """Return the prepared text of a run's training, from `folder` or where the training had it.
+
+    It is prepared anew where it has gone; raises `Mistake` where the text is not what it was.
+    """
+    settings = trained.config | {"data": folder or str(trained.config.get("data", "data"))}
+    # The token ids it was trained on, if they are there: then the text itself may have gone or changed.
+    data = existing_data(settings, trained.fingerprint)
+    if data is None:
+        say(f"the token ids of its training are not in {settings['data']}: preparing them there")
+        data = prepared_data(settings, say=say)
+    if data.fingerprint != trained.fingerprint:
+        raise Mistake(f"{run} was trained on other data than those in {settings['data']}: the text changed")
+    return data
 
 
 def find(run: Run, which: str) -> Path:
