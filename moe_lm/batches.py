@@ -122,13 +122,12 @@ def in_order(
     by_length_N = np.argsort(length_N, kind="stable")
     first = 0
     while first < count:
-        last = min(first + max_sentences, count)
-        # Sorted: the last sentence is the longest, so the rectangle is its length times the sentences.
-        while last - first > 1 and (last - first) * length_N[by_length_N[last - 1]] > max_words:
-            last = first + max(1, max_words // int(length_N[by_length_N[last - 1]]))
-        chosen = by_length_N[first:last]
+        candidates = by_length_N[first : first + min(max_sentences, max_words)]
+        # Sorted: the last sentence is the longest, so the rectangle of n sentences is n times its length.
+        padded = np.arange(1, len(candidates) + 1) * length_N[candidates]
+        chosen = candidates[: max(1, int(np.searchsorted(padded, max_words, side="right")))]
         yield chosen, micro_batch(split, chosen, start)
-        first = last
+        first += len(chosen)
 
 
 def micro_batch(split: Split, indices: np.ndarray, start: int) -> MicroBatch:

@@ -1,6 +1,6 @@
 """A run's directory: its configuration, its lock, its metrics, its result.
 
-runs/<name>/config.yaml  metrics.jsonl  checkpoints/<step>/  vocabulary/  result.json
+runs/<name>/config.yaml  metrics.jsonl  checkpoints/<step>/  vocabulary/  result.json  audit.json
 """
 
 import json
@@ -26,6 +26,7 @@ class Run:
         self.config_file = folder / "config.yaml"
         self.metrics_file = folder / "metrics.jsonl"
         self.result_file = folder / "result.json"
+        self.audit_file = folder / "audit.json"
         self.checkpoints = folder / "checkpoints"
         self.vocabulary = folder / "vocabulary"
         self._lock = FileLock(folder / ".lock")

@@ -18,8 +18,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     ["__main__"],
     ["commands"],
+    ["inspection"],
     ["trainer", "report"],
-    ["objective", "perplexity", "operations", "memory", "checkpoint", "metrics", "progress"],
+    ["causality", "objective", "perplexity", "operations", "memory", "checkpoint", "metrics", "progress"],
     ["model"],
     ["layer", "balance", "optimizer"],
     ["softmax", "dispatch"],

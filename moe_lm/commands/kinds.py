@@ -9,6 +9,7 @@ from moe_lm.mistake import Mistake
 from moe_lm.run import flatten
 
 OPTIONAL = {
+    "batch.words": int,
     "corpus.folder": str,
     "corpus.path": str,
     "corpus.revision": str,

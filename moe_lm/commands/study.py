@@ -25,6 +25,8 @@ class Study:
     """Overrides of `train` that all runs share."""
     runs: list[str]
     """Each run's own overrides, as one types them."""
+    audit: bool = False
+    """Whether each finished run is audited too."""
 
     @property
     def folder(self) -> Path:

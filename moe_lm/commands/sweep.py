@@ -15,6 +15,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from moe_lm.commands.configuration import composed, default_name, parse, preset_of, quoted
 from moe_lm.commands.study import Study, study_of
 from moe_lm.mistake import Mistake
+from moe_lm.report.results import read_run
 
 HELP = "train every model of a study, or of a grid (-m model=moe_4,moe_32 seed=1,2)"
 OWN_KEYS = ("study", "scale", "runs", "parallel")
@@ -23,10 +24,11 @@ INTERRUPTED = (130, -signal.SIGINT, -signal.SIGTERM)
 
 @dataclass(frozen=True)
 class Job:
-    """One run of the sweep: its directory and the overrides of `moe-lm train` that make it."""
+    """One run of the sweep: its directory and the overrides of the command that makes it, or that audits it."""
 
     folder: Path
     arguments: tuple[str, ...]
+    command: str = "train"
 
     @property
     def log(self) -> Path:
@@ -46,7 +48,7 @@ def main(arguments: list[str]) -> int:
         with FileLock(runs / ".sweep.lock", timeout=0):
             if study:
                 study.save(runs / "study.yaml")
-            return _train_all(jobs, runs, parallel)
+            return _train_all(jobs, runs, parallel, audit=study is not None and study.audit)
     except Timeout:
         raise Mistake(f"another sweep is at work in {runs}: wait for it or choose another runs=...") from None
 
@@ -114,7 +116,7 @@ def _key(override: str) -> str:
     return override.lstrip("+~").split("=", 1)[0]
 
 
-def _train_all(jobs: list[Job], runs: Path, parallel: int) -> int:
+def _train_all(jobs: list[Job], runs: Path, parallel: int, audit: bool) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     waiting, running, failed = list(jobs), {}, []
     signal.signal(signal.SIGHUP, _interrupt)
@@ -123,7 +125,7 @@ def _train_all(jobs: list[Job], runs: Path, parallel: int) -> int:
             while waiting and len(running) < parallel:
                 job = waiting.pop(0)
                 running[job] = _start(job)
-                _print(f"[{len(jobs) - len(waiting)}/{len(jobs)}] {job.folder}")
+                _print(f"[{jobs.index(job) + 1}/{len(jobs)}] {job.folder}" if job in jobs else f"audit of {job.folder}")
             _status(" | ".join(_last_line(job.log) for job in running))
             time.sleep(0.2)
             for job in [job for job, child in running.items() if child.poll() is not None]:
@@ -132,6 +134,8 @@ def _train_all(jobs: list[Job], runs: Path, parallel: int) -> int:
                     raise KeyboardInterrupt
                 _print(_last_line(job.log))
                 failed += [(job, code, _last_line(job.log))] if code else []
+                if audit and not code and job.command == "train" and read_run(job.folder).audit is None:
+                    waiting.insert(0, audit_of(job))
     except KeyboardInterrupt:
         _stop(running)
         _print(f"interrupted; repeat the command to go on in {runs}")
@@ -140,8 +144,14 @@ def _train_all(jobs: list[Job], runs: Path, parallel: int) -> int:
         _stop(running)  # whatever ends the sweep, no training outlives it
     for job, code, line in failed:
         _print(f"failed (exit code {code}): {job.folder}: {line}\n  log: {job.log}")
-    _print(f"{len(jobs) - len(failed)} of {len(jobs)} runs finished in {runs}")
+    _print(f"{len(jobs) - len({job.folder for job, *_ in failed})} of {len(jobs)} runs finished in {runs}")
     return 1 if failed else 0
+
+
+def audit_of(job: Job) -> Job:
+    """Return the audit of a finished run, on the machine that the run was told to take."""
+    machine = [a for a in job.arguments if _key(a) in ("machine.device", "machine.threads")]
+    return Job(job.folder, (f"run={job.folder}", *machine), "audit")
 
 
 def _stop(running: dict[Job, subprocess.Popen]) -> None:
@@ -152,7 +162,7 @@ def _stop(running: dict[Job, subprocess.Popen]) -> None:
 
 
 def _start(job: Job) -> subprocess.Popen:
-    command = [sys.executable, "-m", "moe_lm", "train", *job.arguments]
+    command = [sys.executable, "-m", "moe_lm", job.command, *job.arguments]
     with job.log.open("ab") as stream:
         return subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
 

@@ -38,6 +38,8 @@ class RunRecord:
     metrics: tuple[Line, ...]  # training lines
     evaluations: tuple[Line, ...]  # lines with a split
     config: str
+    audit: Mapping[str, Any] | None = None
+    """What `moe-lm audit` found of the finished run's last step, None where it was not asked."""
     paper: PaperModel | None = field(default=None, compare=False)
 
     @cached_property
@@ -104,6 +106,8 @@ class Table:
     formats: Mapping[Column, Callable[[Any], str]]
     """Each column and how its figures are written for readers."""
     rows: Sequence[Row]
+    names: str = "model"
+    """What the names of the rows are the names of."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from moe_lm.report import Column, RunRecord, Table
 from moe_lm.report.beside import row_of
 from moe_lm.report.figures import LAST_LINES, mean_figures
 from moe_lm.report.formats import perplexity, small, weight
+from moe_lm.report.routing import gates
 from moe_lm.report.seeds import seed_groups
 
 FORMATS = {
@@ -30,8 +31,10 @@ PRINTED = {(row.w_importance, row.w_load): row for row in TABLE_6}
 
 
 def balance_tables(runs: Sequence[RunRecord]) -> list[Table]:
-    """One table where mixtures were trained under several pairs of weights, else none."""
+    """One table where mixtures of the same gates were trained under several pairs of weights, else none."""
     groups = [(name, members) for name, members in seed_groups(runs) if members[0].is_moe]
+    if len({gates(members[0]) for _, members in groups}) > 1:
+        return []
     weighted = [(weights(members[0]), name, members) for name, members in groups]
     if len({pair for pair, _, _ in weighted}) < 2:
         return []

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from moe_lm.report import RunRecord
 
-BALANCE = ("cv_importance", "cv_load", "max_over_mean_load")
+BALANCE = ("cv_importance", "cv_load", "max_over_mean_load", "dropped")
 LAST_LINES = 5
 """Training lines at the end of a run over which the balance of the experts is averaged, as in Table 6."""
 
@@ -17,6 +17,10 @@ def run_figures(run: RunRecord) -> dict[str, float | None]:
     """The figures of one finished run: of result.json, by split, and of the experts' balance."""
     figures = {key: value for key, value in run.result.items() if isinstance(value, int | float)}
     figures |= {key: last_mean(run, key) for key in BALANCE}
+    if run.audit:
+        causal, by_training = (run.audit[key] for key in ("perplexity", "perplexity_by_training_choice"))
+        figures |= {"leak_bits": run.audit["training"]["mean_bits"], "perplexity_shift": by_training / causal}
+        figures["leak_of_later_words_bits"] = run.audit["later_words"]["mean_bits"]
     return figures | {f"{split}_perplexity": run.perplexity(split) for split in ("test", "valid")}
 
 

@@ -34,6 +34,11 @@ def power(value: float) -> str:
     return f"{value:.2e}" if value else "0"
 
 
+def bits(value: float) -> str:
+    """Bits a token with three decimals; what is below shows as a power of ten, and nothing as 0."""
+    return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}" if value > 1e-9 else "0"
+
+
 def percent(value: float) -> str:
     """A share of one, such as 0.5 or a change of -0.034, in per cent with one decimal."""
     return f"{100 * value:.1f} %"

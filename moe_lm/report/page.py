@@ -48,21 +48,26 @@ def to_html(
         *map(run_details, runs),
         f"<footer>{''.join(f'<p>{escape(line)}</p>' for line in made_with(runs))}</footer>",
     ]
+    return whole_page(title, body)
+
+
+def whole_page(title: str, body: Iterable[str], css: str = "") -> str:
+    """The parts of a body, the empty ones left out, as a page that needs nothing else; `css` follows the report's."""
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{CSS.read_text(encoding='utf-8')}</style>"
+        f"<title>{escape(title)}</title><style>{CSS.read_text(encoding='utf-8')}{css}</style>"
     )
     text = "\n".join(part for part in body if part)
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{text}\n</body></html>\n'
 
 
-def html_table(table: Table) -> str:
+def html_table(table: Table, heading_tag: str = "h2") -> str:
     """A table under its heading, which scrolls sideways on a narrow screen while the names stay."""
-    heading = f"<h2>{escape(table.heading)}</h2>"
+    heading = f"<{heading_tag}>{escape(table.heading)}</{heading_tag}>"
     if not table.rows:
         return f"{heading}<p>No run has finished yet.</p>"
     printed = [' class="printed"' if column.is_printed else "" for column in table.formats]
-    heads = '<th scope="col">model</th>' + "".join(
+    heads = f'<th scope="col">{escape(table.names)}</th>' + "".join(
         f'<th scope="col"{look}>{escape(column.heading)}</th>'
         for column, look in zip(table.formats, printed, strict=True)
     )
@@ -96,13 +101,19 @@ def bullets(lines: Iterable[str], attributes: str = "") -> str:
 
 def section(heading: str, captions: Mapping[str, tuple[str, str]], plots: Mapping[str, str]) -> str:
     """A heading and its plots, or nothing where the runs have no figures for them."""
+    figures = captioned(captions, plots)
+    return f"<h2>{heading}</h2>{figures}" if figures else ""
+
+
+def captioned(captions: Mapping[str, tuple[str, str]], plots: Mapping[str, str]) -> str:
+    """The plots that there are, side by side, each under its title and above its text; nothing where there is none."""
     pictures = [
         f"<figure><h3>{escape(title)}</h3>{inline_svg(plots[name], name, title)}"
         f"<figcaption><p>{escape(text)}</p></figcaption></figure>"
         for name, (title, text) in captions.items()
         if name in plots
     ]
-    return f'<h2>{heading}</h2><div class="plots">{"".join(pictures)}</div>' if pictures else ""
+    return f'<div class="plots">{"".join(pictures)}</div>' if pictures else ""
 
 
 def inline_svg(svg: str, name: str, title: str) -> str:

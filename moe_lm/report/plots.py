@@ -1,4 +1,4 @@
-"""The plots of a report, as png and svg; the only module that imports matplotlib."""
+"""The plots of a report, as png and svg; the only module of it that imports matplotlib."""
 
 import io
 from collections.abc import Iterator, Mapping, Sequence

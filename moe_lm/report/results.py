@@ -40,11 +40,12 @@ def read_runs(folder: Path) -> list[RunRecord]:
 
 def read_run(folder: Path) -> RunRecord:
     """One run directory, with or without result.json and metrics.jsonl."""
-    lines = read_lines(folder / "metrics.jsonl")
+    lines, result = read_lines(folder / "metrics.jsonl"), read_result(folder / "result.json")
     return RunRecord(
         name=folder.resolve().name,
         folder=folder,
-        result=read_result(folder / "result.json"),
+        result=result,
+        audit=read_audit(folder / "audit.json", result),
         metrics=tuple(line for line in lines if "split" not in line),
         evaluations=tuple(line for line in lines if "split" in line),
         config=(folder / "config.yaml").read_text(encoding="utf-8", errors="replace"),
@@ -89,6 +90,22 @@ def read_result(path: Path) -> Mapping[str, Any] | None:
     if not isinstance(perplexity, dict) or not all(v is None or is_number(v) for v in perplexity.values()):
         raise Mistake(f"{path} is damaged (perplexity is not a number for each split): {mend}")
     return result
+
+
+def read_audit(path: Path, result: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """What audit.json says of the result's last step, checked for what the report reads; None for other steps."""
+    if result is None or not path.exists():
+        return None
+    mend = "repeat moe-lm audit, or move it away"
+    try:
+        audit = json.loads(path.read_bytes())
+        numbers = [audit["training"]["mean_bits"], audit["later_words"]["mean_bits"]]
+        numbers += [audit["perplexity"], audit["perplexity_by_training_choice"], audit["step"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise Mistake(f"{path} is damaged ({first_line(error)}): {mend}") from error
+    if not all(map(is_number, numbers)):
+        raise Mistake(f"{path} is damaged (not all of its figures are numbers): {mend}")
+    return audit if audit["step"] == result.get("steps") else None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -1,15 +1,16 @@
 """Writes a report: the table, the plots and the page, in `<runs>/report/`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from moe_lm.mistake import Mistake
+from moe_lm.files import replace_files
 from moe_lm.report import Report
 from moe_lm.report.ablation import balance_tables
 from moe_lm.report.beside import Presets, paper_tables, set_beside
 from moe_lm.report.page import to_html
 from moe_lm.report.plots import NAMES, draw_plots
 from moe_lm.report.results import read_runs
+from moe_lm.report.routing import routing_tables
 from moe_lm.report.table import main_table, unfinished_runs
 from moe_lm.report.writing import to_csv, to_markdown
 
@@ -17,6 +18,7 @@ SOMETIMES = (
     "paper.csv",
     "imitated.csv",
     "balance.csv",
+    "routing.csv",
     *(f"{name}.{kind}" for name in NAMES for kind in ("png", "svg")),
 )
 """Files that only some reports have."""
@@ -31,7 +33,8 @@ def write_report(folder: Path, presets: Presets, notes: Sequence[str] = (), stud
     """
     folder = Path(folder)
     runs = set_beside(read_runs(folder), presets)
-    tables, unfinished = [main_table(runs), *paper_tables(runs), *balance_tables(runs)], unfinished_runs(runs)
+    tables = [main_table(runs), *paper_tables(runs), *balance_tables(runs), *routing_tables(runs)]
+    unfinished = unfinished_runs(runs)
     plots = draw_plots(runs)
     pictures = {name: formats["svg"].decode() for name, formats in plots.items()}
     markdown = to_markdown(tables, unfinished)
@@ -39,19 +42,4 @@ def write_report(folder: Path, presets: Presets, notes: Sequence[str] = (), stud
     contents = {"index.html": page.encode(), "table.md": markdown.encode()}
     contents |= {f"{table.name}.csv": to_csv(table).encode() for table in tables}
     contents |= {f"{name}.{kind}": data for name, formats in plots.items() for kind, data in formats.items()}
-    return Report(folder / "report", write_files(folder / "report", contents), markdown)
-
-
-def write_files(target: Path, contents: Mapping[str, bytes]) -> tuple[Path, ...]:
-    """Put each file in place whole, and remove what an earlier report had and this one has not."""
-    try:
-        target.mkdir(exist_ok=True)
-        for name, data in contents.items():
-            temporary = target / f".{name}.tmp"
-            temporary.write_bytes(data)
-            temporary.replace(target / name)
-        for stale in set(SOMETIMES) - contents.keys():
-            (target / stale).unlink(missing_ok=True)
-    except OSError as error:
-        raise Mistake(f"cannot write {target} ({error.strerror}): make it a folder you may write to") from error
-    return tuple(target / name for name in contents)
+    return Report(folder / "report", replace_files(folder / "report", contents, SOMETIMES), markdown)

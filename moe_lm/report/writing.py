@@ -30,7 +30,7 @@ def to_markdown(tables: Sequence[Table], unfinished: Sequence[tuple[str, str]]) 
 
 def markdown_table(table: Table) -> str:
     """One table, its columns padded for the console."""
-    head = ["model", *(column.heading for column in table.formats)]
+    head = [table.names, *(column.heading for column in table.formats)]
     body = [[code(row.name) + remark(row), *cells(table, row)] for row in table.rows]
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -55,7 +55,7 @@ def to_csv(table: Table) -> str:
     """A table as CSV with unrounded figures in plain units."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["model", "kind", "seeds", *(column.key for column in table.formats)])
+    writer.writerow([table.names, "kind", "seeds", *(column.key for column in table.formats)])
     for row in table.rows:
         figures = (row.figures.get(column.key) for column in table.formats)
         writer.writerow([row.name, row.kind, row.num_seeds, *("" if value is None else value for value in figures)])

@@ -1,45 +1,14 @@
 """The page and the files: self-contained, escaped, complete, the same bytes twice."""
 
 import re
-from html.parser import HTMLParser
 
 import pytest
+from html_page import Page
 
 from moe_lm.mistake import Mistake
 from moe_lm.report.write import write_report
 
 NO_PRESETS = {}.__getitem__  # the runs' configurations name no model, so no preset is asked for
-VOID = {"meta", "br", "img", "link", "input", "hr"}
-
-
-class Page(HTMLParser):
-    """Collects what a page refers to and its text, and checks that every element is closed."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.open, self.links, self.ids, self.tags, self.words = [], [], [], [], []
-        self.feed(html)
-        self.close()
-        assert self.open == []
-        self.text = " ".join(self.words)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.links += [v for k, v in attributes if k in ("src", "href", "xlink:href", "srcset", "data", "action")]
-        self.ids += [value for key, value in attributes if key == "id"]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
 
 
 @pytest.fixture(scope="module")

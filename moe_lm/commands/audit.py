@@ -1,0 +1,91 @@
+"""moe-lm audit: does any prediction of a run see the future, and how many bits does training's choice leak."""
+
+import json
+import math
+import sys
+from dataclasses import asdict
+
+from moe_lm.causality import TOLERANCE_BITS, Audit, audit
+from moe_lm.commands import build as make
+from moe_lm.commands.configuration import composed, resolved
+from moe_lm.commands.gates import gates_of
+from moe_lm.commands.load import Trained, data_of, load
+from moe_lm.corpus import SPLITS
+from moe_lm.files import write_text
+from moe_lm.mistake import Mistake
+from moe_lm.run import Run
+
+HELP = "whether a run's predictions see the future, and how many bits training's routing leaks"
+NOT_CAUSAL = 1
+
+
+def main(arguments: list[str]) -> int:
+    """Print what the probes found and write it to audit.json in the run; 1 where the evaluation is not causal."""
+    config = resolved(composed("audit", arguments))
+    if config["split"] not in SPLITS:
+        raise Mistake(f"split={config['split']}: choose {', '.join(SPLITS)}")
+    if config["probes"] < 1:
+        raise Mistake(f"probes={config['probes']}: must be at least 1")
+    trained_words = config["batch"]["words"] is None
+    config["batch"]["words"] = 1 if trained_words else config["batch"]["words"]
+    on = make.ready_to_read(config)
+    trained = load(config["run"], str(config["checkpoint"]), on)
+    words = trained.config["batch"]["micro_words"] if trained_words else config["batch"]["words"]
+    split = data_of(trained, config["run"], config["data"], _say).splits[config["split"]]
+    vocabulary = trained.vocabulary
+    found = audit(
+        trained.model,
+        split,
+        start=vocabulary.start,
+        end=vocabulary.end,
+        words=words,
+        probes=config["probes"],
+        seed=config["seed"],
+    )
+    figures = figures_of(found, trained) | {"split": config["split"], "batch_words": words, "seed": config["seed"]}
+    write_text(Run(make.existing(config["run"])).audit_file, json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures) if config["json"] else table(config["run"], figures))
+    if not found.causal:
+        _say(
+            f"moe-lm: {config['run']} is not causal: a prediction moved by {found.evaluation.largest_bits:.2g} bits "
+            "when words that it must not see were replaced; its perplexities mean nothing"
+        )
+        return NOT_CAUSAL
+    return 0
+
+
+def figures_of(found: Audit, trained: Trained) -> dict:
+    """Return the audit as audit.json holds it."""
+    finite = {key: value if math.isfinite(value) else None for key, value in asdict(found).items() if _plain(value)}
+    leaks = {key: value for key, value in asdict(found).items() if not _plain(value)}
+    gates = {key: getattr(gate, "chooses_over_batch", None) for key, gate in gates_of(trained.model)}
+    return {"step": trained.step, "causal": found.causal, **finite, **leaks, "gates": gates}
+
+
+def table(run: str, figures: dict) -> str:
+    """Return the audit as text."""
+    evaluation, training = figures["evaluation"], figures["training"]
+    lines = [
+        f"{run} step {figures['step']}, {figures['split']}: {figures['probes']} probes in micro-batches of "
+        f"{figures['batch_words']:,} words, {figures['compared_tokens']:,} predictions compared",
+        f"evaluation: {'causal' if figures['causal'] else 'NOT CAUSAL'}, a prediction changes by at most "
+        f"{evaluation['largest_bits']:.1e} bits (above {TOLERANCE_BITS:.0e} would be a leak)",
+        f"training's choice leaks {training['mean_bits']:.4f} bits a token (at most {training['largest_bits']:.3g}); "
+        f"the true words gain {training['gain_bits']:+.4f}",
+    ]
+    for key in ("later_words", "other_sentences"):
+        what, leak = key.replace("_", " "), figures[key]
+        lines.append(f"  by {what} alone {leak['mean_bits']:.4f}; gain {leak['gain_bits']:+.4f}")
+    lines.append(
+        f"perplexity of these {figures['words']:,} words {figures['perplexity']:.3f}; with training's choice, which is "
+        f"no causal model's, {figures['perplexity_by_training_choice']:.3f}"
+    )
+    return "\n".join([*lines, *(f"{key}: {told}" for key, told in figures["gates"].items() if told)])
+
+
+def _plain(value: object) -> bool:
+    return isinstance(value, int | float)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
