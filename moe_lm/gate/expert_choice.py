@@ -29,8 +29,8 @@ class ExpertChoice(nn.Module):
     In training each expert takes the m = c * tokens / experts tokens of the call with the largest S_i, so c experts a
     token on average, with `max_experts` at most so many for any of them (section 3.3). In evaluation expert i takes a
     token whose S_i lies above threshold_i, which looks at nothing but this token: a running mean of the border
-    between taken and left in training (of the smallest S_i taken and the largest left); of more than `max_experts`
-    those with the largest S_i.
+    between the m largest S_i of training's calls and the others (of the smallest of those and the largest of these);
+    of more than `max_experts` those with the largest S_i.
     """
 
     offers: ClassVar[frozenset[str]] = frozenset({"importance_E", "log_z_squared"})

@@ -25,8 +25,8 @@ def entropic_choice(
     """Return who takes whom (bool, T by E): of each expert the m largest of the plan A, at most b of a token.
 
     Taking the m largest of A can leave tokens with more than b, as A is not whole: such a token keeps the b largest,
-    and the experts that lose it take their next best among tokens with room. Every expert gets its m; a token has more
-    than b only where no token with room is left.
+    and the experts that lose it take their next best among tokens with room, if need be by way of tokens that change
+    hands. Every expert gets its m; a token has more than b only where no choice could spare it.
     """
     plan_TE = transport_plan(
         score_TE,
@@ -43,12 +43,57 @@ def entropic_choice(
         count_T1 = mask_TE.sum(dim=1, keepdim=True)
         newly_T1 = (count_T1 > max_experts) & ~closed_T1
         if not newly_T1.any():
-            return mask_TE
+            return mask_TE if (count_T1 <= max_experts).all() else _relieved(mask_TE, plan_TE, max_experts, group_T)
         held_TE = at_most(plan_TE, mask_TE, max_experts)
         closed_T1 = held_TE.sum(dim=1, keepdim=True) >= max_experts
         # Who has a token keeps it; a token that is full comes last, and is taken only where no other is left.
         wish_TE = torch.where(closed_T1, plan_TE - 2, plan_TE).masked_fill(held_TE, torch.inf)
         mask_TE = batchwise_mask(wish_TE, per_token, group_T)
+
+
+def _relieved(mask_TE: Tensor, plan_TE: Tensor, max_experts: int, group_T: Tensor | None) -> Tensor:
+    """Move experts away from tokens with too many, along chains that end at a token with room.
+
+    A loop over those tokens alone: of thousands there are a few, as the rest has found its place.
+    """
+    device, mask_TE, plan_TE = mask_TE.device, mask_TE.cpu().clone(), plan_TE.cpu()
+    for token in (mask_TE.sum(dim=1) > max_experts).nonzero().squeeze(1).tolist():
+        first, last = 0, len(mask_TE)
+        if group_T is not None:
+            of_group = (group_T == group_T[token]).nonzero()
+            first, last = int(of_group[0]), int(of_group[-1]) + 1
+        mask, plan = mask_TE[first:last], plan_TE[first:last]
+        while mask[token - first].sum() > max_experts and _relieve(mask, plan, max_experts, token - first):
+            pass
+    return mask_TE.to(device)
+
+
+def _relieve(mask_TE: Tensor, plan_TE: Tensor, max_experts: int, token: int) -> bool:
+    """Take one expert from a token, in place: it takes another token, whose expert takes another, to one with room.
+
+    Breadth first, so by the shortest chain; False where there is none: then every choice has such a token.
+    """
+    has_room_T = mask_TE.sum(dim=1) < max_experts
+    queue = [expert for expert in plan_TE[token].argsort().tolist() if mask_TE[token, expert]]
+    gives_up = dict.fromkeys(queue, (token, None))  # expert: the token it gives up, and who takes that
+    for expert in queue:
+        other_T = ~mask_TE[:, expert]
+        if (other_T & has_room_T).any():
+            taken = int(plan_TE[:, expert].masked_fill(~(other_T & has_room_T), -torch.inf).argmax())
+            while expert is not None:
+                mask_TE[taken, expert] = True
+                taken, follower = gives_up[expert]
+                mask_TE[taken, expert] = False
+                expert = follower
+            return True
+        for next_ in (mask_TE & other_T.unsqueeze(1)).any(dim=0).nonzero().squeeze(1).tolist():
+            if next_ not in gives_up:
+                gain_T = (plan_TE[:, expert] - plan_TE[:, next_]).masked_fill(
+                    ~(other_T & mask_TE[:, next_]), -torch.inf
+                )
+                gives_up[next_] = (int(gain_T.argmax()), expert)
+                queue.append(next_)
+    return False
 
 
 def at_most(value_TE: Tensor, mask_TE: Tensor, count: int) -> Tensor:

@@ -75,17 +75,8 @@ def read(
     model.eval()
     model.layers.double()
     model.embedding_VD.data = model.embedding_VD.data.double()
-    vocabulary_size = model.embedding_VD.shape[0]
-    tallies = {
-        name: Tally(
-            num_experts=num_experts,
-            num_groups=getattr(model.layers[name], "num_groups", None),
-            vocabulary_size=vocabulary_size,
-            contexts=contexts,
-        )
-        for name, num_experts in gated_layers(model, start).items()
-    }
-    count_V, words = np.zeros(vocabulary_size, np.int64), 0
+    tallies = _empty_tallies(model, start, contexts)
+    count_V, words = np.zeros(model.embedding_VD.shape[0], np.int64), 0
     batches = in_order(split, start=start, max_sentences=max_sentences, max_words=max_words, limit=sentences)
     for chosen, batch in batches:
         _, gatings = model.hidden(batch.to(model.embedding_VD.device))
@@ -96,6 +87,18 @@ def read(
         words += batch.num_words
         watch(batch.num_words)
     return Reading(sentences, words, count_V, tallies)
+
+
+def _empty_tallies(model: LanguageModel, start: int, contexts: int) -> dict[str, Tally]:
+    return {
+        name: Tally(
+            num_experts=num_experts,
+            num_groups=getattr(model.layers[name], "num_groups", None),
+            vocabulary_size=model.embedding_VD.shape[0],
+            contexts=contexts,
+        )
+        for name, num_experts in gated_layers(model, start).items()
+    }
 
 
 def tokens_of(batch: MicroBatch, start_B: np.ndarray) -> Tokens:

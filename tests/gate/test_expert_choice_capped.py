@@ -122,23 +122,24 @@ def test_experts_take_the_m_largest_of_the_plan(num_experts, c, b, weight, seed)
     torch.testing.assert_close(gating.gate_A, share_TE[gating.token_A, gating.expert_A])
 
 
-@pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize(
     ("num_tokens", "num_experts", "m", "b"), [(3, 3, 1, 1), (4, 4, 2, 2), (6, 3, 4, 2), (4, 3, 2, 2)]
 )
-def test_a_small_weight_gives_the_best_choice(num_tokens, num_experts, m, b, seed):
+def test_a_small_weight_gives_the_best_choice(num_tokens, num_experts, m, b):
     """With little entropy the chosen scores sum to the largest sum of all choices that the caps allow."""
-    share_TE = (tokens(num_tokens, num_experts, seed) * 2).softmax(dim=1)
-    values = []
-    for picks in product(combinations(range(num_tokens), m), repeat=num_experts):
-        count = [sum(j in pick for pick in picks) for j in range(num_tokens)]
-        if max(count) <= b:
-            values.append(sum(share_TE[j, i].item() for i, pick in enumerate(picks) for j in pick))
-    best, second = sorted(values, reverse=True)[:2]
-    if best - second < 0.03:
-        pytest.skip("two choices are about as good")
-    gate = of_logits(num_experts, m * num_experts / num_tokens, b, entropy_weight=0.003, max_iterations=5000)
-    assert gate(share_TE.log()).gate_A.sum().item() == pytest.approx(best)
+    checked = 0
+    for seed in range(12):
+        share_TE = (tokens(num_tokens, num_experts, seed) * 2).softmax(dim=1)
+        values = []
+        for picks in product(combinations(range(num_tokens), m), repeat=num_experts):
+            if max(sum(j in pick for pick in picks) for j in range(num_tokens)) <= b:
+                values.append(sum(share_TE[j, i].item() for i, pick in enumerate(picks) for j in pick))
+        best, second = sorted(values, reverse=True)[:2]
+        if best - second >= 0.03:  # else two choices are about as good
+            gate = of_logits(num_experts, m * num_experts / num_tokens, b, entropy_weight=0.003, max_iterations=5000)
+            assert gate(share_TE.log()).gate_A.sum().item() == pytest.approx(best)
+            checked += 1
+    assert checked >= 4
 
 
 def test_by_hand_on_paper():
@@ -159,13 +160,12 @@ def test_by_hand_on_paper():
 
 
 def test_cuts_are_between_the_scores_taken_and_left():
-    """Of the choice that the caps allow: half way from the smallest score taken to the largest left."""
+    """Whatever the cap: half way from the m-th largest score to the next, the border that evaluation goes by."""
     gate, x_TD = make(4, 2, 2, entropy_weight=0.01), tokens(24)
     gating, share_TE = gate(x_TD), (x_TD @ gate.gate_DE).softmax(dim=1)
     for i in range(4):
-        mine = set(gating.token_A[gating.expert_A == i].tolist())
-        least, left = min(share_TE[j, i] for j in mine), max(share_TE[j, i] for j in range(24) if j not in mine)
-        assert gating.sums["cut_E"][i].item() == pytest.approx(((least + left) / 2).item())
+        scores = sorted(share_TE[:, i].tolist(), reverse=True)
+        assert gating.sums["cut_E"][i].item() == pytest.approx((scores[11] + scores[12]) / 2)
 
 
 INPUTS = [pytest.param(scale, n, id=f"scale{scale}-rounds{n}") for scale in (0, 0.01, 1, 10, 100) for n in (1, 100)]

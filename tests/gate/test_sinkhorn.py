@@ -217,6 +217,20 @@ def test_large_logits_leave_a_choice(scale, k):
     assert gate.gate_DE.grad.isfinite().all()
 
 
+def test_autocast_leaves_the_gate_in_float32():
+    """Under bfloat16 autocast the gating is bit for bit that of float32, and costs one matrix in any case."""
+    gate, x_TD = make(6, 2, dtype=torch.float32), tokens(20, dtype=torch.float32)
+    torch.manual_seed(0)
+    want = gate(x_TD)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = gate(x_TD)
+    assert got.gate_A.dtype == torch.float32
+    assert torch.equal(dense(got), dense(want))
+    assert torch.equal(got.sums["log_z_squared"], want.sums["log_z_squared"])
+    assert gate.operations_per_timestep() == 5 * 6
+
+
 @pytest.mark.parametrize(("num_experts", "k"), [(4, 0), (4, 5), (0, 1)])
 def test_a_wrong_k_is_a_mistake_of_one_line(num_experts, k):
     """More experts a token than there are, or none, is refused."""

@@ -214,6 +214,20 @@ def test_without_jitter_training_draws_nothing_that_counts():
     assert torch.equal(dense(gate(x_TD)), dense(gate.eval()(x_TD)))
 
 
+def test_autocast_leaves_the_gate_in_float32():
+    """Under bfloat16 autocast the gating is bit for bit that of float32, and costs one matrix in any case."""
+    gate, x_TD = make(6, 1.0, dtype=torch.float32), tokens(20, dtype=torch.float32)
+    torch.manual_seed(0)
+    want = gate(x_TD)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = gate(x_TD)
+    assert got.gate_A.dtype == torch.float32
+    assert torch.equal(dense(got), dense(want))
+    assert torch.equal(got.sums["log_z_squared"], want.sums["log_z_squared"])
+    assert gate.operations_per_timestep() == 5 * 6
+
+
 @pytest.mark.parametrize(("num_experts", "k"), [(4, 0), (4, 2), (1, 2), (0, 1)])
 def test_a_wrong_k_is_a_mistake_of_one_line(num_experts, k):
     """Switch sends a token to one expert."""

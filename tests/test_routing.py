@@ -1,0 +1,180 @@
+"""Each gate trained from the command line: what is announced, logged, adapted, resumed and refused."""
+
+import json
+import re
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from tiny_training import assert_one_line, with_overrides
+
+from moe_lm.commands.configuration import choices
+
+GATE = "gate@model.layers.middle.gate="
+TRAINABLE = {
+    "noisy_top_k": ["balance=[importance,load]"],
+    "top_k": ["balance=[switch,z_loss]"],
+    "gshard": ["balance=[gshard]"],
+    "switch": ["balance=[switch,importance]", "model.k=1"],
+    "expert_choice": ["balance=[z_loss]"],
+    "loss_free": ["balance=[switch]"],
+    "sinkhorn": ["balance=[]"],
+    "strictly_balanced": ["balance=[batchwise]"],
+}
+BY_BATCH = {"expert_choice", "gshard", "sinkhorn", "strictly_balanced", "switch"}
+
+SWITCH = [GATE + "switch", "model.k=1", "balance=[switch]"]
+
+
+def chosen(training, gate, *more):
+    return with_overrides(training, GATE + gate, *TRAINABLE[gate], *more)
+
+
+def checkpoint_of(folder):
+    return max((folder / "checkpoints").glob("[0-9]*"))
+
+
+def test_every_gate_is_tried():
+    assert set(TRAINABLE) == set(choices("gate"))
+
+
+@pytest.mark.parametrize("gate", TRAINABLE)
+def test_a_resumed_run_is_an_undisturbed_one(workspace, moe_lm, training, gate):
+    """Same bytes of the model after a break, thresholds and biases included; noise, dropout, two micro-batches on."""
+    whole = moe_lm("train", *chosen(training, gate, "name=whole"))
+    assert whole.code == 0, whole.err
+    for words in (1100, 2300):
+        outcome = moe_lm("train", *chosen(training, gate, f"training.num_words={words}", "name=broken"))
+        assert outcome.code == 0, outcome.err
+    files = [checkpoint_of(workspace / "runs" / name) / "model.safetensors" for name in ("whole", "broken")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    results = [json.loads((workspace / f"runs/{name}/result.json").read_text()) for name in ("whole", "broken")]
+    assert results[0]["perplexity"] == results[1]["perplexity"]
+    assert ("not causal in training" in whole.err) == (gate in BY_BATCH)
+    assert sum("model.layers.middle.gate, not causal" in line for line in whole.err.splitlines()) == (gate in BY_BATCH)
+
+
+@pytest.mark.parametrize(
+    ("gate", "moved"), [("loss_free", ["bias_E"]), ("expert_choice", ["cut_sum_E", "cut_weight_E"])]
+)
+def test_what_adapts_is_in_the_checkpoint(workspace, moe_lm, training, gate, moved):
+    assert moe_lm("train", *chosen(training, gate)).code == 0
+    tensors = load_file(checkpoint_of(workspace / "runs/tiny") / "model.safetensors")
+    for name in moved:
+        assert tensors[f"layers.middle.gate.{name}"].abs().sum() > 0
+
+
+@pytest.mark.parametrize(("gate", "drops"), [("switch", True), ("gshard", True), ("top_k", False)])
+def test_dropped_tokens_are_told(workspace, moe_lm, training, gate, drops):
+    """metrics.jsonl has their share of the choices asked for."""
+    less = [f"model.layers.middle.gate.capacity_factor={0.3}"] if drops else []
+    assert moe_lm("train", *chosen(training, gate, *less)).code == 0
+    lines = [json.loads(line) for line in (workspace / "runs/tiny/metrics.jsonl").read_text().splitlines()]
+    shares = [line["dropped"] for line in lines if "split" not in line]
+    # Of capacity 0.3 at most 0.3 of the choices find a place, but for rounding up to whole tokens.
+    assert all(0.6 < share < 0.75 for share in shares) if drops else all(share == 0 for share in shares)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([GATE + "switch"], ["the gate switch sends a token to 1 expert, not 2: model.k=1"]),
+        ([GATE + "gshard", "model.k=3"], ["the gate gshard sends a token to 2 experts, not 3: model.k=2"]),
+        ([GATE + "top_k", "model.k=1"], ["learns nothing", "switch"]),
+        ([GATE + "top_k"], ["the balance loss load has no gradient", "'balance=[importance]'", "gshard, importance"]),
+        ([GATE + "expert_choice", "balance=[switch]"], ["the balance loss switch has no gradient", "'balance=[]'"]),
+        (
+            [GATE + "switch", "model.k=1", "balance=[switch]", "model.layers.middle.gate.capacity_factor=0"],
+            ["positive"],
+        ),
+        ([GATE + "switch", "model.k=1", "balance=[switch]", "model.layers.middle.gate.jitter=1"], ["below 1"]),
+        ([GATE + "expert_choice", "balance=[]", "model.layers.middle.gate.max_experts=1"], ["at least the 2 experts"]),
+        ([GATE + "expert_choice", "balance=[]", "model.layers.middle.gate.capacity_factor=9"], ["at most as many"]),
+        ([GATE + "expert_choice", "balance=[]", "model.layers.middle.gate.max_experts=x"], ["needs a whole number"]),
+        ([GATE + "loss_free", "balance=[]", "model.layers.middle.gate.bias_update_rate=-1"], ["at least 0"]),
+        ([GATE + "sinkhorn", "balance=[]", "model.layers.middle.gate.max_iterations=0"], ["at least 1"]),
+        ([GATE + "swich"], ["switch"]),
+    ],
+    ids=str,
+)
+def test_what_makes_no_sense_is_one_line(workspace, moe_lm, training, overrides, words):
+    outcome = moe_lm("train", *with_overrides(training, *overrides))
+    assert outcome.code == 2
+    said = outcome.err.splitlines()
+    assert said[-1].startswith("moe-lm: ")
+    assert "Traceback" not in outcome.err
+    for word in words:
+        assert word in said[-1]
+    assert not list(workspace.glob("runs/*/checkpoints"))
+
+
+def test_a_fraction_of_an_expert_counts_as_operations(workspace, moe_lm, training):
+    """Expert choice with c = 1.5: 1.5 experts' operations a word, and the gate's."""
+    gate = ["balance=[]", "model.layers.middle.gate.capacity_factor=1.5"]
+    outcome = moe_lm("train", *with_overrides(training, GATE + "expert_choice", *gate))
+    assert outcome.code == 0, outcome.err
+    result = json.loads((workspace / "runs/tiny/result.json").read_text())
+    assert result["operations_per_timestep"] == 2 * 8 * 8 * 8 + 1.5 * 2 * 8 * 8 + 8 * 4
+
+
+def test_a_switch_behind_a_primary_gate_of_two_groups(workspace, moe_lm, training):
+    """primary_k sets the groups a token apart from k, the experts in each."""
+    overrides = [
+        "model=moe_256_h",
+        "model.num_groups=4",
+        "model.num_experts=8",
+        GATE + "switch",
+        "balance=[importance]",
+    ]
+    overrides += ["model.k=1", "model.layers.middle.primary_k=2"]
+    outcome = moe_lm("train", *with_overrides(training, *overrides))
+    assert outcome.code == 0, outcome.err
+    config = yaml.safe_load((workspace / "runs/tiny/config.yaml").read_text())["model"]["layers"]["middle"]
+    assert (config["primary_k"], config["k"]) == (2, 1)
+    line = json.loads((workspace / "runs/tiny/metrics.jsonl").read_text().splitlines()[0])
+    assert 0 < line["dropped"] < 0.5
+
+
+def test_the_audit_prints_and_keeps_what_it_found(own_trained, moe_lm):
+    outcome = moe_lm("audit", "run=runs/tiny", "probes=8")
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"evaluation: causal, a prediction changes by at most \d.\de-1\d bits", outcome.out)
+    kept = json.loads((own_trained / "runs/tiny/audit.json").read_text())
+    printed = json.loads(moe_lm("audit", "run=runs/tiny", "probes=8", "json=true").out)
+    assert printed == kept
+    assert kept["causal"] is True
+    assert kept["training"]["largest_bits"] < 1e-9
+    assert kept["batch_words"] == 100
+    assert kept["gates"] == {"model.layers.middle.gate": None}
+
+
+def test_the_audit_fails_a_run_that_peeks(own_trained, moe_lm, monkeypatch):
+    """A noisy top-k gate that reads its neighbour's row: one line, exit code 1."""
+    from moe_lm.gate.noisy_top_k import NoisyTopK
+
+    honest = NoisyTopK._gating
+    monkeypatch.setattr(NoisyTopK, "_gating", lambda self, x_TD, group_T: honest(self, 9 * x_TD.roll(-1, 0), group_T))
+    outcome = moe_lm("audit", "run=runs/tiny", "probes=8")
+    assert outcome.code == 1
+    assert "NOT CAUSAL" in outcome.out
+    assert_one_line(outcome, "is not causal", "its perplexities mean nothing")
+    assert json.loads((own_trained / "runs/tiny/audit.json").read_text())["causal"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run=runs/none"], "does not exist"),
+        (["run=runs/tiny", "split=train2"], "choose train, valid, test"),
+        (["run=runs/tiny", "probes=0"], "at least 1"),
+        (["run=runs/tiny", "batch.words=0"], "at least 1"),
+        (["run=runs/tiny", "prbes=3"], "probes"),
+        ([], "audit needs run"),
+    ],
+    ids=str,
+)
+def test_a_wrong_audit_is_one_line(trained, moe_lm, arguments, words):
+    outcome = moe_lm("audit", *arguments)
+    assert outcome.code == 2
+    assert_one_line(outcome, words)
+    assert not (trained / "runs/tiny/audit.json").exists()
