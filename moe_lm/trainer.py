@@ -180,7 +180,8 @@ class Trainer:
         best = f" best valid ppl {self.progress.best['perplexity']:.1f}" if self.progress.best else ""
         # Sampled nats lie far below the true ones: only exact ones make a perplexity.
         now = f" ppl {math.exp(min(nats / words, 700)):.1f}" if self.model.softmax.exact_in_training else ""
-        bar.set_postfix_str(f"loss {nats / words:.3f}{now}{best}", refresh=False)
+        lost = f" dropped {sums['dropped'] / steps:.1%}" if sums.get("dropped") else ""
+        bar.set_postfix_str(f"loss {nats / words:.3f}{now}{lost}{best}", refresh=False)
 
     def _validate(self, bar: tqdm) -> None:
         measured = self.validate()

@@ -5,10 +5,13 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from moe_lm.__main__ import main
 from moe_lm.commands import NAMES
-from moe_lm.commands.configuration import composed, resolved
+from moe_lm.commands.build import build, build_model
+from moe_lm.commands.configuration import choices, composed, resolved
+from moe_lm.commands.gates import check_losses
 from moe_lm.commands.sweep import jobs_of
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +43,26 @@ def test_command_composes(words, capsys):
     else:
         arguments = [a if "=" in a else f"file={a}" for a in arguments]
         resolved(composed(command, arguments))
+
+
+GATES = re.findall(
+    r"^\| `(\w+)` \| .* \| `?([^|`]+)`? \|$", README.split("## Routing")[1].split("\n## ")[0], re.MULTILINE
+)
+
+
+@pytest.mark.parametrize(("gate", "overrides"), GATES, ids=[gate for gate, _ in GATES])
+def test_the_line_of_every_gate_is_complete(gate, overrides):
+    """With it the model builds, and its losses are those that the gate learns by."""
+    given = [] if overrides.startswith("nothing") else shlex.split(overrides)
+    config = resolved(composed("train", ["model=moe_32", *given]))
+    with torch.device("meta"):
+        model = build_model(config, 11)
+    assert config["model"]["layers"]["middle"]["gate"]["_target_"].split(".")[-2] == gate
+    check_losses(model, {name: build(part) for name, part in config["balance"].items() if name != "exact"})
+
+
+def test_every_gate_has_a_line():
+    assert {gate for gate, _ in GATES} == set(choices("gate"))
 
 
 def test_training_example_trains(tmp_path, monkeypatch, capsys):

@@ -150,6 +150,20 @@ def test_small_models_imitate_their_presets(configs, study, between):
 
 
 @pytest.mark.parametrize("scale", ["paper", "small"])
+def test_routing_tries_every_gate_at_equal_operations(configs, scale):
+    """Every gate of configs/gate, as many experts, and operations within 4 % (a gate has one matrix or two)."""
+    runs = configs("routing", scale)
+    mixtures = {name: config["model"] for name, config in runs.items() if name != "dense"}
+    tried = {model["layers"]["middle"]["gate"]["_target_"].split(".")[-2] for model in mixtures.values()}
+    assert tried == set(choices("gate"))
+    assert len({model["num_experts"] for model in mixtures.values()}) == 1
+    operations = [sizes(config)[0] for config in runs.values()]
+    assert max(operations) / min(operations) < 1.04
+    assert study_of("routing", scale).audit
+    assert not study_of("balance", scale).audit
+
+
+@pytest.mark.parametrize("scale", ["paper", "small"])
 def test_balance_tries_the_papers_weights(configs, scale):
     runs = configs("balance", scale)
     pairs = [tuple(c["balance"][loss]["weight"] for loss in ("importance", "load")) for c in runs.values()]

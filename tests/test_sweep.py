@@ -11,6 +11,8 @@ import pytest
 from filelock import FileLock
 
 from moe_lm.__main__ import main
+from moe_lm.commands import sweep
+from moe_lm.commands.study import Study
 from moe_lm.commands.sweep import jobs_of
 from moe_lm.mistake import Mistake
 
@@ -137,3 +139,22 @@ def test_what_a_study_varies_cannot_be_set(workspace, moe_lm, study, given):
     assert outcome.code == 2
     assert f"{given.partition('=')[0]} is what the runs of this study differ in" in outcome.err
     assert not Path("runs").exists()
+
+
+def test_a_study_that_audits_does_so_once_for_each_run(workspace, moe_lm, training, monkeypatch):
+    """Each finished run has an audit of its last step; repeated, nothing is trained or audited again."""
+    shared = [a for a in training if not a.startswith(("name=", "model"))] + ["model.width=8"]
+    runs = ["model=moe_4 model.expert_hidden=8 name=a", "model=lstm_4x512 name=b"]
+    own = Study("own", None, [], 1, shared, runs, audit=True)
+    monkeypatch.setattr(sweep, "study_of", lambda name, scale: own)
+    outcome = moe_lm("sweep", "study=own")
+    assert outcome.code == 0, outcome.err
+    files = [Path("runs/own") / name / "audit.json" for name in ("a", "b")]
+    steps = {path: json.loads(path.read_text())["step"] for path in files}
+    assert set(steps.values()) == {json.loads(Path("runs/own/a/result.json").read_text())["steps"]}
+    assert outcome.err.count("audit of runs/own/") == 2
+    before = [path.stat().st_mtime_ns for path in files]
+    again = moe_lm("sweep", "study=own")
+    assert again.code == 0
+    assert "audit of" not in again.err
+    assert [path.stat().st_mtime_ns for path in files] == before

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from moe_lm.report import Column, Row, RunRecord, Table
 from moe_lm.report.figures import LAST_LINES, deviations, mean_figures, run_figures
-from moe_lm.report.formats import millions, perplexity, plain, power, small
+from moe_lm.report.formats import millions, percent, perplexity, plain, power, small
 from moe_lm.report.seeds import seed_groups
 
 FORMATS = {
@@ -20,6 +20,7 @@ FORMATS = {
     Column("cv_importance", "CV (importance)"): small,
     Column("cv_load", "CV (load)"): small,
     Column("max_over_mean_load", "max/mean load"): small,
+    Column("dropped", "dropped"): percent,
 }
 # The deviation of a figure that no seed changes is no measurement, so it stays empty.
 FIXED = ("operations_per_timestep", "parameters_without_embedding_and_softmax", "parameters_total")
@@ -38,7 +39,9 @@ def main_table(runs: Iterable[RunRecord]) -> Table:
         rows.append(Row("run", run.name, run_figures(run)))
         if id(run) in seeds:
             rows += seed_rows(*seeds[id(run)])
-    return Table("table", "Results", TEXT, FORMATS, rows)
+    some = any(row.figures.get("dropped") for row in rows)
+    formats = {column: style for column, style in FORMATS.items() if some or column.key != "dropped"}
+    return Table("table", "Results", TEXT, formats, rows)
 
 
 def seed_rows(name: str, runs: Sequence[RunRecord]) -> list[Row]:

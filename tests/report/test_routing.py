@@ -1,0 +1,102 @@
+"""The table of gates: what stands in it, where it comes from, and when there is none."""
+
+import json
+import re
+
+import pytest
+
+from moe_lm.mistake import Mistake
+from moe_lm.report.ablation import balance_tables
+from moe_lm.report.results import read_runs
+from moe_lm.report.routing import gates, routing_tables
+from moe_lm.report.table import main_table
+from moe_lm.report.writing import cells
+
+AUDIT = {
+    "step": 100,
+    "training": {"mean_bits": 0.0512},
+    "later_words": {"mean_bits": 0.00001},
+    "perplexity": 80.0,
+    "perplexity_by_training_choice": 78.0,
+}
+
+
+def settings(*names, balance=("load",)):
+    """A configuration whose only gated layer has these gates, the first of two being the primary one."""
+    parts = ("primary_gate", "gate")[2 - len(names) :]
+    middle = {part: {"_target_": f"moe_lm.gate.{name}.X"} for part, name in zip(parts, names, strict=True)}
+    losses = {name: {"weight": 0.1} for name in balance}
+    return {"model": {"layers": {"lower": {"_target_": "x.lstm.Lstm"}, "middle": middle}}, "balance": losses}
+
+
+def write_audit(run, **changes):
+    (run / "audit.json").write_text(json.dumps(AUDIT | changes))
+
+
+@pytest.fixture
+def two(make_run, tmp_path):
+    """A dense run and two kinds of gates, one of them audited and dropping a quarter."""
+    make_run("dense", experts=0, settings={"balance": {"exact": True}})
+    make_run("plain", settings=settings("noisy_top_k"))
+    run = make_run("switch", settings=settings("switch", balance=("switch", "z_loss")))
+    lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    lines = [line if "split" in line else line | {"dropped": 0.25} for line in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_audit(run)
+    return tmp_path / "study"
+
+
+def shown(folder):
+    [table] = routing_tables(read_runs(folder))
+    heads = [column.key for column in table.formats]
+    return {row.name: dict(zip(heads, cells(table, row), strict=True)) for row in table.rows}
+
+
+def test_a_row_for_each_run(two):
+    rows = shown(two)
+    assert list(rows) == ["dense", "plain", "switch"]
+    assert [rows[name]["gates"] for name in rows] == ["none", "noisy_top_k", "switch"]
+    assert [rows[name]["losses"] for name in rows] == ["", "load", "switch, z_loss"]
+    assert rows["switch"] | {"dropped": "25.0 %", "leak_bits": "0.051", "perplexity_shift": "97.5 %"} == rows["switch"]
+    assert rows["switch"]["leak_of_later_words_bits"] == "1e-05"
+    assert rows["plain"]["leak_bits"] == rows["dense"]["cv_load"] == ""
+
+
+def test_dropped_choices_stand_in_the_main_table_where_there_are_any(two, make_run, tmp_path):
+    heads = [column.key for column in main_table(read_runs(two)).formats]
+    assert heads[-1] == "dropped"
+    (two / "switch" / "config.yaml").unlink()
+    assert "dropped" not in [column.key for column in main_table(read_runs(two)).formats]
+
+
+def test_gates_of_both_levels_are_named(make_run, tmp_path):
+    make_run("h", settings=settings("noisy_top_k", "switch"))
+    make_run("same", settings=settings("loss_free", "loss_free"))
+    assert [gates(run) for run in read_runs(tmp_path / "study")] == ["noisy_top_k, switch", "loss_free"]
+
+
+def test_runs_of_one_gate_have_no_such_table(make_run, tmp_path):
+    """And those of several have none of the weights of one."""
+    for weight in (0.1, 0.2):
+        config = settings("noisy_top_k")
+        config["balance"]["load"]["weight"] = weight
+        make_run(f"load={weight}", settings=config)
+    runs = read_runs(tmp_path / "study")
+    assert not routing_tables(runs)
+    assert len(balance_tables(runs)) == 1
+    make_run("switch", settings=settings("switch", balance=()))
+    runs = read_runs(tmp_path / "study")
+    assert len(routing_tables(runs)) == 1
+    assert not balance_tables(runs)
+
+
+def test_an_audit_of_another_step_is_not_read(two):
+    write_audit(two / "switch", step=50)
+    assert shown(two)["switch"]["leak_bits"] == ""
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", json.dumps(AUDIT | {"perplexity": "x"})], ids=str)
+def test_a_damaged_audit_is_a_mistake(two, text):
+    (two / "switch" / "audit.json").write_text(text)
+    with pytest.raises(Mistake, match=re.escape("audit.json is damaged")):
+        read_runs(two)
