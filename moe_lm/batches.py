@@ -113,9 +113,17 @@ class Batches:
 def in_order(
     split: Split, *, start: int, max_sentences: int, max_words: int, limit: int | None = None
 ) -> Iterator[tuple[np.ndarray, MicroBatch]]:
-    """Yield every sentence of a split once (or of its first `limit`), by length, with their indices.
+    """Yield every sentence of a split once (or of its first `limit`), by length, with their indices."""
+    for chosen in cuts_in_order(split, max_sentences=max_sentences, max_words=max_words, limit=limit):
+        yield chosen, micro_batch(split, chosen, start)
 
-    A micro-batch holds at most `max_sentences` sentences and, padded, `max_words` tokens or one sentence.
+
+def cuts_in_order(
+    split: Split, *, max_sentences: int, max_words: int, limit: int | None = None
+) -> Iterator[np.ndarray]:
+    """Yield the indices of each micro-batch of `in_order`.
+
+    It holds at most `max_sentences` sentences and, padded, `max_words` tokens or one sentence.
     """
     count = split.num_sentences if limit is None else min(limit, split.num_sentences)
     length_N = lengths(split, np.arange(count))
@@ -126,7 +134,7 @@ def in_order(
         # Sorted: the last sentence is the longest, so the rectangle of n sentences is n times its length.
         padded = np.arange(1, len(candidates) + 1) * length_N[candidates]
         chosen = candidates[: max(1, int(np.searchsorted(padded, max_words, side="right")))]
-        yield chosen, micro_batch(split, chosen, start)
+        yield chosen
         first += len(chosen)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from moe_lm.batches import MicroBatch, derive_seed, in_order, micro_batch, random_keys
+from moe_lm.batches import MicroBatch, cuts_in_order, derive_seed, micro_batch, random_keys
 from moe_lm.mistake import Mistake
 from moe_lm.model import LanguageModel
 from moe_lm.prepared import Split
@@ -76,31 +76,25 @@ def audit(model: LanguageModel, split: Split, *, start: int, end: int, words: in
     model = model.double().eval()
     found = {kind: [] for kind in ("evaluation", "training", "later_words", "other_sentences")}
     nats, num_words = np.zeros(2), 0
-    per_batch = [_PROBES_PER_BATCH] * (probes // _PROBES_PER_BATCH)
-    per_batch += [probes % _PROBES_PER_BATCH] if probes % _PROBES_PER_BATCH else []
-    drawn = _drawn(split, words, len(per_batch), start, seed)
-    for number, (chosen, count) in enumerate(zip(drawn, per_batch, strict=True)):
+    for number, chosen in enumerate(_drawn(split, words, math.ceil(probes / _PROBES_PER_BATCH), seed)):
         batch = micro_batch(split, chosen, start)
-        probe = _Probe(model, batch, split, start, end, derive_seed(seed, "replaced", number))
+        probe = _Probe(model, batch, _other_tokens(batch.input_T, split, end, derive_seed(seed, "replaced", number)))
         nats += probe.true["evaluation"].sum().item(), probe.true["training"].sum().item()
         num_words += batch.num_words
-        for place in range(count):
+        for place in range(min(_PROBES_PER_BATCH, probes - number * _PROBES_PER_BATCH)):
             sentence, step = _position(batch, seed, number, place)
             for kind, changes in probe.changes(sentence, step).items():
                 found[kind] += changes
     leaks = {kind: _leak(torch.cat(changes)) for kind, changes in found.items()}
-    # What is left away gives each position twice.
-    compared = sum(map(len, found["training"]))
-    return Audit(probes, compared, num_words, **leaks, **_perplexities(nats, num_words))
+    return Audit(probes, sum(map(len, found["training"])), num_words, **leaks, **_perplexities(nats, num_words))
 
 
 class _Probe:
     """One micro-batch, its true predictions under both rules, and what replacing does to them."""
 
-    def __init__(self, model: LanguageModel, batch: MicroBatch, split: Split, start: int, end: int, seed: int):
-        self.model, self.batch, self.start = model, batch, start
+    def __init__(self, model: LanguageModel, batch: MicroBatch, other_T: Tensor):
+        self.model, self.batch, self.other_T = model, batch, other_T
         self.step_T = _steps(batch)
-        self.other_T = _other_tokens(batch.input_T, split, end, seed)
         self.true = {"evaluation": self._nats(batch), "training": self._nats(batch, by_training=True)}
 
     def changes(self, sentence: int, step: int) -> dict[str, list[Tensor]]:
@@ -158,9 +152,9 @@ def _training_choice(model: LanguageModel) -> Iterator[None]:
             layer.eval()
 
 
-def _drawn(split: Split, words: int, count: int, start: int, seed: int) -> list[np.ndarray]:
+def _drawn(split: Split, words: int, count: int, seed: int) -> list[np.ndarray]:
     """Draw micro-batches of sentences of like length, as training's; a small split has fewer, which come again."""
-    every = [chosen for chosen, _ in in_order(split, start=start, max_sentences=split.num_sentences, max_words=words)]
+    every = list(cuts_in_order(split, max_sentences=words, max_words=words))
     if not every:
         raise Mistake("the split holds no sentence to probe")
     order = np.argsort(random_keys(len(every), "audit", seed), kind="stable")
