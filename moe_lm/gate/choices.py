@@ -155,9 +155,14 @@ def places(expert_A: Tensor) -> Tensor:
     return torch.empty_like(every_A).scatter(0, order_A, every_A - first_A)
 
 
-def capacity(factor: float, k: int, num_experts: int, tokens_G: Tensor) -> Tensor:
-    """Return how many assignments an expert of each group takes: factor * k * tokens / experts upwards, at least 1."""
-    return (factor * k * tokens_G / num_experts).ceil().clamp(min=1).long()
+def within_capacity(
+    place_TK: Tensor, factor: float, num_experts: int, group_T: Tensor | None, num_groups: int | None
+) -> Tensor:
+    """Return which places in experts' queues there are: factor * K * tokens / experts upwards, at least 1."""
+    num_tokens, k = place_TK.shape
+    tokens_G1 = tokens_of_groups(num_tokens, group_T, num_groups).to(place_TK.device).unsqueeze(1)
+    most_G1 = (factor * k * tokens_G1 / num_experts).ceil().clamp(min=1).long()
+    return place_TK < of_tokens(most_G1, group_T)
 
 
 def equal_share(per_token: float, num_experts: int, tokens_G: Tensor) -> Tensor:

@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from moe_lm.gate import Gating, checked_k
 from moe_lm.gate.choices import (
-    capacity,
     choice_sums,
     initial_matrix,
     numbered,
     places,
     product,
     token_choice,
-    tokens_of_groups,
+    within_capacity,
 )
 from moe_lm.mistake import Mistake
 
@@ -74,7 +73,5 @@ class GShard(nn.Module):
         nowhere = self.num_experts * (self.num_groups or 1)
         expert_KT = torch.where(drawn_TK, expert_TK, nowhere).t()
         place_TK = places(expert_KT.reshape(-1)).view(k, num_tokens).t()
-        tokens_G = tokens_of_groups(num_tokens, group_T, self.num_groups).to(expert_TK.device)
-        most_G = capacity(self.capacity_factor, k, self.num_experts, tokens_G)
-        most_T1 = most_G if group_T is None else most_G.index_select(0, group_T).unsqueeze(1)
-        return drawn_TK & (place_TK < most_T1)
+        kept_TK = within_capacity(place_TK, self.capacity_factor, self.num_experts, group_T, self.num_groups)
+        return drawn_TK & kept_TK

@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from moe_lm.gate import Gating, checked_k
 from moe_lm.gate.choices import (
-    capacity,
     choice_sums,
     initial_matrix,
     numbered,
     places,
     product,
     token_choice,
-    tokens_of_groups,
+    within_capacity,
 )
 from moe_lm.mistake import Mistake
 
@@ -74,8 +73,6 @@ class Switch(nn.Module):
         expert_T1, kept_T1, sums = numbered(expert_T1, group_T, self.num_experts), None, {}
         if self.training:
             sums = choice_sums(logit_TE, expert_T1, group_T, self.num_groups, self.wanted, probability_TE)
-            tokens_G = tokens_of_groups(len(x_TD), group_T, self.num_groups).to(x_TD.device)
-            most_G = capacity(self.capacity_factor, 1, self.num_experts, tokens_G)
-            most_T = most_G if group_T is None else most_G.index_select(0, group_T)
-            kept_T1 = (places(expert_T1.squeeze(1)) < most_T).unsqueeze(1)
+            place_T1 = places(expert_T1.squeeze(1)).unsqueeze(1)
+            kept_T1 = within_capacity(place_T1, self.capacity_factor, self.num_experts, group_T, self.num_groups)
         return token_choice(expert_T1, gate_T1, self.num_experts * (self.num_groups or 1), kept_TK=kept_T1, sums=sums)
