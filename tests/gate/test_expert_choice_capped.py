@@ -5,6 +5,7 @@ Shape suffixes: T tokens, D width, E experts (of a group), A assignments, G grou
 
 from itertools import combinations, product
 
+import naive
 import numpy as np
 import pytest
 import torch
@@ -22,21 +23,12 @@ def make(num_experts, c, b, num_groups=None, train=True, width=5, seed=0, scale=
     """A gate with a random matrix."""
     sizes = {"width": width, "num_experts": num_experts, "num_groups": num_groups}
     gate = ExpertChoice(**sizes, k=1, capacity_factor=c, max_experts=b, **options).double().train(train)
-    with torch.no_grad():
-        gate.gate_DE.normal_(std=scale, generator=torch.Generator().manual_seed(seed))
-    return gate
+    return naive.randomized(gate, seed, scale)
 
 
 def of_logits(num_experts, c, b, **options):
     """A gate whose tokens are the logits."""
-    gate = make(num_experts, c, b, width=num_experts, **options)
-    with torch.no_grad():
-        gate.gate_DE.copy_(torch.eye(num_experts))
-    return gate
-
-
-def tokens(num_tokens, width=5, seed=1):
-    return torch.randn(num_tokens, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return naive.reading_logits(make(num_experts, c, b, width=num_experts, **options))
 
 
 def taken(gating):
@@ -92,7 +84,7 @@ def optimum(score_ET, m, b, weight):
 )
 def test_the_plan_is_the_optimum(num_tokens, num_experts, c, b, weight, scale, seed):
     """Dykstra's projections arrive at the maximum of <S, A> + weight H(A), where the caps and A <= 1 matter."""
-    score_TE = (tokens(num_tokens, num_experts, seed) * scale).softmax(dim=1)
+    score_TE = (naive.tokens(num_tokens, num_experts, seed) * scale).softmax(dim=1)
     m = tokens_of_each(num_tokens, num_experts, c)
     want_ET = optimum(score_TE.t().numpy(), m, b, weight)
     got_TE = transport_plan(score_TE, float(c), b, entropy_weight=weight, max_iterations=20_000)
@@ -105,7 +97,7 @@ def test_experts_take_the_m_largest_of_the_plan(num_experts, c, b, weight, seed)
     """Where the exact plan's m largest are clear and nobody has more than b, they are the choice; gates stay S."""
     num_tokens, m = 20, tokens_of_each(20, num_experts, c)
     gate = of_logits(num_experts, c, b, entropy_weight=weight, max_iterations=20_000)
-    logit_TE = tokens(num_tokens, num_experts, seed) * 2
+    logit_TE = naive.tokens(num_tokens, num_experts, seed) * 2
     share_TE = logit_TE.softmax(dim=1)
     a_ET = optimum(share_TE.t().numpy(), m, b, weight)
     order_ET = np.argsort(-a_ET, axis=1)
@@ -129,7 +121,7 @@ def test_a_small_weight_gives_the_best_choice(num_tokens, num_experts, m, b):
     """With little entropy the chosen scores sum to the largest sum of all choices that the caps allow."""
     checked = 0
     for seed in range(12):
-        share_TE = (tokens(num_tokens, num_experts, seed) * 2).softmax(dim=1)
+        share_TE = (naive.tokens(num_tokens, num_experts, seed) * 2).softmax(dim=1)
         values = []
         for picks in product(combinations(range(num_tokens), m), repeat=num_experts):
             if max(sum(j in pick for pick in picks) for j in range(num_tokens)) <= b:
@@ -161,7 +153,7 @@ def test_by_hand_on_paper():
 
 def test_cuts_are_between_the_scores_taken_and_left():
     """Whatever the cap: half way from the m-th largest score to the next, the border that evaluation goes by."""
-    gate, x_TD = make(4, 2, 2, entropy_weight=0.01), tokens(24)
+    gate, x_TD = make(4, 2, 2, entropy_weight=0.01), naive.tokens(24)
     gating, share_TE = gate(x_TD), (x_TD @ gate.gate_DE).softmax(dim=1)
     for i in range(4):
         scores = sorted(share_TE[:, i].tolist(), reverse=True)
@@ -179,7 +171,7 @@ def test_every_expert_has_m_tokens(num_tokens, num_experts, c, b, scale, iterati
     m = tokens_of_each(num_tokens, num_experts, c)
     for seed in range(5):
         gate = make(num_experts, c, b, seed=seed, scale=scale, max_iterations=iterations)
-        x_TD = tokens(num_tokens, seed=seed + 10)
+        x_TD = naive.tokens(num_tokens, seed=seed + 10)
         gating = gate(x_TD)
         assert gating.load_E.tolist() == [m] * num_experts
         assert gating.num_asked == len(gating.token_A) == num_experts * m
@@ -195,15 +187,15 @@ def test_no_token_has_more_than_b_experts(num_tokens, num_experts, c, b, scale, 
     assert num_experts * tokens_of_each(num_tokens, num_experts, c) <= min(b, num_experts) * num_tokens
     for seed in range(5):
         gate = make(num_experts, c, b, seed=seed, scale=scale, max_iterations=iterations)
-        assert all(count <= b for count in taken(gate(tokens(num_tokens, seed=seed + 10))).sum(dim=1).tolist())
+        assert all(count <= b for count in taken(gate(naive.tokens(num_tokens, seed=seed + 10))).sum(dim=1).tolist())
 
 
 def test_groups_are_capped_each_by_itself():
     """A group's experts take what the flat gate takes of the group's rows alone."""
     rows = [7, 0, 12, 2]
     grouped = make(4, 2, 3, num_groups=4, entropy_weight=0.05)
-    x_TD = tokens(sum(rows))
-    gating = grouped(x_TD, torch.arange(4).repeat_interleave(torch.tensor(rows)))
+    x_TD = naive.tokens(sum(rows))
+    gating = grouped(x_TD, naive.groups(rows))
     tables, cuts = [], []
     for g, part_TD in enumerate(x_TD.split(rows)):
         flat = make(4, 2, 3, entropy_weight=0.05)
@@ -229,7 +221,7 @@ def test_evaluation_is_capped_too():
 
 def test_a_cap_that_binds_nobody_changes_nothing():
     """With b = E and little entropy the choice is that without a cap: the m largest scores."""
-    x_TD = tokens(30)
+    x_TD = naive.tokens(30)
     plain, capped = make(6, 2, None), make(6, 2, 6)
     assert torch.equal(taken(plain(x_TD)), taken(capped(x_TD)))
 

@@ -3,112 +3,66 @@
 Shape suffixes: T tokens, D width, E experts (of a group), A assignments, G groups.
 """
 
+import naive
 import pytest
 import torch
 
 from moe_lm.gate.loss_free import LossFree
-from moe_lm.mistake import Mistake
 
 RATE = 0.125
 SIZES = [(0, 4, 2), (1, 1, 1), (1, 4, 2), (30, 6, 2), (9, 5, 1), (9, 5, 4), (9, 3, 3), (3, 16, 2)]
 """Tokens, experts and experts a token."""
-SUMS = ["asked_E", "first_choice_E", "probability_E", "log_z_squared", "num_tokens"]
 ROWS = [4, 0, 9, 1]
 """Rows of each group, one of them empty."""
-GROUP = torch.repeat_interleave(torch.arange(4), torch.tensor(ROWS))
-ZERO = torch.zeros((), dtype=torch.float64)
+GROUP = naive.groups(ROWS)
 
 
-def make(num_experts, k, num_groups=None, dtype=torch.float64, train=True, width=5):
+def make(num_experts, k, num_groups=None, train=True, width=5):
     """A gate with a random matrix and random biases, as after some training."""
     gate = LossFree(width=width, num_experts=num_experts, k=k, bias_update_rate=RATE, num_groups=num_groups)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        gate.gate_DE.normal_(generator=generator)
-        gate.bias_E.normal_(std=0.3, generator=generator)
-    return gate.to(dtype).train(train)
-
-
-def of_logits(num_experts, k):
-    """A gate without biases whose tokens are the logits."""
-    gate = make(num_experts, k, width=num_experts)
-    with torch.no_grad():
-        gate.gate_DE.copy_(torch.eye(num_experts))
-        gate.bias_E.zero_()
-    return gate
-
-
-def tokens(num_tokens, width=5, seed=1, dtype=torch.float64):
-    return torch.randn(num_tokens, width, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def dense(gating):
-    """The gate values as a table, tokens by experts."""
-    table = gating.gate_A.new_zeros(gating.num_tokens, gating.num_experts)
-    return table.index_put((gating.token_A, gating.expert_A), gating.gate_A)
+    gate.bias_E.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+    return naive.randomized(gate).double().train(train)
 
 
 def by_hand(x_TD, w_DE, bias_E, k):
     """Return the table of gate values and the sums."""
     num_experts = w_DE.shape[1]
     rows, asked_E, first_E = [], [0.0] * num_experts, [0.0] * num_experts
-    probability_E, log_z_squared = [ZERO] * num_experts, ZERO
+    probability_E, log_z_squared = [naive.ZERO] * num_experts, naive.ZERO
     for x_D in x_TD:
-        z = [sum(x_D[d] * w_DE[d, i] for d in range(len(x_D))) for i in range(num_experts)]
+        z = naive.logits(x_D, w_DE)
         s = [1 / (1 + (-value).exp()) for value in z]
         order = sorted(range(num_experts), key=lambda i: -(s[i] + bias_E[i]).item())
-        rows.append(torch.stack([s[i] if i in order[:k] else ZERO for i in range(num_experts)]))
+        rows.append([s[i] if i in order[:k] else naive.ZERO for i in range(num_experts)])
         first_E[order[0]] += 1
         for i in order[:k]:
             asked_E[i] += 1
         probability_E = [total + value / sum(s) for total, value in zip(probability_E, s, strict=True)]
         log_z_squared = log_z_squared + sum(value.exp() for value in z).log() ** 2
-    table_TE = torch.stack(rows) if rows else torch.zeros(0, num_experts, dtype=torch.float64)
-    values = [*(torch.tensor(x).double() for x in (asked_E, first_E)), torch.stack(probability_E), log_z_squared]
-    return table_TE, dict(zip(SUMS, [*values, torch.tensor(float(len(x_TD))).double()], strict=True))
+    return naive.stacked(rows, num_experts), naive.sums_of(asked_E, first_E, probability_E, log_z_squared, len(x_TD))
 
 
-def by_hand_in_groups(x_TD, w_GDE, bias_E, k):
-    """The same for each group's rows, matrix and biases: the table has a block for each group."""
-    parts = zip(x_TD.split(ROWS), w_GDE, bias_E.view(len(ROWS), -1), strict=True)
-    tables, sums = zip(*(by_hand(part, w_DE, own_E, k) for part, w_DE, own_E in parts), strict=True)
-    together = {
-        name: torch.cat([one[name] for one in sums]) if name.endswith("_E") else sum(one[name] for one in sums)
-        for name in SUMS
-    }
-    return torch.block_diag(*tables), together
-
-
-def check(gating, table_TE, sums, k, train):
-    """Everything in the gating is that of the loops."""
-    torch.testing.assert_close(dense(gating), table_TE)
-    torch.testing.assert_close(gating.importance_E, table_TE.sum(dim=0))
-    assert gating.load_E.tolist() == (table_TE > 0).sum(dim=0).tolist()
-    assert not gating.load_E.requires_grad
-    assert gating.num_asked == k * gating.num_tokens == len(gating.token_A)
-    assert gating.num_dropped == 0
-    pairs = list(zip(gating.expert_A.tolist(), gating.token_A.tolist(), strict=True))
-    assert pairs == sorted(set(pairs))
-    assert set(gating.sums) == (set(SUMS) if train else set())
-    for name in gating.sums:
-        torch.testing.assert_close(gating.sums[name], sums[name])
-    assert not any(gating.sums[name].requires_grad for name in ("asked_E", "first_choice_E") if train)
+def reference(gate, x_TD, k, grouped):
+    """What the loops give: of the whole, or of each group's rows with its matrix and biases."""
+    if grouped:
+        return naive.in_groups(by_hand, [x_TD.split(ROWS), gate.gate_DE, gate.bias_E.view(len(ROWS), -1)], k)
+    return by_hand(x_TD, gate.gate_DE, gate.bias_E, k)
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(("num_tokens", "num_experts", "k"), SIZES)
 def test_gating_follows_the_equations(num_tokens, num_experts, k, train):
     """Gates, importance, load and sums are those of the loops; evaluation makes the same choice."""
-    gate, x_TD = make(num_experts, k, train=train), tokens(num_tokens)
-    check(gate(x_TD), *by_hand(x_TD, gate.gate_DE, gate.bias_E, k), k, train)
+    gate, x_TD = make(num_experts, k, train=train), naive.tokens(num_tokens)
+    naive.check(gate(x_TD), *reference(gate, x_TD, k, False), k * num_tokens, train)
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(("num_experts", "k"), [(5, 1), (5, 2), (4, 4), (1, 1), (12, 3)])
 def test_groups_follow_the_equations_each_with_its_own_biases(num_experts, k, train):
     """A row chooses among its group's experts alone, with their biases."""
-    gate, x_TD = make(num_experts, k, num_groups=4, train=train), tokens(sum(ROWS))
-    check(gate(x_TD, GROUP), *by_hand_in_groups(x_TD, gate.gate_DE, gate.bias_E, k), k, train)
+    gate, x_TD = make(num_experts, k, num_groups=4, train=train), naive.tokens(sum(ROWS))
+    naive.check(gate(x_TD, GROUP), *reference(gate, x_TD, k, True), k * len(x_TD), train)
 
 
 @pytest.mark.parametrize("what", ["gate", "importance", "probability_E", "log_z_squared"])
@@ -116,20 +70,9 @@ def test_groups_follow_the_equations_each_with_its_own_biases(num_experts, k, tr
 @pytest.mark.parametrize(("num_experts", "k"), [(5, 2), (5, 1), (3, 3)])
 def test_gradients_are_those_of_the_equations(what, grouped, num_experts, k):
     """Gradients to x and W_g equal those of the loops."""
-    gate, x_TD = make(num_experts, k, num_groups=4 if grouped else None), tokens(sum(ROWS)).requires_grad_()
-    gating = gate(x_TD, GROUP) if grouped else gate(x_TD)
-    table_TE, sums = (by_hand_in_groups if grouped else by_hand)(x_TD, gate.gate_DE, gate.bias_E, k)
-    factor_TE = tokens(len(x_TD), width=gating.num_experts, seed=5)
-    if what == "gate":
-        got, want = (dense(gating) * factor_TE).sum(), (table_TE * factor_TE).sum()
-    elif what == "importance":
-        got, want = (gating.importance_E * factor_TE[0]).sum(), (table_TE.sum(dim=0) * factor_TE[0]).sum()
-    else:
-        got, want = (gating.sums[what] * factor_TE[0]).sum(), (sums[what] * factor_TE[0]).sum()
-    inputs = (x_TD, gate.gate_DE)
-    for mine, theirs in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs), strict=True):
-        torch.testing.assert_close(mine, theirs)
-        assert mine.abs().max() > 1e-6
+    gate, x_TD = make(num_experts, k, num_groups=4 if grouped else None), naive.tokens(sum(ROWS)).requires_grad_()
+    gating = gate(x_TD, GROUP if grouped else None)
+    naive.check_gradients(what, gating, *reference(gate, x_TD, k, grouped), (x_TD, gate.gate_DE))
 
 
 def test_by_hand_on_paper():
@@ -140,7 +83,8 @@ def test_by_hand_on_paper():
     with a gate of 0.4. Two tokens each for 0 and 1, mean 4/3, then take 1/8 from both and give 1/8 to expert 2.
     """
     share_TE = torch.tensor([[0.9, 0.1, 0.2], [0.8, 0.2, 0.1], [0.5, 0.4, 0.2], [0.1, 0.7, 0.3]]).double()
-    gate, logit_TE = of_logits(3, 1), (share_TE / (1 - share_TE)).log()
+    gate, logit_TE = naive.reading_logits(make(3, 1, width=3)), (share_TE / (1 - share_TE)).log()
+    gate.bias_E.zero_()
     gating = gate(logit_TE)
     assert gating.expert_A.tolist() == [0, 0, 0, 1]
     assert gating.gate_A.tolist() == pytest.approx([0.9, 0.8, 0.5, 0.7])
@@ -177,7 +121,7 @@ def test_each_group_has_its_own_mean():
 
 def test_a_bias_changes_choices_and_never_a_gate_value():
     """Whatever the bias, a chosen expert's gate is its own sigmoid, and no gradient reaches the bias."""
-    gate, x_TD = make(6, 2), tokens(30)
+    gate, x_TD = make(6, 2), naive.tokens(30)
     want_TE = (x_TD @ gate.gate_DE).sigmoid()
     for bias in ([0.0] * 6, [5.0, 0, 0, 0, 0, -5.0], [0.0, 0, 100.0, 100.0, 0, 0]):
         gate.bias_E.copy_(torch.tensor(bias))
@@ -199,26 +143,3 @@ def test_adapting_balances_the_load():
         gate.adapt({"load_E": gate(x_TD[torch.randint(4000, (400,))]).load_E})
     assert (before / 1000 - 1).abs().max() > 0.3
     assert (gate(x_TD).load_E / 1000 - 1).abs().max() < 0.1
-
-
-def test_autocast_leaves_the_gate_in_float32():
-    """Under bfloat16 autocast the gating is bit for bit that of float32, and costs one matrix in any case."""
-    gate, x_TD = make(6, 2, dtype=torch.float32), tokens(20, dtype=torch.float32)
-    torch.manual_seed(0)
-    want = gate(x_TD)
-    torch.manual_seed(0)
-    with torch.autocast("cpu", torch.bfloat16):
-        got = gate(x_TD)
-    assert got.gate_A.dtype == torch.float32
-    assert torch.equal(dense(got), dense(want))
-    assert torch.equal(got.sums["log_z_squared"], want.sums["log_z_squared"])
-    assert gate.operations_per_timestep() == 5 * 6
-
-
-@pytest.mark.parametrize(("num_experts", "k"), [(4, 0), (4, 5), (0, 1)])
-def test_a_wrong_k_is_a_mistake_of_one_line(num_experts, k):
-    """More experts a token than there are, or none, is refused."""
-    with pytest.raises(Mistake) as caught:
-        LossFree(width=3, num_experts=num_experts, k=k, bias_update_rate=RATE)
-    assert f"model.k={k}" in str(caught.value)
-    assert "\n" not in str(caught.value)

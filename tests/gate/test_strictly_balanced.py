@@ -8,12 +8,12 @@ import json
 import math
 from pathlib import Path
 
+import naive
 import pytest
 import torch
 from tiny_training import TRAINING, call, with_overrides
 
 from moe_lm.gate.strictly_balanced import StrictlyBalanced
-from moe_lm.mistake import Mistake
 
 SIZES = [(0, 4, 2), (1, 1, 1), (1, 4, 2), (30, 6, 2), (9, 5, 1), (9, 5, 3), (9, 3, 3), (3, 8, 1), (7, 64, 2)]
 """Tokens, experts and experts a token; the last two have fewer tokens than experts."""
@@ -22,22 +22,12 @@ BALANCED = ["gate@model.layers.middle.gate=strictly_balanced", "balance=[batchwi
 
 def make(num_experts, k, num_groups=None, dtype=torch.float64, train=True, seed=0):
     """A gate with random matrix and thresholds, as after some training."""
-    gate = StrictlyBalanced(width=4, num_experts=num_experts, k=k, num_groups=num_groups).to(dtype).train(train)
+    gate = StrictlyBalanced(width=5, num_experts=num_experts, k=k, num_groups=num_groups).to(dtype).train(train)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         gate.gate_DE.normal_(generator=generator)
         gate.threshold_E.uniform_(0.5 / num_experts, 2 / num_experts, generator=generator)
     return gate
-
-
-def tokens(num_tokens, seed=1, dtype=torch.float64):
-    return torch.randn(num_tokens, 4, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def dense(gating):
-    """The gate values as a table, tokens by experts."""
-    table = gating.gate_A.new_zeros(gating.num_tokens, gating.num_experts)
-    return table.index_put((gating.token_A, gating.expert_A), gating.gate_A)
 
 
 def by_hand(x_TD, w_DE, threshold_E, k, train):
@@ -69,16 +59,15 @@ def by_hand(x_TD, w_DE, threshold_E, k, train):
 @pytest.mark.parametrize(("num_tokens", "num_experts", "k"), SIZES)
 def test_gating_follows_the_equations(num_tokens, num_experts, k, train):
     """Gates, importance, load and the loss's sum are those of the loops, for either mask."""
-    gate, x_TD = make(num_experts, k, train=train), tokens(num_tokens)
+    gate, x_TD = make(num_experts, k, train=train), naive.tokens(num_tokens)
     gating = gate(x_TD)
     want_TE, loss = by_hand(x_TD, gate.gate_DE, gate.threshold_E, k, train)
-    torch.testing.assert_close(dense(gating), want_TE)
+    torch.testing.assert_close(naive.dense(gating), want_TE)
     torch.testing.assert_close(gating.importance_E, want_TE.sum(dim=0))
     assert gating.load_E.tolist() == (want_TE > 0).sum(dim=0).tolist()
     assert not gating.load_E.requires_grad
     assert gating.num_asked == int((want_TE > 0).sum()) == len(gating.token_A)
-    pairs = list(zip(gating.expert_A.tolist(), gating.token_A.tolist(), strict=True))
-    assert pairs == sorted(set(pairs))
+    naive.check_order(gating)
     assert gating.sums.keys() == ({"threshold_gap", "num_tokens", "log_z_squared"} if train else set())
     if train:
         torch.testing.assert_close(gating.sums["threshold_gap"], loss)
@@ -89,39 +78,23 @@ def test_gating_follows_the_equations(num_tokens, num_experts, k, train):
 @pytest.mark.parametrize(("num_tokens", "num_experts", "k"), [(1, 4, 2), (8, 5, 2), (3, 6, 1), (5, 3, 3)])
 def test_gradients_are_those_of_the_equations(what, num_tokens, num_experts, k):
     """Gradients to x, W_g and T through gates, importance and loss equal those of the loops."""
-    gate, x_TD = make(num_experts, k), tokens(num_tokens).requires_grad_()
+    gate, x_TD = make(num_experts, k), naive.tokens(num_tokens).requires_grad_()
     gating = gate(x_TD)
     want_TE, loss = by_hand(x_TD, gate.gate_DE, gate.threshold_E, k, train=True)
     factor_TE = torch.randn(want_TE.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     got, want = {
-        "gate": ((dense(gating) * factor_TE).sum(), (want_TE * factor_TE).sum()),
+        "gate": ((naive.dense(gating) * factor_TE).sum(), (want_TE * factor_TE).sum()),
         "importance": ((gating.importance_E * factor_TE[0]).sum(), (want_TE.sum(dim=0) * factor_TE[0]).sum()),
         "loss": (gating.sums["threshold_gap"], loss),
     }[what]
     inputs = (x_TD, gate.gate_DE, gate.threshold_E) if what == "loss" else (x_TD, gate.gate_DE)
-    for mine, theirs in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs), strict=True):
-        torch.testing.assert_close(mine, theirs)
-        assert mine.abs().max() > 1e-6
-
-
-@pytest.mark.parametrize(
-    ("num_tokens", "num_experts", "k", "m"),
-    [(0, 4, 2, 0), (1, 4, 2, 1), (12, 4, 2, 6), (10, 4, 1, 3), (9, 4, 1, 2), (8, 3, 3, 8), (3, 100, 2, 1)],
-)
-@pytest.mark.parametrize("equal", [False, True], ids=["random", "equal"])
-def test_every_expert_takes_m_tokens(num_tokens, num_experts, k, m, equal):
-    """m = k|X|/n, rounded, a half upwards, at least 1; of equal gate values the earlier tokens' are taken."""
-    gate = make(num_experts, k)
-    gating = gate(torch.ones(num_tokens, 4).double() if equal else tokens(num_tokens))
-    assert gating.load_E.tolist() == [m] * num_experts
-    if equal:
-        assert gating.token_A.tolist() == list(range(m)) * num_experts
+    naive.same_gradients(got, want, inputs)
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 def test_one_group_is_the_flat_gate(train):
     """With one group everything is that of the flat gate with the same matrix and thresholds."""
-    flat, grouped, x_TD = make(6, 2, train=train), make(6, 2, num_groups=1, train=train), tokens(25)
+    flat, grouped, x_TD = make(6, 2, train=train), make(6, 2, num_groups=1, train=train), naive.tokens(25)
     one, other = flat(x_TD), grouped(x_TD, torch.zeros(25, dtype=torch.int64))
     assert torch.equal(one.token_A, other.token_A)
     assert torch.equal(one.expert_A, other.expert_A)
@@ -136,7 +109,7 @@ def test_groups_are_flat_gates_on_their_own_rows(sizes, train):
     """Each group's part is what a flat gate gives on the group's rows; rows and experts are counted over all."""
     num_experts, k, num_groups = 5, 2, len(sizes)
     gate = make(num_experts, k, num_groups, train=train)
-    x_TD = tokens(sum(sizes)).requires_grad_()
+    x_TD = naive.tokens(sum(sizes)).requires_grad_()
     x_TD.data[3] = x_TD.data[4]  # equal gate values inside a group
     gating = gate(x_TD, torch.arange(num_groups).repeat_interleave(torch.tensor(sizes)))
 
@@ -150,59 +123,56 @@ def test_groups_are_flat_gates_on_their_own_rows(sizes, train):
             delattr(flat, name)
             setattr(flat, name, value)
         part = flat(x_TD[rows])
-        torch.testing.assert_close(dense(part), by_hand(x_TD[rows], *own.values(), k, train)[0])
-        table[rows, columns] = dense(part)
+        torch.testing.assert_close(naive.dense(part), by_hand(x_TD[rows], *own.values(), k, train)[0])
+        table[rows, columns] = naive.dense(part)
         gap = gap + part.sums.get("threshold_gap", 0)
         load += part.load_E.tolist()
         start += size
 
-    pairs = list(zip(gating.expert_A.tolist(), gating.token_A.tolist(), strict=True))
-    assert pairs == sorted(set(pairs))
+    naive.check_order(gating)
     assert gating.num_experts == num_groups * num_experts
     assert gating.load_E.tolist() == load
-    torch.testing.assert_close(dense(gating), table)
+    torch.testing.assert_close(naive.dense(gating), table)
     torch.testing.assert_close(gating.importance_E, table.sum(dim=0))
     factor_TE = torch.randn(table.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    got, want = (dense(gating) * factor_TE).sum(), (table * factor_TE).sum()
+    got, want = (naive.dense(gating) * factor_TE).sum(), (table * factor_TE).sum()
     inputs = [x_TD, gate.gate_DE]
     if train:
         torch.testing.assert_close(gating.sums["threshold_gap"], gap)
         assert gating.sums["num_tokens"].item() == sum(sizes)
         got, want, inputs = got + gating.sums["threshold_gap"], want + gap, [*inputs, gate.threshold_E]
-    for mine, theirs in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs), strict=True):
-        torch.testing.assert_close(mine, theirs)
-        assert mine.abs().max() > 1e-6
+    naive.same_gradients(got, want, inputs)
 
 
 def test_evaluation_looks_at_one_token_and_training_at_all():
     """Another token's gates change when the last token changes in training only: training's choice sees ahead."""
-    gate, x_TD = make(6, 2, train=False), tokens(30)
+    gate, x_TD = make(6, 2, train=False), naive.tokens(30)
     others_TD = x_TD.clone()
     others_TD[-1] = x_TD[0] * 3
-    assert torch.equal(dense(gate(x_TD))[:-1], dense(gate(others_TD))[:-1])
-    torch.testing.assert_close(dense(gate(x_TD))[:5], dense(gate(x_TD[:5])))
+    assert torch.equal(naive.dense(gate(x_TD))[:-1], naive.dense(gate(others_TD))[:-1])
+    torch.testing.assert_close(naive.dense(gate(x_TD))[:5], naive.dense(gate(x_TD[:5])))
     gate.train()
-    assert not torch.equal(dense(gate(x_TD))[:-1] > 0, dense(gate(others_TD))[:-1] > 0)
+    assert not torch.equal(naive.dense(gate(x_TD))[:-1] > 0, naive.dense(gate(others_TD))[:-1] > 0)
 
 
 def test_a_token_above_no_threshold_gets_no_expert():
     """Thresholds that softmax values cannot pass leave an empty list; of 0, every expert."""
-    gate, x_TD = make(6, 2, train=False), tokens(10)
+    gate, x_TD = make(6, 2, train=False), naive.tokens(10)
     with torch.no_grad():
         gate.threshold_E.fill_(1)
     assert gate(x_TD).num_asked == 0
     assert gate(x_TD).importance_E.tolist() == [0] * 6
     with torch.no_grad():
         gate.threshold_E.fill_(0)
-    torch.testing.assert_close(dense(gate(x_TD)), (x_TD @ gate.gate_DE).softmax(dim=1))
+    torch.testing.assert_close(naive.dense(gate(x_TD)), (x_TD @ gate.gate_DE).softmax(dim=1))
 
 
 def test_gates_stay_finite_where_the_softmax_underflows():
     """An expert must take m tokens even where its gate value is 0 in float32; the shares still sum to 1."""
-    gate, x_TD = make(6, 1, dtype=torch.float32), (tokens(30, dtype=torch.float32) * 1000).requires_grad_()
+    gate, x_TD = make(6, 1, dtype=torch.float32), (naive.tokens(30, dtype=torch.float32) * 1000).requires_grad_()
     gating = gate(x_TD)
     assert (gating.load_E == 5).all()
-    taken_T = dense(gating).sum(dim=1)
+    taken_T = naive.dense(gating).sum(dim=1)
     assert torch.equal(taken_T[gating.token_A], torch.ones(30))
     gating.gate_A.square().sum().backward()
     assert x_TD.grad.isfinite().all()
@@ -219,33 +189,6 @@ def test_a_new_gate_spreads_the_tokens():
     torch.testing.assert_close(gate.threshold_E.data, torch.full((64,), 1 / 64))
     # Gate values near 1/n, where the thresholds lie: the loss starts small beside nats of about 10.
     assert 0 < gating.sums["threshold_gap"].item() / 400 < 0.05
-
-
-def test_autocast_leaves_the_gate_in_float32():
-    """Under bfloat16 autocast the gating is bit for bit that of float32, flat and with groups."""
-    for num_groups, group_T in ((None, None), (2, torch.arange(2).repeat_interleave(10))):
-        gate, x_TD = make(8, 2, num_groups, dtype=torch.float32), tokens(20, dtype=torch.float32)
-        with torch.autocast("cpu", torch.bfloat16):
-            cast, rounded = gate(x_TD, group_T), gate(x_TD.bfloat16(), group_T)
-        for got, want in ((cast, gate(x_TD, group_T)), (rounded, gate(x_TD.bfloat16().float(), group_T))):
-            assert got.gate_A.dtype == got.sums["threshold_gap"].dtype == torch.float32
-            assert torch.equal(dense(got), dense(want))
-            assert torch.equal(got.sums["threshold_gap"], want.sums["threshold_gap"])
-
-
-@pytest.mark.parametrize(("num_experts", "k"), [(4, 0), (4, 5), (0, 1)])
-def test_a_wrong_k_is_a_mistake_of_one_line(num_experts, k):
-    """More experts a token than there are, or none, is refused with the keys to change."""
-    with pytest.raises(Mistake) as caught:
-        StrictlyBalanced(width=3, num_experts=num_experts, k=k)
-    assert f"model.k={k}" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_operations_are_those_of_one_matrix():
-    """512 x 256 multiply-adds, and with 16 groups of 16 experts 512 x 16: one group's."""
-    assert StrictlyBalanced(width=512, num_experts=256, k=4).operations_per_timestep() == 131_072
-    assert StrictlyBalanced(width=512, num_experts=16, k=2, num_groups=16).operations_per_timestep() == 8_192
 
 
 def left(name: str) -> dict:
