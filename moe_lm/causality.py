@@ -9,7 +9,7 @@ Shape suffixes: T tokens.
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from moe_lm.batches import MicroBatch, cuts_in_order, derive_seed, micro_batch, random_keys
+from moe_lm.gate import Gating
 from moe_lm.mistake import Mistake
 from moe_lm.model import LanguageModel
 from moe_lm.prepared import Split
 
 TOLERANCE_BITS = 1e-6
 """A change of a prediction above this is a leak; rounding in float64 stays below 1e-9."""
-_PROBES_PER_BATCH = 8
+_PROBES_PER_BATCH = 4
 _MEAN = {torch.randn_like: 0.0, torch.randn: 0.0, torch.rand_like: 0.5, torch.rand: 0.5}
 
 
@@ -40,8 +41,23 @@ class Leak:
 
 
 @dataclass(frozen=True)
+class Served:
+    """The micro-batches of an audit under one rule of choice, as they truly are."""
+
+    perplexity: float
+    experts_per_token: float | None
+    """On average over the gated layers; None without any."""
+    unserved: float | None
+    """Share of tokens that no expert serves."""
+
+
+@dataclass(frozen=True)
 class Audit:
-    """What the probes found; `evaluation` is the rule by which perplexity is reported."""
+    """What the probes found; `evaluation` is the rule by which perplexity is reported.
+
+    Only words are replaced: what depends on the number or the lengths of other sentences is seen in `evaluation`, where
+    they are left away too, and not in the leaks of training, which are lower bounds.
+    """
 
     probes: int
     compared_tokens: int
@@ -55,10 +71,9 @@ class Audit:
     """Under training's choice, later words of the same sentence alone replaced."""
     other_sentences: Leak
     """Under training's choice, the other sentences alone replaced."""
-    perplexity: float
-    """Of these micro-batches, by the evaluation's rule."""
-    perplexity_by_training_choice: float
-    """Of the same words under training's choice: what a reader who had the whole batch would reach, no more."""
+    by_evaluation: "Served"
+    by_training: "Served"
+    """Under training's choice: what a reader who had the whole batch would reach, no more."""
 
     @property
     def causal(self) -> bool:
@@ -75,18 +90,20 @@ def audit(model: LanguageModel, split: Split, *, start: int, end: int, words: in
     """
     model = model.double().eval()
     found = {kind: [] for kind in ("evaluation", "training", "later_words", "other_sentences")}
-    nats, num_words = np.zeros(2), 0
+    sums, num_words = {"evaluation": np.zeros(4), "training": np.zeros(4)}, 0
     for number, chosen in enumerate(_drawn(split, words, math.ceil(probes / _PROBES_PER_BATCH), seed)):
         batch = micro_batch(split, chosen, start)
         probe = _Probe(model, batch, _other_tokens(batch.input_T, split, end, derive_seed(seed, "replaced", number)))
-        nats += probe.true["evaluation"].sum().item(), probe.true["training"].sum().item()
+        for rule, total in sums.items():
+            total += (probe.true[rule].sum().item(), *probe.served[rule])
         num_words += batch.num_words
         for place in range(min(_PROBES_PER_BATCH, probes - number * _PROBES_PER_BATCH)):
             sentence, step = _position(batch, seed, number, place)
             for kind, changes in probe.changes(sentence, step).items():
                 found[kind] += changes
     leaks = {kind: _leak(torch.cat(changes)) for kind, changes in found.items()}
-    return Audit(probes, sum(map(len, found["training"])), num_words, **leaks, **_perplexities(nats, num_words))
+    served = {f"by_{rule}": _served(total, num_words) for rule, total in sums.items()}
+    return Audit(probes, sum(map(len, found["training"])), num_words, **leaks, **served)
 
 
 class _Probe:
@@ -95,6 +112,8 @@ class _Probe:
     def __init__(self, model: LanguageModel, batch: MicroBatch, other_T: Tensor):
         self.model, self.batch, self.other_T = model, batch, other_T
         self.step_T = _steps(batch)
+        self.served: dict[str, tuple[int, ...]] = {}
+        """By rule: tokens in gated layers, their assignments, and tokens without any."""
         self.true = {"evaluation": self._nats(batch), "training": self._nats(batch, by_training=True)}
 
     def changes(self, sentence: int, step: int) -> dict[str, list[Tensor]]:
@@ -123,8 +142,10 @@ class _Probe:
         """Return the nats of the targets, or of those wanted: the softmax is the dearest part."""
         batch = batch.to(self.model.embedding_VD.device)
         with _training_choice(self.model) if by_training else contextlib.nullcontext():
-            hidden_TD, target_T = self.model.hidden(batch)[0], batch.target_T
-        if wanted_T is not None:
+            (hidden_TD, gatings), target_T = self.model.hidden(batch), batch.target_T
+        if wanted_T is None:
+            self.served.setdefault("training" if by_training else "evaluation", _counts(gatings.values()))
+        else:
             place_A = wanted_T.nonzero().squeeze(1).to(hidden_TD.device)
             hidden_TD, target_T = hidden_TD.index_select(0, place_A), target_T.index_select(0, place_A)
         return self.model.softmax.token_nats(hidden_TD, target_T).cpu()
@@ -140,16 +161,13 @@ class _MeanOfNoise(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _training_choice(model: LanguageModel) -> Iterator[None]:
-    """Let the layers with a gate choose as in training, without noise; nothing adapts and nothing is dropped out."""
-    gated = [layer for layer in model.layers.values() if hasattr(layer, "gate")]
+    """Let the layers choose as in training, without noise; nothing adapts, and dropout is the model's, not theirs."""
     try:
-        for layer in gated:
-            layer.train()
+        model.layers.train()
         with _MeanOfNoise():
             yield
     finally:
-        for layer in gated:
-            layer.eval()
+        model.layers.eval()
 
 
 def _drawn(split: Split, words: int, count: int, seed: int) -> list[np.ndarray]:
@@ -202,6 +220,13 @@ def _leak(nats_T: Tensor) -> Leak:
     return Leak(bits_T.abs().mean().item(), bits_T.mean().item(), bits_T.abs().max().item())
 
 
-def _perplexities(nats: np.ndarray, num_words: int) -> dict[str, float]:
-    causal, by_training = (math.exp(min(total / num_words, 700)) for total in nats)
-    return {"perplexity": causal, "perplexity_by_training_choice": by_training}
+def _counts(gatings: Iterable[Gating]) -> tuple[int, ...]:
+    """Return the tokens of these gatings, their assignments, and the tokens without any."""
+    rows = [(gating.num_tokens, len(gating.token_A), int(gating.num_unserved())) for gating in gatings]
+    return tuple(map(sum, zip(*rows, strict=True))) or (0, 0, 0)
+
+
+def _served(sums: np.ndarray, num_words: int) -> Served:
+    nats, tokens, assignments, unserved = sums.tolist()
+    shares = (assignments / tokens, unserved / tokens) if tokens else (None, None)
+    return Served(math.exp(min(nats / num_words, 700)), *shares)

@@ -26,7 +26,6 @@ class Run:
         self.config_file = folder / "config.yaml"
         self.metrics_file = folder / "metrics.jsonl"
         self.result_file = folder / "result.json"
-        self.audit_file = folder / "audit.json"
         self.checkpoints = folder / "checkpoints"
         self.vocabulary = folder / "vocabulary"
         self._lock = FileLock(folder / ".lock")

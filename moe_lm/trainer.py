@@ -103,7 +103,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         total, seen = torch.zeros((), dtype=torch.float64, device=self._device), None
-        asked = dropped = 0
+        asked = dropped = unserved = gated = 0
         terms: dict[str, Tensor | float] = {}
         # Of losses on global values every micro-batch has the same; of its own, each its share.
         shares = [1.0 / len(micro_batches) if everywhere else batch.num_words / num_words for batch in micro_batches]
@@ -117,6 +117,8 @@ class Trainer:
             seen = add(seen, statistics(gatings))
             asked += sum(gating.num_asked for gating in gatings.values())
             dropped += sum(gating.num_dropped for gating in gatings.values())
+            gated += sum(gating.num_tokens for gating in gatings.values())
+            unserved += sum(gating.num_unserved() for gating in gatings.values())
         norm = self.optimizer.clip(self.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -128,7 +130,7 @@ class Trainer:
         whole = [gating.with_statistics(seen[layer]) for layer, gating in gatings.items()]
         self._interval.add(**balance_figures(whole), **{f"balance_{name}": value for name, value in terms.items()})
         if gatings:
-            self._interval.add(dropped=dropped / max(asked, 1))
+            self._interval.add(dropped=dropped / max(asked, 1), unserved=unserved / max(gated, 1))
         return num_words
 
     @torch.no_grad()

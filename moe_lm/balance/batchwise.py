@@ -25,4 +25,4 @@ class Batchwise:
         """Return the loss a token; of a gate without thresholds 0."""
         if "threshold_gap" not in gating.sums:
             return gating.importance_E.new_zeros(())
-        return gating.sums["threshold_gap"] / gating.sums["num_tokens"].clamp(min=1)
+        return gating.sums["threshold_gap"] / gating.sums["threshold_tokens"].clamp(min=1)

@@ -1,9 +1,9 @@
 """moe-lm audit: does any prediction of a run see the future, and how many bits does training's choice leak."""
 
 import json
-import math
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 from moe_lm.causality import TOLERANCE_BITS, Audit, audit
 from moe_lm.commands import build as make
@@ -11,16 +11,15 @@ from moe_lm.commands.configuration import composed, resolved
 from moe_lm.commands.gates import gates_of
 from moe_lm.commands.load import Trained, data_of, load
 from moe_lm.corpus import SPLITS
-from moe_lm.files import write_text
+from moe_lm.files import replace_files
 from moe_lm.mistake import Mistake
-from moe_lm.run import Run
 
 HELP = "whether a run's predictions see the future, and how many bits training's routing leaks"
-NOT_CAUSAL = 1
+NOT_CAUSAL = 3
 
 
 def main(arguments: list[str]) -> int:
-    """Print what the probes found and write it to audit.json in the run; 1 where the evaluation is not causal."""
+    """Print what the probes found and keep it in the run as audit.json; 3 where the evaluation is not causal."""
     config = resolved(composed("audit", arguments))
     if config["split"] not in SPLITS:
         raise Mistake(f"split={config['split']}: choose {', '.join(SPLITS)}")
@@ -43,8 +42,10 @@ def main(arguments: list[str]) -> int:
         seed=config["seed"],
     )
     figures = figures_of(found, trained) | {"split": config["split"], "batch_words": words, "seed": config["seed"]}
-    write_text(Run(make.existing(config["run"])).audit_file, json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures) if config["json"] else table(config["run"], figures))
+    print(json.dumps(figures) if config["json"] else table(config["run"], figures), flush=True)
+    # Reports read that of the last step; others stand beside it.
+    name = "audit.json" if config["checkpoint"] == "last" else f"audit-{trained.step}.json"
+    replace_files(Path(config["run"]), {name: (json.dumps(figures, indent=1) + "\n").encode()})
     if not found.causal:
         _say(
             f"moe-lm: {config['run']} is not causal: a prediction moved by {found.evaluation.largest_bits:.2g} bits "
@@ -56,10 +57,8 @@ def main(arguments: list[str]) -> int:
 
 def figures_of(found: Audit, trained: Trained) -> dict:
     """Return the audit as audit.json holds it."""
-    finite = {key: value if math.isfinite(value) else None for key, value in asdict(found).items() if _plain(value)}
-    leaks = {key: value for key, value in asdict(found).items() if not _plain(value)}
     gates = {key: getattr(gate, "chooses_over_batch", None) for key, gate in gates_of(trained.model)}
-    return {"step": trained.step, "causal": found.causal, **finite, **leaks, "gates": gates}
+    return {"step": trained.step, "causal": found.causal, **asdict(found), "gates": gates}
 
 
 def table(run: str, figures: dict) -> str:
@@ -76,15 +75,19 @@ def table(run: str, figures: dict) -> str:
     for key in ("later_words", "other_sentences"):
         what, leak = key.replace("_", " "), figures[key]
         lines.append(f"  by {what} alone {leak['mean_bits']:.4f}; gain {leak['gain_bits']:+.4f}")
-    lines.append(
-        f"perplexity of these {figures['words']:,} words {figures['perplexity']:.3f}; with training's choice, which is "
-        f"no causal model's, {figures['perplexity_by_training_choice']:.3f}"
-    )
+    causal, by_training = figures["by_evaluation"], figures["by_training"]
+    causal, by_training = figures["by_evaluation"], figures["by_training"]
+    lines += [
+        f"perplexity of these {figures['words']:,} words {causal['perplexity']:.3f}{_served(causal)}",
+        f"  with training's choice, which is no causal model's, {by_training['perplexity']:.3f}{_served(by_training)}",
+    ]
     return "\n".join([*lines, *(f"{key}: {told}" for key, told in figures["gates"].items() if told)])
 
 
-def _plain(value: object) -> bool:
-    return isinstance(value, int | float)
+def _served(part: dict) -> str:
+    if part["experts_per_token"] is None:
+        return ""
+    return f" by {part['experts_per_token']:.2f} experts a token, {part['unserved']:.1%} of the tokens without any"
 
 
 def _say(line: str) -> None:

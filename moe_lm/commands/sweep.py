@@ -15,7 +15,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from moe_lm.commands.configuration import composed, default_name, parse, preset_of, quoted
 from moe_lm.commands.study import Study, study_of
 from moe_lm.mistake import Mistake
-from moe_lm.report.results import read_run
+from moe_lm.report.results import read_audit, read_result
 
 HELP = "train every model of a study, or of a grid (-m model=moe_4,moe_32 seed=1,2)"
 OWN_KEYS = ("study", "scale", "runs", "parallel")
@@ -134,7 +134,7 @@ def _train_all(jobs: list[Job], runs: Path, parallel: int, audit: bool) -> int:
                     raise KeyboardInterrupt
                 _print(_last_line(job.log))
                 failed += [(job, code, _last_line(job.log))] if code else []
-                if audit and not code and job.command == "train" and read_run(job.folder).audit is None:
+                if audit and not code and job.command == "train" and not _is_audited(job):
                     waiting.insert(0, audit_of(job))
     except KeyboardInterrupt:
         _stop(running)
@@ -152,6 +152,15 @@ def audit_of(job: Job) -> Job:
     """Return the audit of a finished run, on the machine that the run was told to take."""
     machine = [a for a in job.arguments if _key(a) in ("machine.device", "machine.threads")]
     return Job(job.folder, (f"run={job.folder}", *machine), "audit")
+
+
+def _is_audited(job: Job) -> bool:
+    """Whether a run's last step was found causal; what is damaged or was not is audited anew, and says so again."""
+    try:
+        found = read_audit(job.folder / "audit.json", read_result(job.folder / "result.json"))
+    except Mistake:
+        return False
+    return found is not None and found["causal"]
 
 
 def _stop(running: dict[Job, subprocess.Popen]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from moe_lm.mistake import Mistake
@@ -36,13 +37,18 @@ class Gating:
 
     Of one entry an expert: `asked_E`, its choices before any capacity, `first_choice_E`, the first choices among them,
     `probability_E`, the sum of its share of a softmax over all experts. Scalars: `log_z_squared`, the sum of
-    logsumexp(logits)^2, and `num_tokens`.
+    logsumexp(logits)^2, and `num_tokens`, over how many.
     """
 
     @property
     def num_experts(self) -> int:
         """Number of experts, E."""
         return self.importance_E.numel()
+
+    def num_unserved(self) -> Tensor:
+        """Return how many tokens no expert serves: dropped everywhere, or chosen by none."""
+        served_T = torch.zeros(self.num_tokens, dtype=torch.bool, device=self.token_A.device)
+        return self.num_tokens - served_T.index_fill_(0, self.token_A, True).sum()
 
     def statistics(self) -> dict[str, Tensor]:
         """Return everything that balance losses read, as sums: additive over tokens and over processes."""

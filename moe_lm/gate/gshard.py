@@ -40,7 +40,7 @@ class GShard(nn.Module):
         super().__init__()
         self.k, self.num_groups, self.num_experts = checked_k(k, num_experts, 2, "gshard"), num_groups, num_experts
         if not capacity_factor > 0:
-            raise Mistake(f"gate.capacity_factor={capacity_factor}: must be positive")
+            raise Mistake(f"capacity_factor={capacity_factor} of the gate gshard: must be positive")
         self.capacity_factor = capacity_factor
         self.gate_DE = initial_matrix(width, num_experts, num_groups)
 

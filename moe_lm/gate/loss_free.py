@@ -3,6 +3,7 @@
 Shape suffixes: T tokens, D width, E experts (of a group), K experts a token, G groups.
 """
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -27,8 +28,8 @@ class LossFree(nn.Module):
     def __init__(self, *, width: int, num_experts: int, k: int, bias_update_rate: float, num_groups: int | None = None):
         super().__init__()
         self.k, self.num_groups, self.num_experts = checked_k(k, num_experts), num_groups, num_experts
-        if not bias_update_rate >= 0:
-            raise Mistake(f"gate.bias_update_rate={bias_update_rate}: must be at least 0")
+        if not 0 <= bias_update_rate < math.inf:
+            raise Mistake(f"bias_update_rate={bias_update_rate} of the gate loss_free: must be at least 0 and finite")
         self.bias_update_rate = bias_update_rate
         self.gate_DE = initial_matrix(width, num_experts, num_groups)
         self.register_buffer("bias_E", torch.zeros((num_groups or 1) * num_experts))
@@ -43,7 +44,7 @@ class LossFree(nn.Module):
             gate_TK = score_TE.gather(1, expert_TK)
             expert_TK, sums = numbered(expert_TK, group_T, self.num_experts), {}
             if self.training:
-                share_TE = score_TE / score_TE.sum(dim=1, keepdim=True)
+                share_TE = score_TE / score_TE.sum(dim=1, keepdim=True).clamp(min=torch.finfo(score_TE.dtype).tiny)
                 sums = choice_sums(logit_TE, expert_TK, group_T, self.num_groups, self.wanted, share_TE)
             return token_choice(expert_TK, gate_TK, self.bias_E.numel(), sums=sums)
 

@@ -53,7 +53,8 @@ class Sinkhorn(nn.Module):
         self.k, self.num_groups, self.num_experts = checked_k(k, num_experts), num_groups, num_experts
         if not tolerance > 0 or max_iterations < 1:
             raise Mistake(
-                f"gate.tolerance={tolerance} gate.max_iterations={max_iterations}: must be positive and at least 1"
+                f"tolerance={tolerance} max_iterations={max_iterations} of the gate sinkhorn: "
+                "must be positive and at least 1"
             )
         self.tolerance, self.max_iterations = tolerance, max_iterations
         self.gate_DE = initial_matrix(width, num_experts, num_groups)

@@ -18,7 +18,7 @@ class StrictlyBalanced(nn.Module):
     M is the batchwise mask in training, which looks at all tokens of the call, and the threshold mask in
     evaluation, G_sigma(x)_i > T_i, which looks at one. A token may get more than k experts, fewer, or none. Learning
     T takes the loss `needs_loss`; it reads two additive sums, left in training only: `threshold_gap`,
-    sum_j sum_i (M_threshold - M_batchwise)(G_sigma(x_j)_i - T_i), and `num_tokens`.
+    sum_j sum_i (M_threshold - M_batchwise)(G_sigma(x_j)_i - T_i), and `threshold_tokens`, the number of tokens.
     """
 
     needs_loss: ClassVar[str] = "batchwise"
@@ -55,7 +55,10 @@ class StrictlyBalanced(nn.Module):
         if self.training:
             above_TE, mask_TE = mask_TE, batchwise_mask(gate_TE.detach(), self.k, group_T)
             surplus_TE = above_TE.to(gate_TE.dtype) - mask_TE.to(gate_TE.dtype)
-            sums = logit_sums(logit_TE, self.wanted) | {"threshold_gap": (surplus_TE * (gate_TE - threshold_TE)).sum()}
+            sums = logit_sums(logit_TE, self.wanted) | {
+                "threshold_gap": (surplus_TE * (gate_TE - threshold_TE)).sum(),
+                "threshold_tokens": gate_TE.new_full((), x_TD.shape[0]),
+            }
         return expert_choice(mask_TE, masked_softmax(logit_TE, mask_TE), group_T, self.num_groups, sums)
 
 

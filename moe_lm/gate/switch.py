@@ -49,9 +49,9 @@ class Switch(nn.Module):
         super().__init__()
         self.k, self.num_groups, self.num_experts = checked_k(k, num_experts, 1, "switch"), num_groups, num_experts
         if not capacity_factor > 0:
-            raise Mistake(f"gate.capacity_factor={capacity_factor}: must be positive")
+            raise Mistake(f"capacity_factor={capacity_factor} of the gate switch: must be positive")
         if not 0 <= jitter < 1:
-            raise Mistake(f"gate.jitter={jitter}: must be at least 0 and below 1")
+            raise Mistake(f"jitter={jitter} of the gate switch: must be at least 0 and below 1")
         self.capacity_factor, self.jitter = capacity_factor, jitter
         self.gate_DE = initial_matrix(width, num_experts, num_groups)
 

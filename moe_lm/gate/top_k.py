@@ -24,8 +24,8 @@ class TopK(nn.Module):
         self.k, self.num_groups, self.num_experts = checked_k(k, num_experts), num_groups, num_experts
         if k == 1 < num_experts:
             raise Mistake(
-                "the gate top_k with model.k=1 gives every choice the weight 1 and learns nothing from the text: "
-                "model.k=2, or gate@model.layers.middle.gate=switch for one expert a token"
+                "the gate top_k with one expert a token gives it the weight 1 and learns nothing from the text: "
+                "model.k=2, or the gate switch for one expert a token"
             )
         self.gate_DE = initial_matrix(width, num_experts, num_groups)
 

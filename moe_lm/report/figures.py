@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from moe_lm.report import RunRecord
 
-BALANCE = ("cv_importance", "cv_load", "max_over_mean_load", "dropped")
+BALANCE = ("cv_importance", "cv_load", "max_over_mean_load", "dropped", "unserved")
 LAST_LINES = 5
 """Training lines at the end of a run over which the balance of the experts is averaged, as in Table 6."""
 
@@ -18,8 +18,10 @@ def run_figures(run: RunRecord) -> dict[str, float | None]:
     figures = {key: value for key, value in run.result.items() if isinstance(value, int | float)}
     figures |= {key: last_mean(run, key) for key in BALANCE}
     if run.audit:
-        causal, by_training = (run.audit[key] for key in ("perplexity", "perplexity_by_training_choice"))
-        figures |= {"leak_bits": run.audit["training"]["mean_bits"], "perplexity_shift": by_training / causal}
+        causal, by_training = run.audit["by_evaluation"], run.audit["by_training"]
+        figures |= {f"audited_{key}": value for key, value in causal.items()}
+        figures["perplexity_shift"] = by_training["perplexity"] / causal["perplexity"]
+        figures["leak_bits"] = run.audit["training"]["mean_bits"]
         figures["leak_of_later_words_bits"] = run.audit["later_words"]["mean_bits"]
     return figures | {f"{split}_perplexity": run.perplexity(split) for split in ("test", "valid")}
 

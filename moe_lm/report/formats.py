@@ -35,8 +35,8 @@ def power(value: float) -> str:
 
 
 def bits(value: float) -> str:
-    """Bits a token with three decimals; what is below shows as a power of ten, and nothing as 0."""
-    return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}" if value > 1e-9 else "0"
+    """Bits a token with four decimals, below rounding in float64 just 0."""
+    return f"{value:.4f}" if value > 1e-9 else "0"
 
 
 def percent(value: float) -> str:

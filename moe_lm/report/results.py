@@ -99,11 +99,12 @@ def read_audit(path: Path, result: Mapping[str, Any] | None) -> Mapping[str, Any
     mend = "repeat moe-lm audit, or move it away"
     try:
         audit = json.loads(path.read_bytes())
-        numbers = [audit["training"]["mean_bits"], audit["later_words"]["mean_bits"]]
-        numbers += [audit["perplexity"], audit["perplexity_by_training_choice"], audit["step"]]
+        whole = isinstance(audit["causal"], bool) and isinstance(audit["by_evaluation"]["unserved"], float | None)
+        numbers = [audit["step"], *(audit[key]["mean_bits"] for key in ("training", "later_words"))]
+        numbers += [audit[key]["perplexity"] for key in ("by_evaluation", "by_training")]
     except (ValueError, KeyError, TypeError) as error:
         raise Mistake(f"{path} is damaged ({first_line(error)}): {mend}") from error
-    if not all(map(is_number, numbers)):
+    if not whole or not all(map(is_number, numbers)):
         raise Mistake(f"{path} is damaged (not all of its figures are numbers): {mend}")
     return audit if audit["step"] == result.get("steps") else None
 

@@ -11,7 +11,8 @@ from moe_lm.report.seeds import seed_groups
 FORMATS = {
     Column("gates", "gate"): str,
     Column("losses", "balance losses"): str,
-    Column("test_perplexity", "test perplexity (causal)"): perplexity,
+    Column("test_perplexity", "test perplexity"): perplexity,
+    Column("audited", "by an evaluation that is"): str,
     Column("operations_per_timestep", "ops/timestep (M)"): millions,
     Column("parameters_without_embedding_and_softmax", "parameters (M)"): millions,
     Column("cv_importance", "CV (importance)"): small,
@@ -19,17 +20,19 @@ FORMATS = {
     Column("max_over_mean_load", "max/mean load"): small,
     Column("dropped", "dropped"): percent,
     Column("words_per_second", "words/s"): plain,
+    Column("audited_experts_per_token", "experts a token, evaluated"): small,
+    Column("audited_unserved", "tokens without expert, evaluated"): percent,
     Column("leak_bits", "leak of training (bits/token)"): bits,
-    Column("leak_of_later_words_bits", "leak of later words alone"): bits,
-    Column("perplexity_shift", "perplexity by training's choice to causal"): percent,
+    Column("leak_of_later_words_bits", "of later words alone"): bits,
+    Column("perplexity_shift", "perplexity, training's choice to evaluation's"): percent,
 }
 TEXT = (
-    "Perplexity is by each gate's rule of evaluation, which looks at no other token. Balance and the share of dropped "
-    f"choices are of training batches, means over the last {LAST_LINES} logged lines. The leak, by `moe-lm audit`: how "
-    "much predictions change, in bits, when later words and other sentences of the micro-batch are replaced under "
-    "training's choice; in evaluation no prediction of an audited run moved, or the audit had failed. The last column "
-    "compares the perplexity of the audit's words under training's choice with the causal one: below 100 % the model "
-    "does better with the whole batch in view, which is nothing it could do on new text."
+    "Perplexity is by each gate's rule of evaluation, which looks at no other token; moe-lm audit says whether that is "
+    "so, by replacing later words and other sentences. Balance and the share of dropped choices are of training "
+    f"batches, means over the last {LAST_LINES} logged lines. The leak is how much predictions change, in bits, when "
+    "those words are replaced under training's choice: a lower bound, as lengths and numbers of sentences stay. The "
+    "last column compares the perplexities of the audit's words: below 100 % the model does better with the whole "
+    "batch in view, which is nothing it could do on new text."
 )
 
 
@@ -46,10 +49,18 @@ def routing_tables(runs: Sequence[RunRecord]) -> list[Table]:
 
 def figures_of(runs: Sequence[RunRecord]) -> dict[str, float | str | None]:
     """The means over seeds, with the names of the gates and of the losses that reach them."""
-    figures = dict(mean_figures(runs)) | {"gates": gates(runs[0]) or "none"}
+    figures = dict(mean_figures(runs)) | {"gates": gates(runs[0]) or "none", "audited": audited(runs)}
     losses = runs[0].settings.get("balance")
     names = [name for name, part in losses.items() if isinstance(part, Mapping)] if isinstance(losses, Mapping) else []
     return figures | {"losses": ", ".join(names) if runs[0].is_moe and names else None}
+
+
+def audited(runs: Sequence[RunRecord]) -> str:
+    """What the audits of these runs say of their evaluation: `causal` only if each of them does."""
+    found = [run.audit and run.audit["causal"] for run in runs]
+    if False in found:
+        return "NOT CAUSAL"
+    return "not audited" if None in found else "causal"
 
 
 def gates(run: RunRecord) -> str:

@@ -21,7 +21,10 @@ FORMATS = {
     Column("cv_load", "CV (load)"): small,
     Column("max_over_mean_load", "max/mean load"): small,
     Column("dropped", "dropped"): percent,
+    Column("unserved", "tokens without expert"): percent,
 }
+SOMETIMES = ("dropped", "unserved")
+"""Columns that only stand where a run has such tokens."""
 # The deviation of a figure that no seed changes is no measurement, so it stays empty.
 FIXED = ("operations_per_timestep", "parameters_without_embedding_and_softmax", "parameters_total")
 TEXT = (
@@ -39,8 +42,8 @@ def main_table(runs: Iterable[RunRecord]) -> Table:
         rows.append(Row("run", run.name, run_figures(run)))
         if id(run) in seeds:
             rows += seed_rows(*seeds[id(run)])
-    some = any(row.figures.get("dropped") for row in rows)
-    formats = {column: style for column, style in FORMATS.items() if some or column.key != "dropped"}
+    some = {key for key in SOMETIMES for row in rows if row.figures.get(key)}
+    formats = {column: style for column, style in FORMATS.items() if column.key in some or column.key not in SOMETIMES}
     return Table("table", "Results", TEXT, formats, rows)
 
 
