@@ -72,7 +72,7 @@ def test_every_gate_is_causal_in_evaluation(gate):
     assert (model.layers["middle"].gate.__class__.__dict__.get("chooses_over_batch") is not None) == (gate in BY_BATCH)
     if gate not in BY_BATCH:
         assert found.training.largest_bits < 1e-9
-        assert found.perplexity_by_training_choice == pytest.approx(found.perplexity, rel=1e-9)
+        assert found.by_training.perplexity == pytest.approx(found.by_evaluation.perplexity, rel=1e-9)
 
 
 def test_capacity_of_switch_sees_other_sentences_and_no_later_word():
@@ -210,7 +210,9 @@ def test_the_leak_is_measured_in_bits():
     assert 20 < changed < 40
     assert found.training.gain_bits == pytest.approx(found.training.mean_bits), "all of it is a gain"
     # Four of five words are told, and of the last nothing.
-    assert math.log(found.perplexity) == pytest.approx(-(4 * math.log(0.9) + math.log(0.1 / (SIZE - 1))) / 5)
+    assert math.log(found.by_evaluation.perplexity) == pytest.approx(
+        -(4 * math.log(0.9) + math.log(0.1 / (SIZE - 1))) / 5
+    )
 
 
 def test_a_seed_repeats_the_audit_and_another_does_not():

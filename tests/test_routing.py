@@ -54,14 +54,12 @@ def test_a_resumed_run_is_an_undisturbed_one(workspace, moe_lm, training, gate):
     assert sum("model.layers.middle.gate, not causal" in line for line in whole.err.splitlines()) == (gate in BY_BATCH)
 
 
-@pytest.mark.parametrize(
-    ("gate", "moved"), [("loss_free", ["bias_E"]), ("expert_choice", ["cut_sum_E", "cut_weight_E"])]
-)
+@pytest.mark.parametrize(("gate", "moved"), [("loss_free", ["bias_E"]), ("expert_choice", ["log_threshold_E"])])
 def test_what_adapts_is_in_the_checkpoint(workspace, moe_lm, training, gate, moved):
     assert moe_lm("train", *chosen(training, gate)).code == 0
     tensors = load_file(checkpoint_of(workspace / "runs/tiny") / "model.safetensors")
     for name in moved:
-        assert tensors[f"layers.middle.gate.{name}"].abs().sum() > 0
+        assert len(tensors[f"layers.middle.gate.{name}"].unique()) > 1
 
 
 @pytest.mark.parametrize(("gate", "drops"), [("switch", True), ("gshard", True), ("top_k", False)])
@@ -149,13 +147,13 @@ def test_the_audit_prints_and_keeps_what_it_found(own_trained, moe_lm):
 
 
 def test_the_audit_fails_a_run_that_peeks(own_trained, moe_lm, monkeypatch):
-    """A noisy top-k gate that reads its neighbour's row: one line, exit code 1."""
+    """A noisy top-k gate that reads its neighbour's row: one line, exit code 3."""
     from moe_lm.gate.noisy_top_k import NoisyTopK
 
     honest = NoisyTopK._gating
     monkeypatch.setattr(NoisyTopK, "_gating", lambda self, x_TD, group_T: honest(self, 9 * x_TD.roll(-1, 0), group_T))
     outcome = moe_lm("audit", "run=runs/tiny", "probes=8")
-    assert outcome.code == 1
+    assert outcome.code == 3
     assert "NOT CAUSAL" in outcome.out
     assert_one_line(outcome, "is not causal", "its perplexities mean nothing")
     assert json.loads((own_trained / "runs/tiny/audit.json").read_text())["causal"] is False

@@ -10,7 +10,7 @@ import torch
 ZERO = torch.zeros((), dtype=torch.float64)
 SUMS = ("asked_E", "first_choice_E", "probability_E", "log_z_squared", "num_tokens")
 """The sums of a gate whose tokens choose experts."""
-CONSTANT = ("asked_E", "first_choice_E", "cut_E", "num_cuts_E", "num_tokens")
+CONSTANT = ("asked_E", "first_choice_E", "above_E", "share_E", "num_tokens")
 """Sums without a gradient."""
 
 

@@ -3,6 +3,7 @@
 Shape suffixes: T tokens, D width, E experts (of a group), A assignments, G groups.
 """
 
+import math
 from itertools import combinations, product
 
 import naive
@@ -151,13 +152,14 @@ def test_by_hand_on_paper():
     assert logit_TE.grad[[0, 2]].abs().max() == 0
 
 
-def test_cuts_are_between_the_scores_taken_and_left():
-    """Whatever the cap: half way from the m-th largest score to the next, the border that evaluation goes by."""
+def test_the_load_above_is_that_of_the_limited_rule():
+    """What thresholds follow is what evaluation would take: of a token's experts above theirs the b best."""
     gate, x_TD = make(4, 2, 2, entropy_weight=0.01), naive.tokens(24)
-    gating, share_TE = gate(x_TD), (x_TD @ gate.gate_DE).softmax(dim=1)
-    for i in range(4):
-        scores = sorted(share_TE[:, i].tolist(), reverse=True)
-        assert gating.sums["cut_E"][i].item() == pytest.approx((scores[11] + scores[12]) / 2)
+    gate.log_threshold_E.fill_(math.log(0.05))
+    gating = gate(x_TD)
+    assert torch.equal(gating.sums["above_E"], gate.eval()(x_TD).load_E)
+    assert gating.sums["above_E"].sum() < ((x_TD @ gate.gate_DE).softmax(dim=1) > 0.05).sum()
+    assert gating.sums["share_E"].tolist() == [12] * 4
 
 
 INPUTS = [pytest.param(scale, n, id=f"scale{scale}-rounds{n}") for scale in (0, 0.01, 1, 10, 100) for n in (1, 100)]
@@ -196,17 +198,18 @@ def test_groups_are_capped_each_by_itself():
     grouped = make(4, 2, 3, num_groups=4, entropy_weight=0.05)
     x_TD = naive.tokens(sum(rows))
     gating = grouped(x_TD, naive.groups(rows))
-    tables, cuts = [], []
+    tables, above = [], []
     for g, part_TD in enumerate(x_TD.split(rows)):
         flat = make(4, 2, 3, entropy_weight=0.05)
         with torch.no_grad():
             flat.gate_DE.copy_(grouped.gate_DE[g])
         alone = flat(part_TD)
         tables.append(taken(alone))
-        cuts.append(alone.sums["cut_E"])
+        above.append(alone.sums["above_E"])
     assert torch.equal(taken(gating), torch.block_diag(*tables))
-    torch.testing.assert_close(gating.sums["cut_E"], torch.cat(cuts))
-    assert gating.sums["num_cuts_E"].tolist() == [1] * 4 + [0] * 4 + [1] * 8
+    assert torch.equal(gating.sums["above_E"], torch.cat(above))
+    # m = 2 * tokens / 4 of 7, 0, 12 and 2 rows: 3.5 upwards, none, 6 and 1.
+    assert gating.sums["share_E"].tolist() == [4] * 4 + [0] * 4 + [6] * 4 + [1] * 4
 
 
 def test_evaluation_is_capped_too():

@@ -68,10 +68,12 @@ def test_gating_follows_the_equations(num_tokens, num_experts, k, train):
     assert not gating.load_E.requires_grad
     assert gating.num_asked == int((want_TE > 0).sum()) == len(gating.token_A)
     naive.check_order(gating)
-    assert gating.sums.keys() == ({"threshold_gap", "num_tokens", "log_z_squared"} if train else set())
+    assert gating.sums.keys() == (
+        {"threshold_gap", "threshold_tokens", "num_tokens", "log_z_squared"} if train else set()
+    )
     if train:
         torch.testing.assert_close(gating.sums["threshold_gap"], loss)
-        assert gating.sums["num_tokens"].item() == num_tokens
+        assert gating.sums["threshold_tokens"].item() == num_tokens
 
 
 @pytest.mark.parametrize("what", ["gate", "importance", "loss"])
@@ -139,7 +141,7 @@ def test_groups_are_flat_gates_on_their_own_rows(sizes, train):
     inputs = [x_TD, gate.gate_DE]
     if train:
         torch.testing.assert_close(gating.sums["threshold_gap"], gap)
-        assert gating.sums["num_tokens"].item() == sum(sizes)
+        assert gating.sums["threshold_tokens"].item() == sum(sizes)
         got, want, inputs = got + gating.sums["threshold_gap"], want + gap, [*inputs, gate.threshold_E]
     naive.same_gradients(got, want, inputs)
 

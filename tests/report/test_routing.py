@@ -16,8 +16,9 @@ AUDIT = {
     "step": 100,
     "training": {"mean_bits": 0.0512},
     "later_words": {"mean_bits": 0.00001},
-    "perplexity": 80.0,
-    "perplexity_by_training_choice": 78.0,
+    "causal": True,
+    "by_evaluation": {"perplexity": 80.0, "experts_per_token": 1.0, "unserved": 0.015},
+    "by_training": {"perplexity": 78.0, "experts_per_token": 0.75, "unserved": 0.25},
 }
 
 
@@ -57,8 +58,18 @@ def test_a_row_for_each_run(two):
     assert list(rows) == ["dense", "plain", "switch"]
     assert [rows[name]["gates"] for name in rows] == ["none", "noisy_top_k", "switch"]
     assert [rows[name]["losses"] for name in rows] == ["", "load", "switch, z_loss"]
-    assert rows["switch"] | {"dropped": "25.0 %", "leak_bits": "0.051", "perplexity_shift": "97.5 %"} == rows["switch"]
-    assert rows["switch"]["leak_of_later_words_bits"] == "1e-05"
+    assert (
+        rows["switch"]
+        | {
+            "dropped": "25.0 %",
+            "leak_bits": "0.0512",
+            "audited": "causal",
+            "audited_unserved": "1.5 %",
+            "perplexity_shift": "97.5 %",
+        }
+        == rows["switch"]
+    )
+    assert rows["switch"]["leak_of_later_words_bits"] == "0.0000"
     assert rows["plain"]["leak_bits"] == rows["dense"]["cv_load"] == ""
 
 
@@ -93,9 +104,15 @@ def test_runs_of_one_gate_have_no_such_table(make_run, tmp_path):
 def test_an_audit_of_another_step_is_not_read(two):
     write_audit(two / "switch", step=50)
     assert shown(two)["switch"]["leak_bits"] == ""
+    assert shown(two)["switch"]["audited"] == "not audited"
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", json.dumps(AUDIT | {"perplexity": "x"})], ids=str)
+def test_a_run_that_is_not_causal_is_told(two):
+    write_audit(two / "switch", causal=False)
+    assert shown(two)["switch"]["audited"] == "NOT CAUSAL"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", json.dumps(AUDIT | {"causal": 1})], ids=str)
 def test_a_damaged_audit_is_a_mistake(two, text):
     (two / "switch" / "audit.json").write_text(text)
     with pytest.raises(Mistake, match=re.escape("audit.json is damaged")):
