@@ -69,6 +69,12 @@ def test_dropped_tokens_are_told(workspace, moe_lm, training, gate, drops):
     assert moe_lm("train", *chosen(training, gate, *less)).code == 0
     lines = [json.loads(line) for line in (workspace / "runs/tiny/metrics.jsonl").read_text().splitlines()]
     shares = [line["dropped"] for line in lines if "split" not in line]
+    alone = [line["unserved"] for line in lines if "split" not in line]
+    assert (
+        alone == shares
+        if gate == "switch"
+        else all(0 <= one <= share for one, share in zip(alone, shares, strict=True))
+    )
     # Of capacity 0.3 at most 0.3 of the choices find a place, but for rounding up to whole tokens.
     assert all(0.6 < share < 0.75 for share in shares) if drops else all(share == 0 for share in shares)
 
@@ -157,6 +163,20 @@ def test_the_audit_fails_a_run_that_peeks(own_trained, moe_lm, monkeypatch):
     assert "NOT CAUSAL" in outcome.out
     assert_one_line(outcome, "is not causal", "its perplexities mean nothing")
     assert json.loads((own_trained / "runs/tiny/audit.json").read_text())["causal"] is False
+
+
+def test_an_audit_that_cannot_be_kept_is_told_all_the_same(own_trained, moe_lm):
+    (own_trained / "runs/tiny/audit.json").mkdir()
+    outcome = moe_lm("audit", "run=runs/tiny", "probes=4")
+    assert outcome.code == 2
+    assert "evaluation: causal" in outcome.out
+    assert_one_line(outcome, "cannot write runs/tiny")
+
+
+def test_an_audit_of_the_best_step_stands_beside_the_last(own_trained, moe_lm):
+    assert moe_lm("audit", "run=runs/tiny", "probes=4", "checkpoint=best").code == 0
+    [kept] = (own_trained / "runs/tiny").glob("audit*.json")
+    assert kept.name == f"audit-{json.loads(kept.read_text())['step']}.json"
 
 
 @pytest.mark.parametrize(

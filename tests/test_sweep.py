@@ -158,3 +158,10 @@ def test_a_study_that_audits_does_so_once_for_each_run(workspace, moe_lm, traini
     assert again.code == 0
     assert "audit of" not in again.err
     assert [path.stat().st_mtime_ns for path in files] == before
+    files[0].write_text('{"step":')
+    found = json.loads(files[1].read_text())
+    files[1].write_text(json.dumps(found | {"causal": False}))
+    mended = moe_lm("sweep", "study=own")
+    assert mended.code == 0, "a damaged audit stops nobody, and one that failed is asked again"
+    assert mended.err.count("audit of runs/own/") == 2
+    assert json.loads(files[1].read_text()) == found

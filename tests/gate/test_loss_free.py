@@ -7,6 +7,7 @@ import naive
 import pytest
 import torch
 
+from moe_lm.balance.switch import Switch
 from moe_lm.gate.loss_free import LossFree
 
 RATE = 0.125
@@ -143,3 +144,12 @@ def test_adapting_balances_the_load():
         gate.adapt({"load_E": gate(x_TD[torch.randint(4000, (400,))]).load_E})
     assert (before / 1000 - 1).abs().max() > 0.3
     assert (gate(x_TD).load_E / 1000 - 1).abs().max() < 0.1
+
+
+def test_scores_that_underflow_leave_no_probability():
+    """Of logits -120 every sigmoid is 0 in float32: no expert has a share, and no loss becomes NaN."""
+    gate = LossFree(width=4, num_experts=4, k=2, bias_update_rate=0.001)
+    torch.nn.init.constant_(gate.gate_DE, -30.0)
+    gating = gate(torch.ones(3, 4))
+    assert gating.sums["probability_E"].tolist() == [0] * 4
+    assert Switch(weight=1.0)(gating) == 0

@@ -484,3 +484,15 @@ def test_training_resumes_bit_for_bit(workspace, moe_lm):
     outcome = moe_lm("train", *with_overrides(once, "model.num_groups=2"), "name=wrong")
     assert outcome.code == 2
     assert_one_line(outcome, "model.num_experts=9: must be a multiple of model.num_groups=2")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "tokens_of_loss"), [(StrictlyBalanced, GATE, 30), (GATE, StrictlyBalanced, 60)]
+)
+def test_the_thresholds_loss_is_a_mean_over_their_own_tokens(first, second, tokens_of_loss):
+    """30 tokens at the primary level, at the secondary the 60 rows of 2 groups each; the other level has no part."""
+    layer = make(4, 3, 2, primary_gate=first, gate=second)
+    gating = layer(tokens(30), sentences(30))[1]
+    level = "primary" if first is StrictlyBalanced else "secondary"
+    want = gating.parts[f"{level}_threshold_gap"] / tokens_of_loss
+    torch.testing.assert_close(Batchwise(weight=1.0)(gating), want)
