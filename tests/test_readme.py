@@ -45,9 +45,8 @@ def test_command_composes(words, capsys):
         resolved(composed(command, arguments))
 
 
+ROUTING = README.split("## Routing")[1].split("\n## ")[0]
 GATES = re.findall(r"^\| `(\w+)` \| .* \| `?(nothing[^|]*|gate@[^|`]*)`? \|$", ROUTING, re.MULTILINE)
-    r"^\| `(\w+)` \| .* \| `?([^|`]+)`? \|$", README.split("## Routing")[1].split("\n## ")[0], re.MULTILINE
-)
 
 
 @pytest.mark.parametrize(("gate", "overrides"), GATES, ids=[gate for gate, _ in GATES])
