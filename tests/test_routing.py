@@ -70,11 +70,10 @@ def test_dropped_tokens_are_told(workspace, moe_lm, training, gate, drops):
     lines = [json.loads(line) for line in (workspace / "runs/tiny/metrics.jsonl").read_text().splitlines()]
     shares = [line["dropped"] for line in lines if "split" not in line]
     alone = [line["unserved"] for line in lines if "split" not in line]
-    assert (
-        alone == shares
-        if gate == "switch"
-        else all(0 <= one <= share for one, share in zip(alone, shares, strict=True))
-    )
+    if gate == "gshard":  # the other expert may still serve the token
+        assert all(0 < one < share for one, share in zip(alone, shares, strict=True))
+    else:
+        assert alone == pytest.approx(shares)
     # Of capacity 0.3 at most 0.3 of the choices find a place, but for rounding up to whole tokens.
     assert all(0.6 < share < 0.75 for share in shares) if drops else all(share == 0 for share in shares)
 
