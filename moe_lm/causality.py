@@ -91,13 +91,14 @@ def audit(model: LanguageModel, split: Split, *, start: int, end: int, words: in
     model = model.double().eval()
     found = {kind: [] for kind in ("evaluation", "training", "later_words", "other_sentences")}
     sums, num_words = {"evaluation": np.zeros(4), "training": np.zeros(4)}, 0
-    for number, chosen in enumerate(_drawn(split, words, math.ceil(probes / _PROBES_PER_BATCH), seed)):
+    drawn = _drawn(split, words, math.ceil(probes / _PROBES_PER_BATCH), seed)
+    for number, chosen in enumerate(drawn):
         batch = micro_batch(split, chosen, start)
         probe = _Probe(model, batch, _other_tokens(batch.input_T, split, end, derive_seed(seed, "replaced", number)))
         for rule, total in sums.items():
             total += (probe.true[rule].sum().item(), *probe.served[rule])
         num_words += batch.num_words
-        for place in range(min(_PROBES_PER_BATCH, probes - number * _PROBES_PER_BATCH)):
+        for place in range(len(range(number, probes, len(drawn)))):
             sentence, step = _position(batch, seed, number, place)
             for kind, changes in probe.changes(sentence, step).items():
                 found[kind] += changes
@@ -171,12 +172,12 @@ def _training_choice(model: LanguageModel) -> Iterator[None]:
 
 
 def _drawn(split: Split, words: int, count: int, seed: int) -> list[np.ndarray]:
-    """Draw micro-batches of sentences of like length, as training's; a small split has fewer, which come again."""
+    """Draw micro-batches of sentences of like length, as training's, each once: a small split has fewer."""
     every = list(cuts_in_order(split, max_sentences=words, max_words=words))
     if not every:
         raise Mistake("the split holds no sentence to probe")
     order = np.argsort(random_keys(len(every), "audit", seed), kind="stable")
-    return [every[order[i % len(every)]] for i in range(count)]
+    return [every[i] for i in order[:count]]
 
 
 def _position(batch: MicroBatch, seed: int, number: int, place: int) -> tuple[int, int]:

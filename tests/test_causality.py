@@ -215,6 +215,14 @@ def test_the_leak_is_measured_in_bits():
     )
 
 
+def test_words_of_a_small_split_count_once():
+    """However many probes there are, each in its micro-batch."""
+    found = audited(flat("top_k"), probes=40, words=200)
+    assert found.probes == 40
+    assert found.compared_tokens > 40
+    assert found.words == SPLIT.num_words
+
+
 def test_a_seed_repeats_the_audit_and_another_does_not():
     first, again, other = (audited(flat("expert_choice"), seed=seed) for seed in (1, 1, 2))
     assert first == again
