@@ -3,16 +3,17 @@
 import difflib
 import importlib
 import os
-import re
+import signal
 import sys
+import time
 
 from moe_lm import __version__
 from moe_lm.commands import NAMES
-from moe_lm.mistake import Mistake
+from moe_lm.mistake import Mistake, is_out_of_memory
 
 MISTAKE, FAILURE, BROKEN_PIPE = 2, 1, 141
-
-_TOO_LARGE = r"out of memory|allocate memory|Storage size calculation overflowed"  # what torch says
+_PATIENCE = 2
+"""Seconds in which the launcher ends a process whose first one made the same mistake and told it."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except Mistake as mistake:
-        print(f"moe-lm: {mistake}", file=sys.stderr)
+        _tell(str(mistake))
         return MISTAKE
     except BrokenPipeError:
         # The reader, such as `head`, has seen enough; Python must not flush the rest at its end.
@@ -50,13 +51,23 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"moe-lm: {error.filename or 'input/output'}: {error.strerror or error}", file=sys.stderr)
         return FAILURE
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search(_TOO_LARGE, str(error)):
+        if not is_out_of_memory(error):
             raise
         print(f"moe-lm: out of memory ({' '.join(str(error).split())[:200]})", file=sys.stderr)
         return FAILURE
     except KeyboardInterrupt:
         print("moe-lm: interrupted", file=sys.stderr)
         return 130
+
+
+def _tell(line: str) -> None:
+    """Print a mistake once, though several processes may have made it: the first one's word counts."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_PATIENCE)
+        line = f"process {rank}: {line}"
+    print(f"moe-lm: {line}", file=sys.stderr, flush=True)
 
 
 def _usage() -> str:

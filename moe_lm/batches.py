@@ -8,10 +8,9 @@ Shape suffixes: L timesteps, B sentences, T tokens, D width, N sentences of a po
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from hashlib import blake2b
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from moe_lm.mistake import Mistake
 from moe_lm.prepared import Split
+from moe_lm.seeds import random_keys
 from moe_lm.sentences import Sentences
 
 POOL_STEPS = 128
@@ -57,6 +57,40 @@ class MicroBatch:
         )
 
 
+@dataclass(frozen=True)
+class GlobalBatch(Sequence[MicroBatch]):
+    """The micro-batches of one step, in order; each is laid out when it is asked for."""
+
+    split: Split
+    start: int
+    cuts: list[np.ndarray]
+    """The sentences of each micro-batch."""
+
+    @property
+    def num_words(self) -> int:
+        """Words of all micro-batches: what nats are divided by."""
+        return sum(int(self.split.words[indices].sum()) for indices in self.cuts)
+
+    @property
+    def num_tokens(self) -> int:
+        """Predicted tokens of all micro-batches."""
+        return sum(int(lengths(self.split, indices).sum()) for indices in self.cuts)
+
+    def __len__(self) -> int:
+        return len(self.cuts)
+
+    def __getitem__(self, number: int) -> MicroBatch:
+        return micro_batch(self.split, self.cuts[number], self.start)
+
+    def idle(self) -> MicroBatch:
+        """Return the first micro-batch's shortest sentence, for a process without a micro-batch.
+
+        It must go through the model beside the others, because experts wait for all processes; its result counts for
+        nothing.
+        """
+        return idle(self.split, self.cuts[0], self.start)
+
+
 class Batches:
     """The global batch of every step: an ordered list of micro-batches."""
 
@@ -70,12 +104,12 @@ class Batches:
         self._order_of_epoch = lru_cache(maxsize=2)(self._draw_order)
         self._cuts_of_pool = lru_cache(maxsize=1)(self._cut_pool)
 
-    def step(self, step: int) -> list[MicroBatch]:
+    def step(self, step: int) -> "GlobalBatch":
         """Return step's micro-batches: `batch.words` words in all, up to a sentence more or less in each."""
         pool, place = divmod(step, POOL_STEPS)
         first = place * self.micro_batches_per_step
         chosen = self._cuts_of_pool(pool)[first : first + self.micro_batches_per_step]
-        return [micro_batch(self.split, indices, self.start) for indices in chosen]
+        return GlobalBatch(self.split, self.start, chosen)
 
     def epoch(self, step: int) -> float:
         """Return how many times the training split has been read before this step."""
@@ -160,20 +194,11 @@ def micro_batch(split: Split, indices: np.ndarray, start: int) -> MicroBatch:
     )
 
 
+def idle(split: Split, indices: np.ndarray, start: int) -> MicroBatch:
+    """Return the shortest of these sentences alone: the least that can go through a model."""
+    return micro_batch(split, indices[[int(lengths(split, indices).argmin())]], start)
+
+
 def lengths(split: Split, indices: np.ndarray) -> np.ndarray:
     """Return how many tokens each of these sentences predicts, `</S>` included."""
     return np.asarray(split.starts[indices + 1] - split.starts[indices])
-
-
-def derive_seed(*parts: object) -> int:
-    """Return a 63-bit seed that depends on every part; the same on every machine and version."""
-    text = ":".join(str(part) for part in parts)
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
-
-
-def random_keys(count: int, *parts: object) -> np.ndarray:
-    """Return uint64 keys whose order is a random permutation.
-
-    Raw Philox bits: NumPy promises their stability, which it does not for `permutation`.
-    """
-    return np.random.Philox(key=derive_seed(*parts)).random_raw(count)

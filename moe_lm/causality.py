@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from moe_lm.batches import MicroBatch, cuts_in_order, derive_seed, micro_batch, random_keys
+from moe_lm.batches import MicroBatch, cuts_in_order, micro_batch
 from moe_lm.gate import Gating
 from moe_lm.mistake import Mistake
 from moe_lm.model import LanguageModel
 from moe_lm.prepared import Split
+from moe_lm.seeds import derive_seed, random_keys
 
 TOLERANCE_BITS = 1e-6
 """A change of a prediction above this is a leak; rounding in float64 stays below 1e-9."""

@@ -1,52 +1,34 @@
 """Checkpoints: a folder a step with safetensors and a JSON state; complete before it counts, never a pickle.
 
-checkpoints/0000001000/model.safetensors  optimizer.safetensors  state.json
+checkpoints/0000001000/model/*.safetensors  optimizer/*.safetensors  state.json
+
+Each file holds what one process had; any number of processes reads them. `state.json` names every file with its size
+and checksum.
 """
 
 import json
 import shutil
+from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from moe_lm.files import sync
+from moe_lm import tensors_on_disk
+from moe_lm.distributed import ALONE, Processes
+from moe_lm.gradients import shares_of
 from moe_lm.mistake import Mistake
 from moe_lm.optimizer import Together
+from moe_lm.tensors_on_disk import Named, named
 
-FORMAT = 2
-_PARTS = ("model", "optimizer")
+FORMAT = 3
+PARTS = ("model", "optimizer")
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: Together, state: dict) -> Path:
-    """Write the checkpoint of this step; a crash at any moment leaves the earlier ones as they were.
-
-    Raises `Mistake` where it cannot be written (disk full, read-only).
-    """
-    final = folder / f"{step:010d}"
-    if final.exists():
-        return final
-    partial = folder / f".{final.name}.partial"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        save_file(_detached(model.state_dict()), partial / "model.safetensors")
-        save_file(_flatten(model, optimizer), partial / "optimizer.safetensors")
-        sums = {part: _checksum(partial / f"{part}.safetensors") for part in _PARTS}
-        state = {"step": step, "checksums": sums, **state}
-        record = {"format": FORMAT, "checksum": _checksum_of(state), "state": state}
-        (partial / "state.json").write_text(json.dumps(record, indent=1))
-        for path in partial.iterdir():
-            sync(path)
-        partial.rename(final)
-        sync(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise Mistake(f"cannot write checkpoint {final}: {error}; earlier checkpoints are untouched") from error
-    return final
+class Damaged(Mistake):
+    """A checkpoint that is not what was written."""
 
 
 def steps(folder: Path) -> list[int]:
@@ -59,6 +41,11 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"{step:010d}"
 
 
+def partial_of(path: Path) -> Path:
+    """Return where a checkpoint is while it is written, or half deleted: a name that does not count."""
+    return path.with_name(f".{path.name}.partial")
+
+
 def prune(folder: Path, keep_last: int, keep: set[int]) -> None:
     """Delete all checkpoints but the last few, the steps in `keep`, and leftovers of crashes."""
     for leftover in folder.glob(".*.partial"):
@@ -66,15 +53,61 @@ def prune(folder: Path, keep_last: int, keep: set[int]) -> None:
     for step in steps(folder)[:-keep_last]:
         if step not in keep:
             # Renamed first: a folder that a crash left half deleted must not look complete.
-            shutil.rmtree(path_of(folder, step).rename(folder / f".{step}.partial"))
+            path = path_of(folder, step)
+            shutil.rmtree(path.rename(partial_of(path)))
+
+
+def newest(folder: Path, processes: Processes, say: Callable[[str], None]) -> Path | None:
+    """Return the newest checkpoint that is what was written, None if there is none at all; all processes take part.
+
+    Damaged ones are set aside, loudly. Raises `Mistake` where there are checkpoints and none is intact.
+    """
+    found = processes.first(lambda: steps(folder))
+    for step in reversed(found):
+        path = path_of(folder, step)
+        try:
+            verify(path, processes=processes)
+        except Damaged as damaged:
+            aside = processes.first(lambda path=path: _set_aside(path))
+            say(f"WARNING: {damaged}; it is now {aside.name}, and the one before it is taken")
+        else:
+            return path
+    if found:
+        raise Mistake(
+            f"no checkpoint in {folder} is intact: nothing to go on from; the damaged ones are kept beside it, delete "
+            f"{folder.parent} or choose another name=... to begin anew"
+        )
+    return None
+
+
+def verify(path: Path, parts: tuple[str, ...] = PARTS, processes: Processes = ALONE) -> dict:
+    """Return the state of a checkpoint all of whose files are what was written; the processes share the reading.
+
+    Raises `Damaged` on each where a file is missing, altered, additional or no safetensors.
+    """
+    state, reason = None, None
+    try:
+        state = load_state(path)
+        _check_names(path, state["files"])
+        files = [name for name in sorted(state["files"]) if name.split("/")[0] in parts]
+        for name in files[processes.rank :: processes.size]:
+            _check_file(path / name, *state["files"][name])
+    except Damaged as damaged:
+        reason = str(damaged)
+    except (OSError, SafetensorError) as error:
+        reason = str(_damaged(path, error))
+    for found in processes.each(reason):
+        if found is not None:
+            raise Damaged(found)
+    return state
 
 
 def load_state(path: Path) -> dict:
-    """Return the JSON state; raises `Mistake` where it is missing or damaged."""
+    """Return the JSON state; raises `Damaged` where it is missing or not what was written."""
     try:
         record = json.loads((path / "state.json").read_text())
         if record["format"] != FORMAT:
-            raise _damaged(path, f"state.json is not of format {FORMAT}")
+            raise Mistake(f"{path} has format {record['format']}, this version of moe-lm reads {FORMAT}: train anew")
         if record["checksum"] != _checksum_of(record["state"]):
             raise _damaged(path, "state.json does not match its checksum")
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
@@ -82,62 +115,98 @@ def load_state(path: Path) -> dict:
     return record["state"]
 
 
-def load_model(path: Path, model: nn.Module) -> None:
-    """Fill the model's parameters; raises `Mistake` where file and model do not fit."""
-    tensors = _load(path, "model")
-    wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
+def state_text(state: dict) -> str:
+    """Return what `state.json` holds."""
+    return json.dumps({"format": FORMAT, "checksum": _checksum_of(state), "state": state}, indent=1)
+
+
+def load_model(path: Path, model: nn.Module, *, verified: bool = False) -> None:
+    """Fill the model's parameters and buffers; raises `Mistake` where file and model do not fit."""
+    if not verified:
+        verify(path, ("model",))
+    targets = of_model(model)
+    wanted = {name: tuple(x.size()) for name, x in targets.items()}
+    found = {name: shape for name, (shape, _) in _shapes(path, "model").items()}
     if wanted != found:
         name = sorted(set(wanted.items()) ^ set(found.items()))[0][0]
         raise Mistake(f"{path} does not fit the model: {name} is {found.get(name)}, wanted {wanted.get(name)}")
-    model.load_state_dict(tensors)
+    tensors_on_disk.read(path / "model", targets)
 
 
-def load_optimizer(path: Path, model: nn.Module, optimizer: Together) -> None:
+def load_optimizer(path: Path, model: nn.Module, optimizer: Together, *, verified: bool = False) -> None:
     """Fill the optimizer's state, tensor by tensor under the parameters' names."""
-    parameters = dict(model.named_parameters())
+    if not verified:
+        verify(path, ("optimizer",))
+    parameters, shares = dict(model.named_parameters()), shares_of(model)
     state: dict[nn.Parameter, dict[str, Tensor]] = {}
-    for key, tensor in _load(path, "optimizer").items():
+    targets = {}
+    for key, (shape, dtype) in _shapes(path, "optimizer").items():
         kind, _, name = key.partition("/")
         if name not in parameters:
             raise _damaged(path, f"optimizer state of an unknown parameter {name}")
+        share = shares.get(name)
+        shape = (share.size, *shape[1:]) if share is not None and shape else shape
+        tensor = torch.empty(shape, dtype=dtype)
         state.setdefault(parameters[name], {})[kind] = tensor
+        targets[key] = named(tensor, share)
+    tensors_on_disk.read(path / "optimizer", targets)
     optimizer.load(state)
 
 
-def _flatten(model: nn.Module, optimizer: Together) -> dict[str, Tensor]:
-    state = optimizer.state
+def of_model(model: nn.Module) -> Named:
+    """Return the model's parameters and buffers by name, as a checkpoint holds them."""
+    shares = shares_of(model)
+    return {name: named(tensor.detach(), shares.get(name)) for name, tensor in model.state_dict().items()}
+
+
+def of_optimizer(model: nn.Module, optimizer: Together) -> Named:
+    """Return the optimizer's state by kind and parameter, as a checkpoint holds it."""
+    shares, state = shares_of(model), optimizer.state
     return {
-        f"{kind}/{name}": value.detach()
+        f"{kind}/{name}": named(value.detach(), shares.get(name))
         for name, parameter in model.named_parameters()
         for kind, value in state.get(parameter, {}).items()
     }
 
 
-def _detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach() for name, tensor in tensors.items()}
-
-
-def _load(path: Path, part: str) -> dict[str, Tensor]:
-    file = path / f"{part}.safetensors"
-    try:
-        if _checksum(file) != load_state(path)["checksums"][part]:
-            raise _damaged(path, f"{file.name} does not match its checksum")
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, reason: object) -> Mistake:
-    return Mistake(f"checkpoint {path} is damaged ({reason}): delete that folder to go on from the one before")
-
-
-def _checksum(file: Path) -> str:
+def checksum(file: Path) -> str:
+    """Return blake2b of a file."""
     digest = blake2b(digest_size=16)
     with file.open("rb") as stream:
         while block := stream.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _check_names(path: Path, files: dict) -> None:
+    there = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir()}
+    for name in sorted(there ^ {"state.json", *files}):
+        raise _damaged(path, f"{name} is missing" if name not in there else f"{name} does not belong there")
+
+
+def _check_file(file: Path, size: int, digest: str) -> None:
+    if file.stat().st_size != size or checksum(file) != digest:
+        raise _damaged(file.parent.parent, f"{file.name} does not match its checksum")
+    tensors_on_disk.check_is_safetensors(file)
+
+
+def _shapes(path: Path, part: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    try:
+        return tensors_on_disk.shapes(path / part)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise _damaged(path, error) from error
+
+
+def _set_aside(path: Path) -> Path:
+    aside, number = path.with_name(f"damaged-{path.name}"), 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"damaged-{path.name}-{number}")
+    return path.rename(aside)
+
+
+def _damaged(path: Path, reason: object) -> Damaged:
+    return Damaged(f"checkpoint {path} is damaged ({reason})")
 
 
 def _checksum_of(state: dict) -> str:

@@ -12,22 +12,44 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from moe_lm.distributed import ALONE, Processes, Share, divided
+from moe_lm.expert_parallel import at_their_experts
+from moe_lm.initial import initialize_experts_
+
 
 class Experts(nn.Module):
-    """E_i(x) = ReLU(x W1_i) W2_i for rows grouped by expert; all experts' matrices are one tensor each."""
+    """E_i(x) = ReLU(x W1_i) W2_i for rows grouped by expert; all experts' matrices are one tensor each.
 
-    def __init__(self, *, width: int, hidden: int, num_experts: int):
+    With several processes each holds its `share` of the experts, `together` of them always on the same one where that
+    can be, and rows travel to their expert and back.
+    """
+
+    def __init__(self, *, width: int, hidden: int, num_experts: int, processes: Processes = ALONE, together: int = 1):
         super().__init__()
         self.recompute = False
         """Whether the hidden activations h_AH are made anew in the backward pass instead of kept (Appendix D)."""
-        self.w1_EDH = nn.Parameter(torch.empty(num_experts, width, hidden))
-        self.w2_EHD = nn.Parameter(torch.empty(num_experts, hidden, width))
-        initialize_(self.w1_EDH, math.sqrt(2 / width))
-        initialize_(self.w2_EHD, math.sqrt(1 / hidden))
+        self.share: Share = divided(num_experts, processes.experts, together)
+        self.w1_EDH = nn.Parameter(torch.empty(self.share.size, width, hidden))
+        self.w2_EHD = nn.Parameter(torch.empty(self.share.size, hidden, width))
+        initialize_experts_(self.w1_EDH, math.sqrt(2 / width), self.share.rows)
+        initialize_experts_(self.w2_EHD, math.sqrt(1 / hidden), self.share.rows)
 
     def forward(self, x_AD: Tensor, expert_A: Tensor) -> Tensor:
         """Return y_AD; `expert_A` (int64, ascending) says whose row each is."""
+        if self.share.group.size == 1:
+            return self._products(x_AD, expert_A)
+        if x_AD.is_cuda and torch.is_autocast_enabled("cuda"):
+            x_AD = x_AD.to(torch.get_autocast_dtype("cuda"))  # half the bytes to send; the products cast it anyway
+        return at_their_experts(x_AD, expert_A, self.share, self._products)
+
+    def operations_per_row(self) -> int:
+        """Multiply-adds one expert costs for one token."""
+        return 2 * self.w1_EDH.shape[1] * self.w1_EDH.shape[2]
+
+    def _products(self, x_AD: Tensor, expert_A: Tensor) -> Tensor:
         num_experts, width, hidden = self.w1_EDH.shape
+        if num_experts == 0:
+            return x_AD  # no rows: more processes than experts
         # Not bincount: on a GPU that waits for the counts.
         every_E = torch.arange(num_experts, device=expert_A.device)
         ends_E = torch.searchsorted(expert_A, every_E, right=True)
@@ -37,16 +59,6 @@ class Experts(nn.Module):
             return grouped_products(x_AD, ends_E, self.w1_EDH, self.w2_EHD, dtype, recompute=self.recompute)
         products = _RecomputedProducts if self.recompute else _LoopedProducts
         return products.apply(x_AD, ends_E, self.w1_EDH, self.w2_EHD)
-
-    def operations_per_row(self) -> int:
-        """Multiply-adds one expert costs for one token."""
-        return self.w1_EDH[0].numel() + self.w2_EHD[0].numel()
-
-
-def initialize_(weight: Tensor, deviation: float) -> None:
-    """Draw uniformly with this standard deviation; the paper gives none (docs/design.md says why these)."""
-    bound = deviation * math.sqrt(3)
-    nn.init.uniform_(weight, -bound, bound)
 
 
 def recompute_hidden(model: nn.Module, on: bool) -> None:

@@ -68,6 +68,16 @@ class MetricsLog:
             self._wandb.finish()
 
 
+class NoLog:
+    """The log of a process that writes none."""
+
+    def write(self, line: dict) -> None:
+        """Forget the line."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 def _start_wandb(run: Run, config: dict):
     """Offline without an API key, so that nothing asks at a prompt; the id makes a resumed run one run."""
     import wandb

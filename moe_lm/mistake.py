@@ -1,5 +1,14 @@
-"""The one exception whose message is written for the person at the command line."""
+"""What is no fault of the program: the user's mistakes, and a machine that is too small."""
+
+import re
+
+_TOO_LARGE = r"out of memory|allocate memory|Storage size calculation overflowed"  # what torch says
 
 
 class Mistake(ValueError):
     """A user's mistake: one line that says what is wrong and how to mend it (exit code 2, no traceback)."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch or Python says that memory is too small."""
+    return isinstance(error, MemoryError) or re.search(_TOO_LARGE, str(error)) is not None

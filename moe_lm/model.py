@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_lm.batches import MicroBatch
+from moe_lm.distributed import ALONE, Processes, divided
+from moe_lm.divided_vocabulary import take_divided
 from moe_lm.gate import Gating
+from moe_lm.initial import initialize_words_
 from moe_lm.layer import Layer
 from moe_lm.mistake import Mistake
-from moe_lm.rows import take_rows
 from moe_lm.softmax import Softmax
 
 
@@ -28,15 +30,18 @@ class LanguageModel(nn.Module):
         dropout: float,
         layers: Mapping[str, Layer],
         softmax: Callable[..., Softmax],
+        processes: Processes = ALONE,
     ):
         super().__init__()
         if not 0 <= dropout < 1:
             raise Mistake(f"model.dropout={dropout}: must be at least 0 and below 1")
         self.dropout = dropout
-        self.embedding_VD = nn.Parameter(torch.empty(vocabulary_size, width))
-        nn.init.normal_(self.embedding_VD, std=width**-0.5)
+        self.share = divided(vocabulary_size, processes.vocabulary)
+        """Which rows of the embedding are here."""
+        self.embedding_VD = nn.Parameter(torch.empty(self.share.size, width))
+        initialize_words_(self.embedding_VD, width**-0.5, self.share.rows)
         self.layers = nn.ModuleDict(layers)
-        self.softmax = softmax(width=width, vocabulary_size=vocabulary_size)
+        self.softmax = softmax(width=width, vocabulary_size=vocabulary_size, processes=processes)
 
     def forward(self, batch: MicroBatch, seed: int = 0) -> tuple[Tensor, dict[str, Gating]]:
         """Return the summed nats of the micro-batch (float64) and each gated layer's decision by name."""
@@ -46,7 +51,7 @@ class LanguageModel(nn.Module):
     def hidden(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Gating]]:
         """Return the last layer's states and the gatings."""
         gatings = {}
-        x_TD = F.dropout(take_rows(self.embedding_VD, batch.input_T), self.dropout, self.training)
+        x_TD = F.dropout(take_divided(self.embedding_VD, batch.input_T, self.share), self.dropout, self.training)
         for name, layer in self.layers.items():
             y_TD, gating = layer(x_TD, batch.sentences)
             x_TD = x_TD + F.dropout(y_TD, self.dropout, self.training)

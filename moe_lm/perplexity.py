@@ -4,9 +4,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from moe_lm.batches import in_order
+from moe_lm.batches import cuts_in_order, idle, micro_batch
+from moe_lm.distributed import ALONE, Processes
 from moe_lm.model import LanguageModel
 from moe_lm.prepared import Split
 
@@ -43,20 +45,26 @@ def measure(
     max_words: int,
     limit: int | None = None,
     watch: Callable[[int], object] = int,
+    processes: Processes = ALONE,
 ) -> Measured:
     """Return nats and words of every sentence of the split, each once, or of its first `limit`.
 
-    The batching, `max_sentences` and at most `max_words` padded tokens together, does not change the result.
+    The batching, `max_sentences` and at most `max_words` padded tokens together, does not change the result, nor does
+    the number of processes, which take batches by turns.
     """
     was_training = model.training
     model.eval()
     device = model.embedding_VD.device
+    cuts = list(cuts_in_order(split, max_sentences=max_sentences, max_words=max_words, limit=limit))
     nats = torch.zeros((), dtype=torch.float64, device=device)
-    words = sentences = 0
-    for chosen, batch in in_order(split, start=start, max_sentences=max_sentences, max_words=max_words, limit=limit):
+    for number in processes.turns(len(cuts)):
+        if number is None:  # experts wait for all processes
+            model.token_nats(idle(split, cuts[0], start).to(device))
+            continue
+        batch = micro_batch(split, cuts[number], start)
         nats += model.token_nats(batch.to(device)).sum()
-        words += batch.num_words
-        sentences += len(chosen)
-        watch(batch.num_words)
+        watch(processes.size * batch.num_words)
+    processes.everyone.sum_(nats, "statistics")
     model.train(was_training)
-    return Measured(nats.item(), words, sentences)
+    chosen = np.concatenate(cuts) if cuts else np.empty(0, dtype=np.int64)
+    return Measured(nats.item(), int(split.words[chosen].sum()), len(chosen))

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, field
 
-import torch
-
 from moe_lm.mistake import Mistake
 
 
@@ -17,24 +15,17 @@ class Settings:
     """Steps between two lines of metrics.jsonl."""
     valid_every: int
     """Steps between two validations."""
-    seed: int
-    exact_balance: bool
-    """Whether balance losses read the whole batch's statistics even if it comes in several micro-batches."""
     every_seconds: float
     """Seconds between two checkpoints."""
-    keep_last: int
-    """Checkpoints kept beside the best one."""
-    autocast: torch.dtype | None
-    """Type of the matrix products; None leaves them in float32."""
+    max_skipped: int
+    """Training ends where as many updates in a row had to be left out."""
 
     def __post_init__(self):
-        for key in ("num_words", "log_every", "valid_every"):
+        for key in ("num_words", "log_every", "valid_every", "max_skipped"):
             if getattr(self, key) < 1:
                 raise Mistake(f"training.{key}={getattr(self, key)}: must be at least 1")
         if self.every_seconds < 0:
             raise Mistake(f"checkpoint.every_seconds={self.every_seconds}: must be at least 0")
-        if self.keep_last < 1:
-            raise Mistake(f"checkpoint.keep_last={self.keep_last}: must be at least 1")
 
 
 @dataclass
@@ -45,6 +36,9 @@ class Progress:
     words: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    skipped: int = 0
+    """Updates left out, because loss or gradient was not finite or the loss exploded."""
+    skipped_in_a_row: int = 0
     interval: dict[str, float] = field(default_factory=dict)
     """Sums since the last log line."""
     best: dict[str, float] | None = None

@@ -39,6 +39,11 @@ def row_gradient(matrix_VD: Tensor) -> RowGradient | None:
     return parts[0] if parts else None
 
 
+def replace_row_gradient(matrix_VD: Tensor, gradient: RowGradient) -> None:
+    """Let `row_gradient` return this one, as of a larger batch."""
+    matrix_VD.row_gradients[:] = [gradient]
+
+
 def forget_row_gradients(matrix_VD: Tensor) -> None:
     """Drop what `row_gradient` returns."""
     if hasattr(matrix_VD, "row_gradients"):
@@ -57,10 +62,11 @@ def _keep(parts: list[RowGradient], part: RowGradient) -> None:
 
 
 def _joined(a: RowGradient, b: RowGradient) -> RowGradient:
-    return _summed(torch.cat([a.row_U, b.row_U]), torch.cat([a.value_UD, b.value_UD]))
+    return summed_rows(torch.cat([a.row_U, b.row_U]), torch.cat([a.value_UD, b.value_UD]))
 
 
-def _summed(row_T: Tensor, grad_TD: Tensor) -> RowGradient:
+def summed_rows(row_T: Tensor, grad_TD: Tensor) -> RowGradient:
+    """Return the gradient of rows that were taken several times."""
     row_U, place_T = row_T.unique(return_inverse=True)
     return RowGradient(row_U, grad_TD.new_zeros(len(row_U), *grad_TD.shape[1:]).index_add_(0, place_T, grad_TD))
 
@@ -77,5 +83,5 @@ class _Take(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_TD):
-        _keep(ctx.matrix_VD.row_gradients, _summed(ctx.saved_tensors[0], grad_TD))
+        _keep(ctx.matrix_VD.row_gradients, summed_rows(ctx.saved_tensors[0], grad_TD))
         return None, None

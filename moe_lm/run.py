@@ -48,6 +48,10 @@ class Run:
         except OSError as error:
             raise Mistake(f"cannot write to the run directory {self.folder}: {error.strerror}") from error
 
+    def begun(self) -> dict | None:
+        """Return the configuration of a run that has begun, None where there is none yet."""
+        return self.config() if self.config_file.exists() and self._has_begun() else None
+
     def config(self) -> dict:
         """Return the stored configuration as plain data; raises `Mistake` where there is none."""
         try:

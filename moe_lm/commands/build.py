@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import re
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moe_lm.commands.configuration import folder
+from moe_lm.distributed import ALONE, Processes
+from moe_lm.layer import Layer
 from moe_lm.mistake import Mistake
 from moe_lm.model import LanguageModel
 
@@ -39,8 +42,8 @@ def build(config: dict) -> object:
         raise Mistake(f"cannot build {config.get('_target_')}: {' '.join(str(error).split())}") from error
 
 
-def build_model(config: dict, vocabulary_size: int) -> LanguageModel:
-    """Return the model of a resolved configuration, its layers in `model.order`."""
+def build_model(config: dict, vocabulary_size: int, processes: Processes = ALONE) -> LanguageModel:
+    """Return the model of a resolved configuration, its layers in `model.order`; of experts this process's share."""
     model = config["model"]
     order, layers = model["order"], model["layers"]
     unknown = [name for name in order if name not in layers]
@@ -53,9 +56,16 @@ def build_model(config: dict, vocabulary_size: int) -> LanguageModel:
         width=model["width"],
         vocabulary_size=vocabulary_size,
         dropout=model["dropout"],
-        layers={name: build(layers[name]) for name in order},
+        layers={name: _layer(layers[name], processes) for name in order},
         softmax=build(config["softmax"]),
+        processes=processes,
     )
+
+
+def _layer(config: dict, processes: Processes) -> Layer:
+    if processes.size == 1 or "num_experts" not in config:
+        return build(config)
+    return build(config | {"_partial_": True})(processes=processes)
 
 
 def check_targets(config: object) -> None:
@@ -76,15 +86,24 @@ def packaged_targets(group: str = "") -> set[str]:
     return set(re.findall(r"^\s*_target_:\s*([\w.]+)\s*$", text, re.MULTILINE))
 
 
-def device(name: str) -> torch.device:
-    """Return the device of `machine.device`; raises `Mistake` where the machine lacks it."""
+def device(name: str, several: bool = False) -> torch.device:
+    """Return the device of `machine.device`, of several processes this one's (LOCAL_RANK of the environment).
+
+    Raises `Mistake` where the machine lacks it.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda"):
         raise Mistake(f"machine.device={name}: choose auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise Mistake("machine.device=cuda: torch sees no GPU here; choose machine.device=cpu")
-    return torch.device(name)
+    if not several or name == "cpu":
+        return torch.device(name)
+    place = int(os.environ.get("LOCAL_RANK", 0))
+    if place >= torch.cuda.device_count():
+        raise Mistake(f"process {place} of this machine finds no GPU: it has {torch.cuda.device_count()}")
+    torch.cuda.set_device(place)
+    return torch.device(name, place)
 
 
 def autocast_type(precision: str, on: torch.device) -> torch.dtype | None:

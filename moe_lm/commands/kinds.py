@@ -9,6 +9,7 @@ from moe_lm.mistake import Mistake
 from moe_lm.run import flatten
 
 OPTIONAL = {
+    "batch.micro_words": int,
     "batch.words": int,
     "corpus.folder": str,
     "corpus.path": str,
@@ -18,6 +19,7 @@ OPTIONAL = {
     "file": str,
     "gate.capacity_factor": float,
     "gate.max_experts": int,
+    "machine.expert_processes": int,
     "machine.threads": int,
     "max_words": int,
     "name": str,

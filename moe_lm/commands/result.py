@@ -4,11 +4,13 @@ import math
 import platform
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 
 import torch
 from tqdm import tqdm
 
+from moe_lm.distributed import ALONE, Processes
 from moe_lm.mistake import Mistake
 from moe_lm.model import LanguageModel
 from moe_lm.operations import (
@@ -28,14 +30,39 @@ def measure_split(
     split: str,
     limit: int | None = None,
     watch: Callable[[int], object] = int,
+    processes: Processes = ALONE,
 ) -> Measured:
     """Measure the model on a split (or its first sentences), in batches of the training's size."""
     words, start = config["batch"]["micro_words"], data.vocabulary.start
-    part = data.splits[split]
-    return measure(model, part, start=start, max_sentences=words, max_words=words, limit=limit, watch=watch)
+    return measure(
+        model,
+        data.splits[split],
+        start=start,
+        max_sentences=words,
+        max_words=words,
+        limit=limit,
+        watch=watch,
+        processes=processes,
+    )
 
 
-def measuring_bar(split: str, num_words: int) -> tqdm:
+@dataclass(frozen=True)
+class Counts:
+    """What a model costs, as the paper counts it, of all processes together."""
+
+    operations_per_timestep: int
+    parameters_without_embedding_and_softmax: int
+    parameters_total: int
+
+
+def counts_of(model: LanguageModel) -> Counts:
+    """Count a model that is whole, on any device."""
+    return Counts(
+        operations_per_timestep(model), parameters_without_embedding_and_softmax(model), parameters_total(model)
+    )
+
+
+def measuring_bar(split: str, num_words: int, hidden: bool = False) -> tqdm:
     """Return the progress bar of a measurement; in a log only one that takes long leaves a trace."""
     seen = sys.stderr.isatty()
     return tqdm(
@@ -46,16 +73,17 @@ def measuring_bar(split: str, num_words: int) -> tqdm:
         delay=0 if seen else 20,
         mininterval=0.5 if seen else 20,
         dynamic_ncols=True,
+        disable=hidden,
     )
 
 
-def result_of(config: dict, preset: str, data: Prepared, trainer: Trainer) -> dict:
-    """Return result.json's content: the last step's model, measured on all of valid and test."""
-    model, progress = trainer.model, trainer.progress
+def result_of(config: dict, preset: str, data: Prepared, trainer: Trainer, counts: Counts) -> dict:
+    """Return result.json's content: the last step's model, measured on all of valid and test by all processes."""
+    model, progress, processes = trainer.model, trainer.progress, trainer.processes
     measured = {}
     for split in ("valid", "test"):
-        with measuring_bar(split, data.splits[split].num_words) as bar:
-            measured[split] = measure_split(model, config, data, split, watch=bar.update)
+        with measuring_bar(split, data.splits[split].num_words, hidden=not processes.is_first) as bar:
+            measured[split] = measure_split(model, config, data, split, watch=bar.update, processes=processes)
     if not all(math.isfinite(m.perplexity) for m in measured.values()):
         raise Mistake("the training diverged (no finite perplexity): lower optimizer.learning_rate under another name")
     return {
@@ -63,16 +91,14 @@ def result_of(config: dict, preset: str, data: Prepared, trainer: Trainer) -> di
         "model": {key: value for key, value in config["model"].items() if key != "layers"},
         "preset": preset,
         "seed": config["seed"],
-        "operations_per_timestep": operations_per_timestep(model),
-        "parameters_without_embedding_and_softmax": parameters_without_embedding_and_softmax(model),
-        "parameters_total": parameters_total(model),
+        **asdict(counts),
         "steps": progress.step,
         "words": progress.words,
         "flops": trainer.flops(),
         "seconds": progress.seconds,
         "words_per_second": progress.words / progress.seconds,
         "device": torch.cuda.get_device_name() if model.embedding_VD.is_cuda else f"CPU {platform.machine()}",
-        "num_processes": 1,
+        "num_processes": processes.size,
         "perplexity": {split: m.perplexity for split, m in measured.items()},
         "predicted_words": {split: m.words for split, m in measured.items()},
         "unigram_perplexity": {split: data.statistics[split]["unigram_perplexity"] for split in measured},

@@ -3,139 +3,235 @@
 import re
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from moe_lm import launch
 from moe_lm.batches import Batches
 from moe_lm.commands import build as make
 from moe_lm.commands.configuration import composed, default_name, preset_of, resolved
 from moe_lm.commands.data import prepared_data
 from moe_lm.commands.gates import check_losses, choices_over_batch, want
-from moe_lm.commands.result import measure_split, result_of, summary
+from moe_lm.commands.result import Counts, counts_of, measure_split, result_of, summary
+from moe_lm.distributed import ALONE, Processes, begin, end, expected_size, with_experts, with_vocabulary
 from moe_lm.experts import recompute_hidden
-from moe_lm.metrics import MetricsLog
-from moe_lm.mistake import Mistake
+from moe_lm.metrics import MetricsLog, NoLog
+from moe_lm.mistake import Mistake, is_out_of_memory
 from moe_lm.model import LanguageModel
 from moe_lm.objective import Objective
-from moe_lm.operations import (
-    operations_per_timestep,
-    parameters_total,
-    parameters_without_embedding_and_softmax,
-)
 from moe_lm.prepared import Prepared
 from moe_lm.progress import Settings
 from moe_lm.run import Run
+from moe_lm.saver import Saver
+from moe_lm.stopping import INTERRUPTED, REQUEUE, end_with_parent, forget_signals, stop_on_signals
 from moe_lm.trainer import Trainer
+from moe_lm.update import Update
 
 HELP = "train one model; repeat the command to resume it"
-INTERRUPTED = 130
 
 
 def main(arguments: list[str]) -> int:
-    """Train to the end and write result.json; 130 if a signal asked to stop first."""
+    """Train to the end and write result.json; 130 if Ctrl-C, 75 if another signal asked to stop first."""
+    config, preset = _configuration(arguments)
+    started = expected_size()
+    if started and config["num_processes"] not in (1, started):
+        raise Mistake(f"num_processes={config['num_processes']}: {started} were started; leave it away")
+    if not started and config["num_processes"] != 1:
+        on = make.device(config["machine"]["device"])
+        gpus = torch.cuda.device_count() if on.type == "cuda" else None
+        launch.check_num_processes(config["num_processes"], gpus)
+        return launch.launch(["train", *arguments], config["num_processes"])
+    on = make.device(config["machine"]["device"], several=started > 1)
+    make.set_threads(config["machine"]["threads"])
+    make.be_deterministic(on)
+    make.keep_memory()
+    if started <= 1:
+        return _train(config, preset, on, ALONE)
+    end_with_parent()
+    try:
+        return _train(config, preset, on, begin(on))
+    finally:
+        end()
+
+
+def _configuration(arguments: list[str]) -> tuple[dict, str]:
+    """Return the resolved configuration, its name found, and the preset."""
     config = resolved(composed("train", arguments))
     preset = preset_of(arguments)
     config["name"] = config["name"] or default_name(preset, arguments)
     if not re.fullmatch(r"[^/\x00-\x1f]+", config["name"]) or config["name"] in (".", ".."):
         raise Mistake(f"name={config['name']!r}: needs a plain folder name, without / and control characters")
-    run = Run(Path(config["runs"]) / config["name"])
-    on = make.device(config["machine"]["device"])
-    make.set_threads(config["machine"]["threads"])
-    make.be_deterministic(on)
-    make.keep_memory()
     make.check_targets(config)
-    run.claim(config)
-    result = run.result()
-    if result is not None and result["words"] >= config["training"]["num_words"]:
-        print(f"{run.folder} is finished: {summary(result)}")
+    return config, preset
+
+
+def _train(config: dict, preset: str, on: torch.device, processes: Processes) -> int:
+    run, say = Run(Path(config["runs"]) / config["name"]), _say if processes.is_first else _hush
+    config["num_processes"] = processes.size
+    config, finished = processes.first(lambda: _claimed(config, run))
+    if finished:
+        if processes.is_first:
+            print(f"{run.folder} is finished: {finished}")
         return 0
-    data = prepared_data(config, say=_say)
-    trainer = trainer_of(config, data, run, on)
+    processes.first(lambda: prepared_data(config, say=say) and None)
+    data = prepared_data(config, say=say)  # what the first process made, or found
+    trainer, counts = trainer_of(config, data, run, on, processes)
     if trainer.resume():
-        _say(f"{run.folder}: resumed at step {trainer.progress.step}, {trainer.progress.words:,} words")
-    run.result_file.unlink(missing_ok=True)
-    _stop_on_signals(trainer)
-    finished = trainer.train()
-    trainer.log.close()
-    # The final measurement can be broken off: the checkpoint is written.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if not finished:
-        _say(f"{run.folder}: stopped and saved at step {trainer.progress.step}; repeat the command to go on")
-        return INTERRUPTED
-    result = result_of(config, preset, data, trainer)
-    run.write_result(result)
-    print(f"{run.folder}: {summary(result)}")
+        say(f"{run.folder}: resumed at step {trainer.progress.step}, {trainer.progress.words:,} words")
+    processes.first(lambda: run.result_file.unlink(missing_ok=True))
+    code = _run(trainer, config["batch"]["micro_words"])
+    if code:
+        say(f"{run.folder}: stopped and saved at step {trainer.progress.step}; repeat the command to go on")
+        return code
+    result = result_of(config, preset, data, trainer, counts)
+    if processes.is_first:
+        run.write_result(result)
+        print(f"{run.folder}: {summary(result)}")
     return 0
 
 
-def trainer_of(config: dict, data: Prepared, run: Run, on: torch.device) -> Trainer:
-    """Return the trainer of a resolved configuration, its model newly initialised from `seed`."""
-    vocabulary, batch = data.vocabulary, config["batch"]
+def _claimed(config: dict, run: Run) -> tuple[dict, str | None]:
+    """Take the run directory; return the configuration, all sizes found, and the summary of a finished run."""
+    batch = config["batch"]
+    if batch["micro_words"] is None:
+        # Chosen once: it is part of what makes a run this run, whatever the number of processes that go on with it.
+        begun = run.begun()
+        same = begun is not None and begun["batch"].get("words") == batch["words"]
+        batch["micro_words"] = begun["batch"]["micro_words"] if same else -(-batch["words"] // config["num_processes"])
+    run.claim(config)
+    result = run.result()
+    done = result is not None and result["words"] >= config["training"]["num_words"]
+    return config, summary(result) if done else None
+
+
+def _run(trainer: Trainer, micro_words: int) -> int:
+    """Train; return 0 at the end, else the exit code of a run that was asked to stop."""
+    received: list[int] = []
+
+    def stop(number: int) -> None:
+        received.append(number)
+        trainer.stop_requested = True
+
+    stop_on_signals(stop)
+    try:
+        finished = trainer.train()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise Mistake(
+            f"out of memory ({' '.join(str(error).split())[:160]}): a smaller batch.micro_words than {micro_words} "
+            "needs less, under another name=...; machine.recompute=true and optimizer.experts=factored too"
+        ) from error
+    finally:
+        trainer.log.close()
+    forget_signals()  # the final measurement can be broken off: the checkpoint is written
+    interrupted = trainer.processes.any(signal.SIGINT in received)[0]
+    return 0 if finished else INTERRUPTED if interrupted else REQUEUE
+
+
+def trainer_of(
+    config: dict, data: Prepared, run: Run, on: torch.device, processes: Processes = ALONE
+) -> tuple[Trainer, Counts]:
+    """Return the trainer of a resolved configuration, its model newly initialised from `seed`, and what it counts."""
+    vocabulary, checkpoints, machine = data.vocabulary, config["checkpoint"], config["machine"]
+    say = _say if processes.is_first else _hush
     if config["valid"]["max_sentences"] < 1:
         raise Mistake(f"valid.max_sentences={config['valid']['max_sentences']}: must be at least 1")
+    if checkpoints["keep_last"] < 1:
+        raise Mistake(f"checkpoint.keep_last={checkpoints['keep_last']}: must be at least 1")
+    with torch.device("meta"):
+        whole = make.build_model(config, vocabulary.size)
+    processes = with_experts(processes, _most_experts(whole), machine["expert_processes"], on)
+    processes = with_vocabulary(processes, machine["divide_vocabulary"])
     torch.manual_seed(config["seed"])
-    model = make.build_model(config, vocabulary.size).to(on)
-    recompute_hidden(model, config["machine"]["recompute"])
+    model = make.build_model(config, vocabulary.size, processes).to(on)
+    recompute_hidden(model, machine["recompute"])
     balance = {name: make.build(part) for name, part in config["balance"].items() if name != "exact"}
     check_losses(model, balance)
     want(model, balance)
     recipe = make.build(config["optimizer"])
-    batches = Batches(
-        data.splits["train"],
-        start=vocabulary.start,
-        seed=config["seed"],
-        words=batch["words"],
-        micro_words=batch["micro_words"],
-    )
-    settings = Settings(
-        **config["training"],
-        seed=config["seed"],
-        exact_balance=config["balance"]["exact"],
-        every_seconds=config["checkpoint"]["every_seconds"],
-        keep_last=config["checkpoint"]["keep_last"],
-        autocast=make.autocast_type(config["machine"]["precision"], on),
-    )
-    run.keep_vocabulary(vocabulary.save)
-    _describe(model, run)
-    for line in choices_over_batch(model):
-        _say(line)
-    return Trainer(
+    batches = _batches(config, data)
+    training = dict(config["training"])
+    settings = Settings(**training, every_seconds=checkpoints["every_seconds"])
+    processes.first(lambda: run.keep_vocabulary(vocabulary.save))
+    counts = counts_of(whole)
+    _describe(counts, run, vocabulary.size, say)
+    for line in [*choices_over_batch(model), *_idle(batches, processes)]:
+        say(line)
+    update = Update(
         model=model,
         objective=Objective(balance),
         optimizer=recipe.build(model),
-        peak_rate=recipe.learning_rate,
         clip_norm=recipe.clip_norm,
+        exact_balance=config["balance"]["exact"],
+        autocast=make.autocast_type(machine["precision"], on),
+        seed=config["seed"],
+        vocabulary_size=vocabulary.size,
+        processes=processes,
+    )
+    valid = partial(measure_split, model, config, data, "valid", config["valid"]["max_sentences"], processes=processes)
+    trainer = Trainer(
+        update=update,
+        peak_rate=recipe.learning_rate,
         schedule=make.build(config["schedule"]),
         batches=batches,
-        validate=lambda: measure_split(model, config, data, "valid", config["valid"]["max_sentences"]),
+        validate=valid,
         run=run,
-        log=MetricsLog(run, wandb=config["logging"]["wandb"], config=config),
+        log=MetricsLog(run, wandb=config["logging"]["wandb"], config=config) if processes.is_first else NoLog(),
+        saver=Saver(
+            run.checkpoints,
+            keep_last=checkpoints["keep_last"],
+            asynchronous=checkpoints["asynchronous"],
+            say=say,
+            processes=processes,
+        ),
         fingerprint=data.fingerprint,
         settings=settings,
+        say=say,
+        processes=processes,
+    )
+    return trainer, counts
+
+
+def _batches(config: dict, data: Prepared) -> Batches:
+    return Batches(
+        data.splits["train"],
+        start=data.vocabulary.start,
+        seed=config["seed"],
+        words=config["batch"]["words"],
+        micro_words=config["batch"]["micro_words"],
     )
 
 
-def _describe(model: LanguageModel, run: Run) -> None:
-    size = model.embedding_VD.shape[0]
-    _say(
-        f"{run.folder}: {operations_per_timestep(model) / 1e6:.2f} M ops/timestep, "
-        f"{parameters_without_embedding_and_softmax(model) / 1e6:.2f} M parameters "
-        f"({parameters_total(model) / 1e6:.1f} M with embedding and softmax of {size:,} words)"
+def _most_experts(model: LanguageModel) -> int:
+    return max((layer.experts.share.total for layer in model.layers.values() if hasattr(layer, "experts")), default=0)
+
+
+def _idle(batches: Batches, processes: Processes) -> list[str]:
+    """Say where processes wait for others because a batch has too few micro-batches for all of them."""
+    count = batches.micro_batches_per_step
+    places = -(-count // processes.size) * processes.size
+    if places == count:
+        return []
+    return [
+        f"NOTE: {count} micro-batches a step for {processes.size} processes, idle for {1 - count / places:.0%} of the "
+        "time; not so where batch.micro_words is batch.words / num_processes, under another name=..."
+    ]
+
+
+def _describe(counts: Counts, run: Run, vocabulary_size: int, say) -> None:
+    say(
+        f"{run.folder}: {counts.operations_per_timestep / 1e6:.2f} M ops/timestep, "
+        f"{counts.parameters_without_embedding_and_softmax / 1e6:.2f} M parameters "
+        f"({counts.parameters_total / 1e6:.1f} M with embedding and softmax of {vocabulary_size:,} words)"
     )
-
-
-def _stop_on_signals(trainer: Trainer) -> None:
-    """The first signal lets the step end and saves; a second one of the same kind kills as usual."""
-
-    def stop(number, frame):  # noqa: ARG001
-        trainer.stop_requested = True
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _hush(line: str) -> None:
+    """What the first process says, no other repeats."""

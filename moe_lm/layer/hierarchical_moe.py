@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from moe_lm.dispatch import combine, dispatch
+from moe_lm.distributed import ALONE, Processes
 from moe_lm.experts import Experts
 from moe_lm.gate import Gate, Gating, offers_of
 from moe_lm.mistake import Mistake
@@ -36,14 +37,18 @@ class HierarchicalMoE(nn.Module):
         primary_gate: Callable[..., Gate],
         gate: Callable[..., Gate],
         primary_k: int | None = None,
+        processes: Processes = ALONE,
     ):
         super().__init__()
         primary_k = k if primary_k is None else primary_k
         _check(k, primary_k, width=width, expert_hidden=hidden, num_experts=num_experts, num_groups=num_groups)
         self.k, self.primary_k, self.num_groups = k, primary_k, num_groups
         self.primary_gate = primary_gate(width=width, num_experts=num_groups, k=primary_k)
-        self.gate = gate(width=width, num_experts=num_experts // num_groups, k=k, num_groups=num_groups)
-        self.experts = Experts(width=width, hidden=hidden, num_experts=num_experts)
+        in_group = num_experts // num_groups
+        self.gate = gate(width=width, num_experts=in_group, k=k, num_groups=num_groups)
+        self.experts = Experts(
+            width=width, hidden=hidden, num_experts=num_experts, processes=processes, together=in_group
+        )
 
     def forward(self, x_TD: Tensor, sentences: Sentences) -> tuple[Tensor, "HierarchicalGating"]:  # noqa: ARG002
         """Return the mixture's output and the gating of both levels; a group's gate sees only what it is sent."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 from moe_lm.dispatch import combine, dispatch
+from moe_lm.distributed import ALONE, Processes
 from moe_lm.experts import Experts
 from moe_lm.gate import Gate, Gating, offers_of
 from moe_lm.mistake import Mistake
@@ -17,7 +18,16 @@ from moe_lm.sentences import Sentences
 class MoE(nn.Module):
     """y = sigmoid(sum_i G(x)_i E_i(x)) (eq. 1; the sigmoid: Appendix C.1)."""
 
-    def __init__(self, *, width: int, hidden: int, num_experts: int, k: int, gate: Callable[..., Gate]):
+    def __init__(
+        self,
+        *,
+        width: int,
+        hidden: int,
+        num_experts: int,
+        k: int,
+        gate: Callable[..., Gate],
+        processes: Processes = ALONE,
+    ):
         super().__init__()
         if min(width, hidden, num_experts) < 1:
             raise Mistake(
@@ -25,7 +35,7 @@ class MoE(nn.Module):
             )
         self.k = k
         self.gate = gate(width=width, num_experts=num_experts, k=k)
-        self.experts = Experts(width=width, hidden=hidden, num_experts=num_experts)
+        self.experts = Experts(width=width, hidden=hidden, num_experts=num_experts, processes=processes)
 
     def forward(self, x_TD: Tensor, sentences: Sentences) -> tuple[Tensor, Gating]:  # noqa: ARG002
         """Return the mixture's output and the gating that made it."""

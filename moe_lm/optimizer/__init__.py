@@ -1,6 +1,6 @@
 """What an optimizer recipe is: hyperparameters that become optimizers once there is a model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -64,17 +64,28 @@ class Together:
             indexed = {i: state[parameter] for i, parameter in enumerate(parameters) if parameter in state}
             part.load_state_dict({"state": indexed, "param_groups": part.state_dict()["param_groups"]})
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of all parts."""
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
     @torch.no_grad()
-    def clip(self, norm: float) -> Tensor:
-        """Scale the whole gradient down to this norm if it is longer; return the norm that it had."""
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+    def norm(self, parameters: Iterable[nn.Parameter] | None = None) -> Tensor:
+        """Return the norm of the gradient of these parameters (of all)."""
+        parameters = self.parameters if parameters is None else list(parameters)
         rows = [touched.value_UD for parameter in parameters if (touched := row_gradient(parameter)) is not None]
+        whole = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        return nn.utils.get_total_norm([*whole, *rows], foreach=True)
+
+    @torch.no_grad()
+    def clip(self, limit: float, had: Tensor) -> None:
+        """Scale the whole gradient down to the norm `limit` if the one that it had is longer."""
+        parameters = self.parameters
         whole = [parameter for parameter in parameters if parameter.grad is not None]
-        had = nn.utils.get_total_norm([*(parameter.grad for parameter in whole), *rows], foreach=True)
-        nn.utils.clip_grads_with_norm_(whole, norm, had, foreach=True)
-        for value in rows:
-            value.mul_((norm / (had + 1e-6)).clamp(max=1.0))  # as clip_grads_with_norm_ does
-        return had
+        nn.utils.clip_grads_with_norm_(whole, limit, had, foreach=True)
+        for parameter in parameters:
+            if (touched := row_gradient(parameter)) is not None:
+                touched.value_UD.mul_((limit / (had + 1e-6)).clamp(max=1.0))  # as clip_grads_with_norm_ does
 
     def step(self) -> None:
         """Update every parameter."""

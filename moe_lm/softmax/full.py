@@ -7,35 +7,43 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_lm.cross_entropy import exact_nats, summed_nats
+from moe_lm.cross_entropy import summed_nats
+from moe_lm.distributed import ALONE, Processes, divided
+from moe_lm.divided_vocabulary import exact_divided, summed_divided
+from moe_lm.initial import initialize_words_
 from moe_lm.mistake import Mistake
 
 
 class FullSoftmax(nn.Module):
     """-log softmax(W h + b) of the target, never more than `max_logits` logits in memory."""
 
-    def __init__(self, *, width: int, vocabulary_size: int, max_logits: int):
+    def __init__(self, *, width: int, vocabulary_size: int, max_logits: int, processes: Processes = ALONE):
         super().__init__()
         if max_logits < 1:
             raise Mistake(f"softmax.max_logits={max_logits}: must be at least 1")
         self.max_logits = max_logits
         self.exact_in_training = True
-        self.weight_VD = nn.Parameter(torch.empty(vocabulary_size, width))
-        self.bias_V = nn.Parameter(torch.zeros(vocabulary_size))
-        nn.init.normal_(self.weight_VD, std=width**-0.5)
+        self.share = divided(vocabulary_size, processes.vocabulary)
+        """Which rows are here."""
+        self.weight_VD = nn.Parameter(torch.empty(self.share.size, width))
+        self.bias_V = nn.Parameter(torch.zeros(self.share.size))
+        initialize_words_(self.weight_VD, width**-0.5, self.share.rows)
 
     def forward(self, hidden_TD: Tensor, target_T: Tensor, seed: int) -> Tensor:  # noqa: ARG002
         """Return the summed nats; nothing is drawn."""
         if not torch.is_grad_enabled():
             return self.token_nats(hidden_TD, target_T).sum()
+        if self.share.group.size > 1:
+            rows = (self.weight_VD, self.bias_V, target_T, self.max_logits, self.share)
+            return summed_divided(hidden_TD, *rows)
         true_TD, true_bias_T = F.embedding(target_T, self.weight_VD), self.bias_V.gather(0, target_T)
         true_T = (hidden_TD * true_TD).sum(dim=1) + true_bias_T
         return summed_nats(hidden_TD, self.weight_VD, self.bias_V, true_T, target_T, self.max_logits)
 
     def token_nats(self, hidden_TD: Tensor, target_T: Tensor) -> Tensor:
         """Return each token's exact nats."""
-        return exact_nats(hidden_TD, self.weight_VD, self.bias_V, target_T, self.max_logits)
+        return exact_divided(hidden_TD, self.weight_VD, self.bias_V, target_T, self.max_logits, self.share)
 
     def operations_per_timestep(self) -> int:
         """One product with every word's row."""
-        return self.weight_VD.numel()
+        return self.share.total * self.weight_VD.shape[1]

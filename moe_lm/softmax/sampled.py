@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moe_lm.cross_entropy import exact_nats, summed_nats
+from moe_lm.cross_entropy import summed_nats
+from moe_lm.distributed import ALONE, Processes, divided
+from moe_lm.divided_vocabulary import exact_divided, take_divided
+from moe_lm.initial import initialize_words_
 from moe_lm.mistake import Mistake
-from moe_lm.rows import take_rows
 
 
 class SampledSoftmax(nn.Module):
@@ -21,7 +23,9 @@ class SampledSoftmax(nn.Module):
     the target itself is left out.
     """
 
-    def __init__(self, *, width: int, vocabulary_size: int, num_sampled: int, max_logits: int):
+    def __init__(
+        self, *, width: int, vocabulary_size: int, num_sampled: int, max_logits: int, processes: Processes = ALONE
+    ):
         super().__init__()
         if num_sampled < 1:
             raise Mistake(f"softmax.num_sampled={num_sampled}: must be at least 1")
@@ -30,15 +34,17 @@ class SampledSoftmax(nn.Module):
             raise Mistake(f"softmax.max_logits={max_logits}: must be at least 1")
         self.max_logits = max_logits
         self.exact_in_training = num_sampled >= vocabulary_size
-        self.weight_VD = nn.Parameter(torch.empty(vocabulary_size, width))
-        self.bias_V = nn.Parameter(torch.zeros(vocabulary_size))
-        nn.init.normal_(self.weight_VD, std=width**-0.5)
+        self.share = divided(vocabulary_size, processes.vocabulary)
+        """Which rows are here."""
+        self.weight_VD = nn.Parameter(torch.empty(self.share.size, width))
+        self.bias_V = nn.Parameter(torch.zeros(self.share.size))
+        initialize_words_(self.weight_VD, width**-0.5, self.share.rows)
 
     def forward(self, hidden_TD: Tensor, target_T: Tensor, seed: int) -> Tensor:
         """Return the summed nats; equal seeds draw equal words."""
         if not self.training:
             return self.token_nats(hidden_TD, target_T).sum()
-        size = self.weight_VD.shape[0]
+        size = self.share.total
         if self.num_sampled >= size:
             candidate_S, log_count = torch.arange(size, device=target_T.device), None
         else:
@@ -46,7 +52,7 @@ class SampledSoftmax(nn.Module):
             log_count = _log_expected_count(torch.cat([candidate_S, target_T]), num_tries, size)
         # One gather for both: its gradient may be a whole (V, D) matrix.
         word = torch.cat([candidate_S, target_T])
-        rows, bias = take_rows(self.weight_VD, word), take_rows(self.bias_V, word)
+        rows, bias = (take_divided(matrix, word, self.share) for matrix in (self.weight_VD, self.bias_V))
         if log_count is not None:
             bias = bias - log_count.to(bias.dtype)
         num_candidates = len(candidate_S)
@@ -56,11 +62,11 @@ class SampledSoftmax(nn.Module):
 
     def token_nats(self, hidden_TD: Tensor, target_T: Tensor) -> Tensor:
         """Return each token's exact nats."""
-        return exact_nats(hidden_TD, self.weight_VD, self.bias_V, target_T, self.max_logits)
+        return exact_divided(hidden_TD, self.weight_VD, self.bias_V, target_T, self.max_logits, self.share)
 
     def operations_per_timestep(self) -> int:
         """Products with the sampled rows and the target's."""
-        size, width = self.weight_VD.shape
+        size, width = self.share.total, self.weight_VD.shape[1]
         return (self.num_sampled + 1 if self.num_sampled < size else size) * width
 
 
