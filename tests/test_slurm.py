@@ -128,7 +128,7 @@ def test_one_task_for_each_gpu_with_the_variables_of_torchrun(job):
         for rank in range(4)
     ]
     [srun] = job.calls("srun")
-    assert {"--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--kill-on-bad-exit=1"} <= set(srun["args"])
+    assert {"--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--kill-on-bad-exit=1", "--wait=0"} <= set(srun["args"])
     assert not job.requeued
 
 
