@@ -63,9 +63,10 @@ class MetricsLog:
             self._wandb.log(numbers, step=line["step"])
 
     def close(self) -> None:
-        """Let Weights & Biases finish."""
+        """Let Weights & Biases finish; raises `Mistake` where a full disk still keeps lines out of metrics.jsonl."""
         if self._wandb is not None:
             self._wandb.finish()
+        self._run.finish_metrics()
 
 
 class NoLog:

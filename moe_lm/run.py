@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from filelock import FileLock, Timeout
 
-from moe_lm.files import write_text
+from moe_lm.files import GrowingFile, write_text
 from moe_lm.mistake import Mistake
 
 IDENTITY = ("model", "corpus", "vocabulary", "batch", "softmax", "optimizer", "schedule", "balance", "seed")
@@ -28,6 +28,7 @@ class Run:
         self.result_file = folder / "result.json"
         self.checkpoints = folder / "checkpoints"
         self.vocabulary = folder / "vocabulary"
+        self._metrics = GrowingFile(self.metrics_file)
         self._lock = FileLock(folder / ".lock")
 
     def claim(self, config: dict) -> None:
@@ -94,9 +95,12 @@ class Run:
         partial.rename(self.vocabulary)
 
     def append_metrics(self, line: dict) -> None:
-        """Add a line to metrics.jsonl."""
-        with self.metrics_file.open("a") as stream:
-            stream.write(json.dumps(line) + "\n")
+        """Add a line to metrics.jsonl; on a full disk it waits in memory, and training goes on."""
+        self._metrics.append(json.dumps(line))
+
+    def finish_metrics(self) -> None:
+        """Write the lines of metrics.jsonl that wait; raises `Mistake` where that still cannot be."""
+        self._metrics.finish()
 
     def cut_metrics(self, step: int, *, and_training_at_step: bool = False) -> None:
         """Drop the lines after this step, and a last line that a crash left unfinished.

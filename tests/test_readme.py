@@ -25,6 +25,10 @@ TRAINING = next(words for words in COMMANDS if "corpus=text" in words and words[
 def test_command_composes(words, capsys):
     """Scripts exist and run; the keys of every moe-lm command are known."""
     program, *rest = words
+    if program == "sbatch":
+        program, *rest = [word for word in rest if not word.startswith("--")]
+        assert program == "scripts/slurm"
+        resolved(composed("train", rest))
     if program != "moe-lm":
         path = ROOT / (rest[0] if program == "./.venv/bin/python" else program)
         assert path.is_file()

@@ -23,7 +23,7 @@ OPTIONAL = {
     "machine.threads": int,
     "max_words": int,
     "name": str,
-    "parallel": int,
+    "parallel": str,
     "processes": int,
     "runs": str,
     "scale": str,

@@ -19,8 +19,8 @@ class Study:
     """The size, None where the study has only one."""
     notes: list[str]
     """What it can show and what not, for the report."""
-    parallel: int
-    """Runs at a time."""
+    parallel: int | str
+    """Runs at a time, or `auto`."""
     overrides: list[str]
     """Overrides of `train` that all runs share."""
     runs: list[str]
