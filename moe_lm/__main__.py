@@ -9,7 +9,7 @@ import time
 
 from moe_lm import __version__
 from moe_lm.commands import NAMES
-from moe_lm.mistake import Mistake, is_out_of_memory
+from moe_lm.mistake import Lost, Mistake, is_out_of_memory
 
 MISTAKE, FAILURE, BROKEN_PIPE = 2, 1, 141
 _PATIENCE = 2
@@ -43,6 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     except Mistake as mistake:
         _tell(str(mistake))
         return MISTAKE
+    except Lost as lost:
+        _tell(str(lost))
+        return FAILURE
     except BrokenPipeError:
         # The reader, such as `head`, has seen enough; Python must not flush the rest at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

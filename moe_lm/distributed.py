@@ -4,6 +4,7 @@ Shape suffixes: R rows, D numbers of a row.
 """
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,8 @@ PATIENCE = timedelta(minutes=30)
 """How long a process waits for what others compute beside it."""
 LONGEST = timedelta(days=2)
 """How long it waits for what the first one does alone: prepare text, say. One that has died is noticed at once."""
+
+_GONE = r"Connection closed by peer|Connection reset|Broken pipe|Connection refused|Timed out waiting|gloo"
 
 Anything = TypeVar("Anything")
 
@@ -284,6 +287,13 @@ def with_experts(processes: Processes, num_experts: int, wanted: int | None, dev
 def with_vocabulary(processes: Processes, divide: bool) -> Processes:
     """Return the processes, among all of which, if so wished, the vocabulary's rows are divided."""
     return replace(processes, vocabulary=processes.everyone) if divide else processes
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether an error says that another process has gone, and not that something here is wrong."""
+    if not dist.is_initialized() or isinstance(error, dist.DistBackendError | dist.DistNetworkError):
+        return dist.is_initialized()
+    return re.search(_GONE, str(error)) is not None
 
 
 def end() -> None:

@@ -9,6 +9,10 @@ class Mistake(ValueError):
     """A user's mistake: one line that says what is wrong and how to mend it (exit code 2, no traceback)."""
 
 
+class Lost(Exception):
+    """Something that the run needs has gone, by no mistake in the command: the same command may go on later."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch or Python says that memory is too small."""
     return isinstance(error, MemoryError) or re.search(_TOO_LARGE, str(error)) is not None

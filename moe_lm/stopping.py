@@ -4,38 +4,63 @@ import contextlib
 import ctypes
 import signal
 import sys
-from collections.abc import Callable
 
 INTERRUPTED = 130
 """Somebody pressed Ctrl-C."""
 REQUEUE = 75
 """EX_TEMPFAIL: a machine is wanted back, or the time is up; the same command goes on later."""
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_FROM_SCHEDULERS = (signal.SIGTERM, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def code_of(number: int) -> int:
-    """Return the exit code of a run that stopped and saved because of this signal."""
+    """Return the exit code of a run that ended because of this signal."""
     return INTERRUPTED if number == signal.SIGINT else REQUEUE
 
 
-def stop_on_signals(stop: Callable[[int], None]) -> None:
-    """Call `stop` with the first signal's number; a second one of the same kind kills as usual."""
+class Stop:
+    """What signals have asked for; while it is not `collecting` them, they end the program at once, with their code.
 
-    def handle(number, frame):  # noqa: ARG001
-        stop(number)
-        signal.signal(number, signal.SIG_DFL)
+    A second SIGINT kills as usual, a second SIGTERM or SIGUSR1 changes nothing: batch systems send both, and more than
+    once.
+    """
 
-    for number in _SIGNALS:
-        signal.signal(number, handle)
+    def __init__(self):
+        self.received: list[int] = []
+        self._collecting = False
+        for number in _FROM_SCHEDULERS:
+            signal.signal(number, self._handle)
+
+    @property
+    def requested(self) -> bool:
+        """Whether there was a signal."""
+        return bool(self.received)
+
+    @contextlib.contextmanager
+    def collecting(self):
+        """Let signals wait, as long as this lasts, for somebody to look at `requested`."""
+        self._collecting = True
+        signal.signal(signal.SIGINT, self._handle)
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._collecting = False
+
+    def _handle(self, number, frame) -> None:  # noqa: ARG002
+        self.received.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+        if not self._collecting:
+            leave_in_peace()
+            sys.exit(code_of(number))
 
 
-def forget_signals() -> None:
-    """Let signals do again what they do by default: what comes now can be broken off."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+def leave_in_peace() -> None:
+    """Ignore that the launcher now ends what is left of the processes: each ends by itself, with the code it has."""
+    for number in _FROM_SCHEDULERS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def end_with_parent() -> None:

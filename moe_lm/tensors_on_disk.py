@@ -1,7 +1,7 @@
 """Named tensors to a folder of safetensors and back, each process its rows: torch's distributed checkpoint.
 
-Any number of processes reads what any number wrote. Tensors alone are stored: torch would put one Python number into a
-pickle, under the same name.
+Any number of processes reads what any number wrote. Tensors alone are stored: of one Python number among them torch
+would make a file that runs code when it is read, under the same name.
 """
 
 import warnings

@@ -45,7 +45,6 @@ class Trainer:
         self.batches, self.validate, self.run, self.log, self.saver = batches, validate, run, log, saver
         self.fingerprint, self.settings, self.processes, self._say = fingerprint, settings, processes, say
         self.progress = Progress()
-        self.stop_requested = False
         self._interval = Interval()
         self._flops_per_token = flops_per_word(self.model)
         self._saved_at = time.monotonic()
@@ -66,18 +65,18 @@ class Trainer:
         self.processes.first(lambda: self.run.cut_metrics(self.progress.step, and_training_at_step=goes_on))
         return path is not None
 
-    def train(self) -> bool:
-        """Train to the end and return True, or until `stop_requested` anywhere and return False; saves either way."""
+    def train(self, asked_to_stop: Callable[[], bool] = bool) -> bool:
+        """Train to the end and return True, or until a process is asked to stop and return False; saves either way."""
         self.model.train()
         self._saved_at = time.monotonic()
-        stop = self.processes.any(self.stop_requested)[0]
+        stop = self.processes.any(asked_to_stop())[0]
         try:
             with self._bar() as bar:
                 while self.progress.words < self.settings.num_words and not stop:
                     self._step(bar)
                     due = time.monotonic() - self._saved_at >= self.settings.every_seconds
                     # The first process's clock counts: all of them must save together.
-                    stop, due = self.processes.any(self.stop_requested, due and self.processes.is_first)
+                    stop, due = self.processes.any(asked_to_stop(), due and self.processes.is_first)
                     if due:
                         self._save()
             self._save(at_once=True)

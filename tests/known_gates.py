@@ -61,7 +61,7 @@ def table_model(vocabulary: WordVocabulary, gates: dict[str, dict[int, float]], 
 
 def random_model(vocabulary: WordVocabulary, kind: str, *, gate: str, num_experts: int, k: int, groups: int = 1):
     """LSTM, mixture, LSTM, mixture with random gates: two layers of a kind."""
-    torch.manual_seed(5)
+    torch.manual_seed(10)
     width = 8
 
     def mixture():

@@ -32,8 +32,12 @@ PLACES = {
 PARTS = [(group, choice) for group in PLACES for choice in choices(group)]
 # What a choice needs beside itself to make sense.
 NEEDS = {"hierarchical_moe": ["model.num_groups=2", "model.k=2"]}
-# What a constructor with `_partial_` is given when the model is built, not by configuration.
-RUNTIME = {"gate": {"width", "num_experts", "k", "num_groups"}, "softmax": {"width", "vocabulary_size"}}
+# What a constructor is given when the model is built, not by configuration.
+RUNTIME = {
+    "gate": {"width", "num_experts", "k", "num_groups"},
+    "layer": {"processes"},
+    "softmax": {"width", "vocabulary_size", "processes"},
+}
 
 
 def config_of(*overrides: str) -> dict:
@@ -77,9 +81,10 @@ def test_every_choice_composes_and_builds(group, choice):
     node = node_of(group, choice)
     with torch.device("meta"):
         part = build(node)
-        if group in RUNTIME:
+        if group in ("gate", "softmax"):
             only_k = getattr(part.func, "only_k", None)
-            part(**dict.fromkeys(RUNTIME[group], 8) | ({"k": only_k} if only_k else {}))
+            sizes = dict.fromkeys(RUNTIME[group] - {"processes"}, 8)
+            part(**sizes | ({"k": only_k} if only_k else {}))
 
 
 @pytest.mark.parametrize(("group", "choice"), PARTS)
@@ -88,7 +93,7 @@ def test_every_key_of_a_choice_is_an_argument_that_is_read(group, choice):
     constructor = get_class(node["_target_"]).__init__
     arguments = set(inspect.signature(constructor).parameters) - {"self"}
     assert node.keys() - {"_target_", "_partial_"} == arguments - RUNTIME.get(group, set())
-    assert bool(node.get("_partial_")) == (group in RUNTIME)
+    assert bool(node.get("_partial_")) == (group in ("gate", "softmax"))
     source = ast.parse(textwrap.dedent(inspect.getsource(constructor)))
     read = {n.id for n in ast.walk(source) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     assert arguments <= read
@@ -185,7 +190,7 @@ def test_values_that_plainly_mean_another_type_are_turned_into_it():
 
 
 def test_what_belongs_together_follows():
-    assert config_of("batch.words=100")["batch"]["micro_words"] == 100
+    assert config_of("batch.words=100")["batch"]["micro_words"] is None  # train divides the words by the processes
 
 
 def test_every_group_that_changes_the_result_is_part_of_the_identity():

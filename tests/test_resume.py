@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny_training import TRAINING, call, with_overrides
 
 from moe_lm.run import Run
@@ -18,14 +20,21 @@ from moe_lm.run import Run
 TIMES = ("seconds", "words_per_second")
 
 
+def digest(tensor: torch.Tensor) -> str:
+    """A hash of a tensor's bits; the files' headers come in any order."""
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
 def results(folder: Path = Path("runs/tiny")) -> dict:
     """Everything a run leaves that must not depend on interruptions."""
     last = sorted((folder / "checkpoints").iterdir())[-1]
+    files = sorted(last.rglob("*.safetensors"))
+    assert {file.parent.name for file in files} == {"model", "optimizer"}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     result = json.loads((folder / "result.json").read_text())
     return {
         "step": last.name,
-        "tensors": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in last.glob("*.safetensors")},
+        "tensors": {f"{p.parent.name}/{name}": digest(x) for p in files for name, x in load_file(p).items()},
         "metrics": [{key: value for key, value in line.items() if key not in TIMES} for line in lines],
         "result": {key: result[key] for key in ("perplexity", "predicted_words", "steps", "words", "flops")},
         "vocabulary": (folder / "vocabulary" / "vocabulary.txt").read_bytes(),
@@ -52,14 +61,15 @@ Batches.step = lambda *a, **k: (time.sleep(0.05), step(*a, **k))[1]
 """
 KILL_WHILE_WRITING = """
 import os, signal
-from moe_lm import checkpoint
-save_file = checkpoint.save_file
-def save_or_die(tensors, path):
-    if "0000000006" in str(path) and path.name == "optimizer.safetensors":
-        path.write_bytes(b"half")
+from moe_lm import tensors_on_disk
+write = tensors_on_disk.write
+def write_or_die(folder, tensors, group):
+    if "0000000006" in str(folder) and folder.name == "optimizer":
+        folder.mkdir()
+        (folder / "half.safetensors").write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
-    save_file(tensors, path)
-checkpoint.save_file = save_or_die
+    write(folder, tensors, group)
+tensors_on_disk.write = write_or_die
 """
 
 
@@ -80,7 +90,7 @@ def test_killed_three_times_and_repeated(workspace, undisturbed):
     child = start(program=KILL_WHILE_WRITING)
     child.communicate()
     assert child.returncode == -signal.SIGKILL
-    assert Path("runs/tiny/checkpoints/.0000000006.partial/optimizer.safetensors").read_bytes() == b"half"
+    assert Path("runs/tiny/checkpoints/.0000000006.partial/optimizer/half.safetensors").read_bytes() == b"half"
     child = start(program=SLOWLY)
     wait_for_lines(4, child)
     child.kill()
@@ -101,13 +111,13 @@ def test_killed_before_the_first_checkpoint_starts_from_the_beginning(workspace,
     assert results() == undisturbed
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_same_command_goes_on(workspace, undisturbed, moe_lm, number):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_same_command_goes_on(workspace, undisturbed, moe_lm, number, code):
     child = start("checkpoint.every_seconds=1000", program=SLOWLY)
     wait_for_lines(1, child)
     child.send_signal(number)
     _, err = child.communicate()
-    assert child.returncode == 130
+    assert child.returncode == code
     assert "repeat the command" in err.splitlines()[-1]
     assert "Traceback" not in err
     outcome = moe_lm("train", *TRAINING)

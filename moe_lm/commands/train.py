@@ -15,17 +15,17 @@ from moe_lm.commands.configuration import composed, default_name, preset_of, res
 from moe_lm.commands.data import prepared_data
 from moe_lm.commands.gates import check_losses, choices_over_batch, want
 from moe_lm.commands.result import Counts, counts_of, measure_split, result_of, summary
-from moe_lm.distributed import ALONE, Processes, begin, end, expected_size, with_experts, with_vocabulary
+from moe_lm.distributed import ALONE, Processes, begin, end, expected_size, is_loss, with_experts, with_vocabulary
 from moe_lm.experts import recompute_hidden
 from moe_lm.metrics import MetricsLog, NoLog
-from moe_lm.mistake import Mistake, is_out_of_memory
+from moe_lm.mistake import Lost, Mistake, is_out_of_memory
 from moe_lm.model import LanguageModel
 from moe_lm.objective import Objective
 from moe_lm.prepared import Prepared
 from moe_lm.progress import Settings
 from moe_lm.run import Run
 from moe_lm.saver import Saver
-from moe_lm.stopping import INTERRUPTED, REQUEUE, end_with_parent, forget_signals, stop_on_signals
+from moe_lm.stopping import INTERRUPTED, REQUEUE, Stop, end_with_parent, leave_in_peace
 from moe_lm.trainer import Trainer
 from moe_lm.update import Update
 
@@ -43,15 +43,20 @@ def main(arguments: list[str]) -> int:
         gpus = torch.cuda.device_count() if on.type == "cuda" else None
         launch.check_num_processes(config["num_processes"], gpus)
         return launch.launch(["train", *arguments], config["num_processes"])
+    stop = Stop()
     on = make.device(config["machine"]["device"], several=started > 1)
     make.set_threads(config["machine"]["threads"])
     make.be_deterministic(on)
     make.keep_memory()
     if started <= 1:
-        return _train(config, preset, on, ALONE)
+        return _train(config, preset, on, stop, ALONE)
     end_with_parent()
     try:
-        return _train(config, preset, on, begin(on))
+        return _train(config, preset, on, stop, begin(on))
+    except RuntimeError as error:
+        if not is_loss(error):
+            raise
+        raise Lost(f"another process of this training has gone ({' '.join(str(error).split())[:120]})") from error
     finally:
         end()
 
@@ -67,7 +72,7 @@ def _configuration(arguments: list[str]) -> tuple[dict, str]:
     return config, preset
 
 
-def _train(config: dict, preset: str, on: torch.device, processes: Processes) -> int:
+def _train(config: dict, preset: str, on: torch.device, stop: Stop, processes: Processes) -> int:
     run, say = Run(Path(config["runs"]) / config["name"]), _say if processes.is_first else _hush
     config["num_processes"] = processes.size
     config, finished = processes.first(lambda: _claimed(config, run))
@@ -81,8 +86,7 @@ def _train(config: dict, preset: str, on: torch.device, processes: Processes) ->
     if trainer.resume():
         say(f"{run.folder}: resumed at step {trainer.progress.step}, {trainer.progress.words:,} words")
     processes.first(lambda: run.result_file.unlink(missing_ok=True))
-    code = _run(trainer, config["batch"]["micro_words"])
-    if code:
+    if code := _run(trainer, stop, config["batch"]["micro_words"]):
         say(f"{run.folder}: stopped and saved at step {trainer.progress.step}; repeat the command to go on")
         return code
     result = result_of(config, preset, data, trainer, counts)
@@ -106,17 +110,13 @@ def _claimed(config: dict, run: Run) -> tuple[dict, str | None]:
     return config, summary(result) if done else None
 
 
-def _run(trainer: Trainer, micro_words: int) -> int:
+def _run(trainer: Trainer, stop: Stop, micro_words: int) -> int:
     """Train; return 0 at the end, else the exit code of a run that was asked to stop."""
-    received: list[int] = []
-
-    def stop(number: int) -> None:
-        received.append(number)
-        trainer.stop_requested = True
-
-    stop_on_signals(stop)
     try:
-        finished = trainer.train()
+        with stop.collecting():
+            finished = trainer.train(lambda: stop.requested)
+            # What comes after the last checkpoint, the final measurement, can be broken off.
+            interrupted = trainer.processes.any(signal.SIGINT in stop.received)[0]
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -126,9 +126,10 @@ def _run(trainer: Trainer, micro_words: int) -> int:
         ) from error
     finally:
         trainer.log.close()
-    forget_signals()  # the final measurement can be broken off: the checkpoint is written
-    interrupted = trainer.processes.any(signal.SIGINT in received)[0]
-    return 0 if finished else INTERRUPTED if interrupted else REQUEUE
+    if finished:
+        return 0
+    leave_in_peace()
+    return INTERRUPTED if interrupted else REQUEUE
 
 
 def trainer_of(

@@ -222,4 +222,4 @@ def test_the_command_trains_evaluates_and_resumes(workspace, moe_lm):
     assert whole["perplexity"]["valid"] < validation[0] - 3
     outcome = moe_lm("evaluate", "run=runs/whole", "split=test")
     assert outcome.code == 0
-    assert f"{whole['perplexity']['test']:.1f}" in outcome.out
+    assert f"{whole['perplexity']['test']:.4f}" in outcome.out
