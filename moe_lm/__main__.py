@@ -9,7 +9,7 @@ import time
 
 from moe_lm import __version__
 from moe_lm.commands import NAMES
-from moe_lm.mistake import Lost, Mistake, is_out_of_memory
+from moe_lm.mistake import Lost, Mistake, in_a_line, is_out_of_memory
 
 MISTAKE, FAILURE, BROKEN_PIPE = 2, 1, 141
 _PATIENCE = 2
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print(f"moe-lm: out of memory ({' '.join(str(error).split())[:200]})", file=sys.stderr)
+        print(f"moe-lm: out of memory ({in_a_line(error)})", file=sys.stderr)
         return FAILURE
     except KeyboardInterrupt:
         print("moe-lm: interrupted", file=sys.stderr)

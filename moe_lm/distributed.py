@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import init_device_mesh
 
-from moe_lm.mistake import Mistake
+from moe_lm.mistake import Mistake, in_a_line
 
 PATIENCE = timedelta(minutes=30)
 """How long a process waits for what others compute beside it."""
@@ -244,20 +244,22 @@ def begin(device: torch.device, meeting: str = "env://") -> Processes:
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
+        store, rank, size = next(dist.rendezvous(meeting, int(os.environ["RANK"]), expected_size(), timeout=LONGEST))
+        # torchrun keeps its store when it starts processes again, with the addresses of those that have died.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
             backend,
-            init_method=meeting,
-            rank=int(os.environ["RANK"]),
-            world_size=expected_size(),
+            store=dist.PrefixStore(f"attempt {attempt}", store),
+            rank=rank,
+            world_size=size,
             timeout=PATIENCE,
             device_id=device if device.type == "cuda" else None,
         )
     except (ValueError, RuntimeError) as error:  # a DistError is a RuntimeError
-        reason = " ".join(str(error).split())[:200]
         raise Mistake(
-            f"cannot meet the other processes ({reason}): start them with torchrun or num_processes=..."
+            f"cannot meet the other processes ({in_a_line(error)}): start them with torchrun or num_processes=..."
         ) from None
-    rank, size, sent = dist.get_rank(), dist.get_world_size(), Counter()
+    sent: Counter = Counter()
     groups = [Group(rank, size, dist.new_group(backend="gloo", timeout=LONGEST), Counter()) for _ in range(2)]
     return Processes(Group(rank, size, None, sent), control=groups[0], background=groups[1])
 

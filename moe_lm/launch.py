@@ -58,16 +58,15 @@ def _config(num_processes: int) -> LaunchConfig:
 
 def _outcome(codes: dict[int, int]) -> int:
     """Return the code that all failed with; one that a signal killed is said, and is a failure like any other."""
-    for rank, code in sorted(codes.items()):
-        if code < 0:
-            print(
-                f"moe-lm: process {rank} was killed by {signal.Signals(-code).name}: "
-                "repeat the command to go on from the last checkpoint",
-                file=sys.stderr,
-            )
-            return 1
-    first = min(codes.values(), key=lambda code: (code == 1, code))
-    return first if first != 0 else 1
+    # SIGTERM is what the launcher sends to those that are left.
+    killed = sorted((code == -signal.SIGTERM, rank, code) for rank, code in codes.items() if code < 0)
+    told = [code for code in codes.values() if code > 0]
+    if killed and (not killed[0][0] or not told):
+        _, rank, code = killed[0]
+        name = signal.Signals(-code).name
+        print(f"moe-lm: process {rank} was killed by {name}: repeat the command to go on", file=sys.stderr)
+        return 1
+    return min(told, key=lambda code: (code == 1, code))
 
 
 def check_num_processes(num_processes: int, num_devices: int | None) -> None:

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import CheckpointException
 from moe_lm import checkpoint, tensors_on_disk
 from moe_lm.distributed import ALONE, Processes
 from moe_lm.files import sync
-from moe_lm.mistake import Mistake
+from moe_lm.mistake import Mistake, in_a_line
 from moe_lm.optimizer import Together
 from moe_lm.room import free_disk, free_memory
 from moe_lm.tensors_on_disk import Named
@@ -130,7 +130,7 @@ class Saver:
             if self._processes.is_first:
                 shutil.rmtree(partial, ignore_errors=True)
         except RuntimeError as error:  # another process has gone
-            self._error = f"cannot write checkpoint {path}: {' '.join(str(error).split())[:200]}"
+            self._error = f"cannot write checkpoint {path}: {in_a_line(error)}"
 
     def _written(self, folder: Path, tensors: Named) -> None:
         if not tensors:  # an optimizer before its first step

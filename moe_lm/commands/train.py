@@ -18,7 +18,7 @@ from moe_lm.commands.result import Counts, counts_of, measure_split, result_of, 
 from moe_lm.distributed import ALONE, Processes, begin, end, expected_size, is_loss, with_experts, with_vocabulary
 from moe_lm.experts import recompute_hidden
 from moe_lm.metrics import MetricsLog, NoLog
-from moe_lm.mistake import Lost, Mistake, is_out_of_memory
+from moe_lm.mistake import Lost, Mistake, in_a_line, is_out_of_memory
 from moe_lm.model import LanguageModel
 from moe_lm.objective import Objective
 from moe_lm.prepared import Prepared
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
     except RuntimeError as error:
         if not is_loss(error):
             raise
-        raise Lost(f"another process of this training has gone ({' '.join(str(error).split())[:120]})") from error
+        raise Lost(f"another process of this training has gone ({in_a_line(error)})") from error
     finally:
         end()
 
@@ -121,7 +121,7 @@ def _run(trainer: Trainer, stop: Stop, micro_words: int) -> int:
         if not is_out_of_memory(error):
             raise
         raise Mistake(
-            f"out of memory ({' '.join(str(error).split())[:160]}): a smaller batch.micro_words than {micro_words} "
+            f"out of memory ({in_a_line(error)}): a smaller batch.micro_words than {micro_words} "
             "needs less, under another name=...; machine.recompute=true and optimizer.experts=factored too"
         ) from error
     finally:
