@@ -7,6 +7,7 @@ and checksum.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from hashlib import blake2b
@@ -25,6 +26,7 @@ from moe_lm.tensors_on_disk import Named, named
 
 FORMAT = 3
 PARTS = ("model", "optimizer")
+_ASIDE = "damaged-"
 
 
 class Damaged(Mistake):
@@ -60,9 +62,9 @@ def prune(folder: Path, keep_last: int, keep: set[int]) -> None:
 def newest(folder: Path, processes: Processes, say: Callable[[str], None]) -> Path | None:
     """Return the newest checkpoint that is what was written, None if there is none at all; all processes take part.
 
-    Damaged ones are set aside, loudly. Raises `Mistake` where there are checkpoints and none is intact.
+    Damaged ones are set aside, loudly. Raises `Mistake` where there are checkpoints, or were, and none is intact.
     """
-    found = processes.first(lambda: steps(folder))
+    found, had = processes.first(lambda: (steps(folder), any(folder.glob(f"{_ASIDE}*"))))
     for step in reversed(found):
         path = path_of(folder, step)
         try:
@@ -72,7 +74,7 @@ def newest(folder: Path, processes: Processes, say: Callable[[str], None]) -> Pa
             say(f"WARNING: {damaged}; it is now {aside.name}, and the one before it is taken")
         else:
             return path
-    if found:
+    if found or had:
         raise Mistake(
             f"no checkpoint in {folder} is intact: nothing to go on from; the damaged ones are kept beside it, delete "
             f"{folder.parent} or choose another name=... to begin anew"
@@ -88,6 +90,8 @@ def verify(path: Path, parts: tuple[str, ...] = PARTS, processes: Processes = AL
     state, reason = None, None
     try:
         state = load_state(path)
+        if state["step"] != int(path.name):
+            raise _damaged(path, f"it is that of step {state['step']}")
         _check_names(path, state["files"])
         files = [name for name in sorted(state["files"]) if name.split("/")[0] in parts]
         for name in files[processes.rank :: processes.size]:
@@ -106,9 +110,10 @@ def load_state(path: Path) -> dict:
     """Return the JSON state; raises `Damaged` where it is missing or not what was written."""
     try:
         record = json.loads((path / "state.json").read_text())
-        if record["format"] != FORMAT:
+        intact = record["checksum"] == _checksum_of(record["state"])
+        if record["format"] != FORMAT and not intact:
             raise Mistake(f"{path} has format {record['format']}, this version of moe-lm reads {FORMAT}: train anew")
-        if record["checksum"] != _checksum_of(record["state"]):
+        if record["format"] != FORMAT or not intact:  # what it is a checksum of has the true format
             raise _damaged(path, "state.json does not match its checksum")
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise _damaged(path, error) from error
@@ -179,15 +184,21 @@ def checksum(file: Path) -> str:
 
 
 def _check_names(path: Path, files: dict) -> None:
-    there = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir()}
-    for name in sorted(there ^ {"state.json", *files}):
+    there = {str(file.relative_to(path)) for file in path.rglob("*")}
+    for name in sorted(there ^ {"state.json", *PARTS, *files}):
         raise _damaged(path, f"{name} is missing" if name not in there else f"{name} does not belong there")
+    for name in files:
+        if not re.fullmatch(rf"({'|'.join(PARTS)})/[^/]+\.safetensors", name):
+            raise _damaged(path, f"{name} does not belong there")
 
 
 def _check_file(file: Path, size: int, digest: str) -> None:
     if file.stat().st_size != size or checksum(file) != digest:
         raise _damaged(file.parent.parent, f"{file.name} does not match its checksum")
-    tensors_on_disk.check_is_safetensors(file)
+    try:
+        tensors_on_disk.check_is_safetensors(file)
+    except SafetensorError as error:
+        raise _damaged(file.parent.parent, f"{file.name}: {error}") from error
 
 
 def _shapes(path: Path, part: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -198,10 +209,10 @@ def _shapes(path: Path, part: str) -> dict[str, tuple[tuple[int, ...], torch.dty
 
 
 def _set_aside(path: Path) -> Path:
-    aside, number = path.with_name(f"damaged-{path.name}"), 1
+    aside, number = path.with_name(f"{_ASIDE}{path.name}"), 1
     while aside.exists():
         number += 1
-        aside = path.with_name(f"damaged-{path.name}-{number}")
+        aside = path.with_name(f"{_ASIDE}{path.name}-{number}")
     return path.rename(aside)
 
 
@@ -210,4 +221,4 @@ def _damaged(path: Path, reason: object) -> Damaged:
 
 
 def _checksum_of(state: dict) -> str:
-    return blake2b(json.dumps(state).encode(), digest_size=16).hexdigest()
+    return blake2b(json.dumps([FORMAT, state]).encode(), digest_size=16).hexdigest()

@@ -66,7 +66,7 @@ class Gradients:
         if not self._shares:
             return optimizer.norm()
         square = optimizer.norm(p for p in optimizer.parameters if p not in self._shares).square()
-        for group in {share.group for share in self._shares.values()}:
+        for group in dict.fromkeys(share.group for share in self._shares.values()):  # in one order on every process
             part = optimizer.norm(p for p, share in self._shares.items() if share.group is group).square()
             everyone = self._processes.everyone
             square = square + everyone.sum_(part, PURPOSE) * (group.size / everyone.size)

@@ -5,12 +5,12 @@ earlier checkpoints as they were.
 """
 
 import shutil
+import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
@@ -105,11 +105,12 @@ class Saver:
         )
 
     def _fits_in_memory(self, parts: dict[str, Named]) -> bool:
-        """Whether every process can hold a copy, and a file of it that is being made."""
+        """Whether every machine can hold its processes' copies, and of each a file that is being made."""
         copy = sum(map(tensors_on_disk.num_bytes, parts.values()))
-        needed, free = copy + min(copy, tensors_on_disk.FILE_BYTES), free_memory()
-        mine = free is None or needed < (1 - _SPARE) * free
-        fits = not self._processes.any(not mine)[0]
+        machine, free = socket.gethostname(), free_memory()
+        mine = (machine, copy + min(copy, tensors_on_disk.FILE_BYTES))
+        needed = sum(num_bytes for where, num_bytes in self._processes.each(mine) if where == machine)
+        fits = not self._processes.any(free is not None and needed >= (1 - _SPARE) * free)[0]
         if not fits and self._processes.is_first and not self._tight_memory_said:
             self._say("memory has no room for a copy of the model: training waits while a checkpoint is written")
             self._tight_memory_said = True
@@ -150,10 +151,10 @@ class Saver:
         if self._writers.is_first or not first:
             try:
                 result = call()
-            except (OSError, SafetensorError) as error:
-                reason = getattr(error, "strerror", None) or str(error)
             except CheckpointException as error:
-                reason = "; ".join(str(failure[0]) for failure in error.failures.values())
+                reason = "; ".join(_said(failure[0]) for failure in error.failures.values())
+            except Exception as error:  # whatever it is: a thread that dies would look like one that has written
+                reason = _said(error)
         outcomes = self._writers.each((result, reason))
         if reasons := [reason for _, reason in outcomes if reason is not None]:
             raise _Failed(" ".join(reasons[0].split()))
@@ -162,6 +163,10 @@ class Saver:
 
 class _Failed(Exception):
     """Some process could not do its part."""
+
+
+def _said(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _emptied(partial: Path) -> None:

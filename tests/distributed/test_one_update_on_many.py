@@ -34,6 +34,12 @@ KINDS = {
     "divided_dense": ("machine.divide_vocabulary=true", DENSE),
     "divided_full": ("machine.divide_vocabulary=true", FULL, DENSE, "softmax.max_logits=500"),
     "divided_full_lazy": ("machine.divide_vocabulary=true", FULL, "batch.words=180"),
+    "divided_fewer_experts": (
+        "machine.divide_vocabulary=true",
+        "model.num_experts=2",
+        "model.k=1",
+        "balance=[importance]",
+    ),
     "top_k": gate("top_k", "balance=[switch,z_loss]"),
     "gshard": gate("gshard", "balance=[gshard]"),
     "switch": gate("switch", "model.k=1", "balance=[switch]"),
