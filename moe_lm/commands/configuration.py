@@ -3,7 +3,6 @@
 import re
 from functools import cache
 from hashlib import blake2b
-from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -12,9 +11,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import moe_lm
 from moe_lm.commands.kinds import check_kinds
 from moe_lm.commands.spelling import explain, first_line
+from moe_lm.construction import folder
 from moe_lm.mistake import Mistake
 from moe_lm.run import IDENTITY, flatten
 
@@ -23,12 +22,6 @@ TEXT_KEYS = ("name", "run", "runs", "data", "file", "vocabulary.file", "corpus.f
 
 SEVERAL = ("balance",)
 """Groups of which several may be chosen at once."""
-
-
-def folder() -> Path:
-    """Return the configuration folder: inside an installed package, or at the top of the repository."""
-    package = Path(moe_lm.__file__).parent
-    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
 
 def choices(group: str) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moe_lm.commands import build as make
 from moe_lm.commands.configuration import composed, resolved
-from moe_lm.commands.load import Trained, data_of, load
+from moe_lm.commands.data import data_of
 from moe_lm.commands.result import measuring_bar
 from moe_lm.corpus import SPLITS
 from moe_lm.inspection import Inspection
@@ -16,6 +16,7 @@ from moe_lm.inspection.texts import Texts
 from moe_lm.inspection.write import to_json, write_inspection
 from moe_lm.mistake import Mistake
 from moe_lm.report.writing import markdown_table
+from moe_lm.trained import Trained, load
 
 HELP = "what each expert of a run is for: its contexts, words and load"
 
