@@ -12,6 +12,7 @@ from moe_lm.mistake import Mistake
 from moe_lm.model import LanguageModel
 from moe_lm.perplexity import measure
 from moe_lm.run import Run
+from moe_lm.sampling import Drawing, sample
 from moe_lm.scoring import Scored, scored, split_of
 from moe_lm.vocabulary import Vocabulary
 
@@ -51,6 +52,12 @@ class Trained:
         """Return the sentence's words with the log10 probability of each."""
         [only] = scored(self.model, self.vocabulary, [sentence], max_words=MAX_WORDS)
         return only
+
+    def sample(self, prefix: str = "", *, num: int = 5, seed: int = 1, **how: float | bool | None) -> list[str]:
+        """Return `num` sentences as `moe-lm sample` draws them; `how` are the fields of `sampling.Drawing`."""
+        drawing = Drawing(**how)
+        several = (sample(self.model, self.vocabulary, prefix, seed=seed, number=i, how=drawing) for i in range(num))
+        return [one.sentence for one in several]
 
 
 def load(folder: str | Path, which: str, on: torch.device) -> Trained:

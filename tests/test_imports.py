@@ -21,7 +21,7 @@ ORDER = [
     ["inspection"],
     ["trainer", "report", "trained"],
     ["causality", "objective", "perplexity", "operations", "memory", "checkpoint", "metrics", "progress"],
-    ["construction", "scoring"],
+    ["construction", "sampling", "scoring"],
     ["model"],
     ["layer", "balance", "optimizer"],
     ["softmax", "dispatch"],

@@ -60,8 +60,8 @@ def keep_memory() -> None:
 
 
 def ready_to_read(config: dict) -> torch.device:
-    """Check and apply what `evaluate`, `score` and `inspect` have in common; return the device."""
-    for key, value in config["batch"].items():
+    """Check and apply what the commands that read text with a model have in common; return the device."""
+    for key, value in config.get("batch", {}).items():
         if value < 1:
             raise Mistake(f"batch.{key}={value}: must be at least 1")
     set_threads(config["machine"]["threads"])

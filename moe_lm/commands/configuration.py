@@ -17,7 +17,7 @@ from moe_lm.construction import folder
 from moe_lm.mistake import Mistake
 from moe_lm.run import IDENTITY, flatten
 
-TEXT_KEYS = ("name", "run", "runs", "data", "file", "vocabulary.file", "corpus.folder", "corpus.path")
+TEXT_KEYS = ("name", "run", "runs", "to", "data", "file", "prefix", "vocabulary.file", "corpus.folder", "corpus.path")
 """Keys whose value is taken to the letter: a run's name holds `,` and `=`, which Hydra would read as a sweep."""
 
 SEVERAL = ("balance",)
@@ -73,7 +73,8 @@ def parse(arguments: list[str]) -> list[Override]:
 def quoted(argument: str) -> str:
     """Quote the value of a key that holds a path or a name."""
     key, equals, value = argument.partition("=")
-    if equals and key.lstrip("+") in TEXT_KEYS and value not in ("null", "") and value[0] not in "'\"":
+    quoted_already = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    if equals and key.lstrip("+") in TEXT_KEYS and value not in ("null", "") and not quoted_already:
         return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
     return argument
 

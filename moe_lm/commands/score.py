@@ -54,8 +54,7 @@ def main(arguments: list[str]) -> int:
         raise Mistake(f"one file at a time, not {len(files)}: {' '.join(files)}; or join them: cat ... | moe-lm score")
     quoted = [f"file={QuotedString(a, Quote.single).with_quotes()}" for a in files if a != "-"]
     config = resolved(composed("score", [a for a in arguments if a not in files] + quoted))
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter still gets the rest
+    allow_any_letter()
     batch = config["batch"]
     on = make.ready_to_read(config)
     trained = load(config["run"], str(config["checkpoint"]), on)
@@ -73,6 +72,12 @@ def main(arguments: list[str]) -> int:
         raise Mistake(f"{config['file'] or 'standard input'} holds no sentence")
     print(total.text(f"file {config['file'] or '-'}: "))
     return 0
+
+
+def allow_any_letter() -> None:
+    """Let a terminal that cannot show a letter still get the rest."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _sentences(file: str | None) -> Iterator[str]:
