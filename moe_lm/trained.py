@@ -1,4 +1,4 @@
-"""A run's directory to the model it trained: what it takes to read text with it."""
+"""A run's or an export's folder to its model: what it takes to read text with it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from moe_lm import checkpoint
+from moe_lm import checkpoint, exported, weights
 from moe_lm.construction import build, build_model, check_targets, packaged_targets
 from moe_lm.mistake import Mistake
 from moe_lm.model import LanguageModel
@@ -61,10 +61,12 @@ class Trained:
 
 
 def load(folder: str | Path, which: str, on: torch.device) -> Trained:
-    """Load a checkpoint (`last`, `best` or a step) of a run; raises `Mistake` where anything is amiss."""
+    """Load a checkpoint (`last`, `best` or a step) of a run, or an export, which has one; raises `Mistake`."""
     folder = Path(folder)
     if not folder.is_dir():
         raise Mistake(f"{folder} does not exist: name a folder, as in runs/moe_4")
+    if exported.is_export(folder):
+        return _load_export(folder, which, on)
     run = Run(folder)
     config = run.config()
     model, vocabulary = _empty(config, run)
@@ -73,6 +75,19 @@ def load(folder: str | Path, which: str, on: torch.device) -> Trained:
     checkpoint.load_model(path, model)
     fingerprint = checkpoint.load_state(path)["data"]
     return Trained(model.to(on).eval(), vocabulary, config, int(path.name), fingerprint)
+
+
+def _load_export(folder: Path, which: str, on: torch.device) -> Trained:
+    record = exported.opened(folder)
+    step = record["step"]
+    if which != "last" and not (which.isdecimal() and int(which) == step):
+        raise Mistake(f"{folder} is an export of step {step} and holds no other: leave checkpoint={which} away")
+    run = Run(folder)  # its configuration and vocabulary stand where a run's do
+    config = run.config()
+    model, vocabulary = _empty(config, run)
+    model = model.to_empty(device="cpu")
+    weights.load(folder, model)
+    return Trained(model.to(on).eval(), vocabulary, config, step, record["data"])
 
 
 def find(run: Run, which: str) -> Path:
