@@ -37,6 +37,8 @@ class Run:
 
         Raises `Mistake` where it holds another run, is in use, or cannot be written.
         """
+        if (self.folder / "export.json").exists():
+            raise Mistake(f"{self.folder} is an export, not a run: choose another name=... or runs=...")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)

@@ -227,6 +227,13 @@ def test_wrong_inputs_end_in_one_line(own_trained, moe_lm, arguments, expected):
     assert not Path("x").exists()
 
 
+def test_no_training_writes_into_an_export(own_trained, moe_lm):
+    to = export(moe_lm, Path("runs/exported"))
+    before = contents(to)
+    assert_one_line(moe_lm("train", *with_overrides(list(TRAINING), "name=exported")), "runs/exported is an export")
+    assert contents(to) == before
+
+
 def test_an_exports_own_step_may_be_named(trained, moe_lm, tmp_path):
     to = export(moe_lm, tmp_path / "exported")
     assert moe_lm("evaluate", f"run={to}", "checkpoint=12").out == moe_lm("evaluate", f"run={to}").out
