@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from moe_lm import tensors_on_disk
 from moe_lm.distributed import ALONE, Processes
+from moe_lm.files import checksum
 from moe_lm.gradients import shares_of
 from moe_lm.mistake import Mistake
 from moe_lm.optimizer import Together
@@ -172,15 +173,6 @@ def of_optimizer(model: nn.Module, optimizer: Together) -> Named:
         for name, parameter in model.named_parameters()
         for kind, value in state.get(parameter, {}).items()
     }
-
-
-def checksum(file: Path) -> str:
-    """Return blake2b of a file."""
-    digest = blake2b(digest_size=16)
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _check_names(path: Path, files: dict) -> None:

@@ -38,6 +38,8 @@ class Run:
 
         Raises `Mistake` where it holds another run, is in use, or cannot be written.
         """
+        if (self.folder / "export.json").exists():
+            raise Mistake(f"{self.folder} is an export, not a run: choose another name=... or runs=...")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
@@ -56,10 +58,14 @@ class Run:
     def config(self) -> dict:
         """Return the stored configuration as plain data; raises `Mistake` where there is none."""
         try:
-            config = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+            text = self.config_file.read_text(encoding="utf-8")
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+                # None is ever written; a few can stand for more than a memory holds, or for one without end.
+                raise Mistake(f"{self.config_file} is damaged: it refers to parts of itself")
+            config = yaml.safe_load(text)
         except FileNotFoundError:
             raise Mistake(f"{self.folder} is no run: it has no config.yaml") from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
             raise Mistake(f"{self.config_file} cannot be read: {str(error).splitlines()[0]}") from error
         for key in (*IDENTITY, "training"):
             if not isinstance(config, dict) or not (isinstance(config.get(key), dict) or key == "seed"):

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from moe_lm import checkpoint, tensors_on_disk
 from moe_lm.distributed import ALONE, Processes
-from moe_lm.files import sync
+from moe_lm.files import checksum, sync
 from moe_lm.mistake import Mistake, in_a_line
 from moe_lm.optimizer import Together
 from moe_lm.room import free_disk, free_memory
@@ -143,7 +143,7 @@ class Saver:
         """Size and checksum of the files that this process wrote, as they are read back."""
         files = sorted(file for file in partial.rglob("*") if not file.is_dir())
         own = [file for i, file in enumerate(files) if i % self._writers.size == self._writers.rank]
-        return {str(file.relative_to(partial)): [file.stat().st_size, checkpoint.checksum(file)] for file in own}
+        return {str(file.relative_to(partial)): [file.stat().st_size, checksum(file)] for file in own}
 
     def _together(self, call: Callable[[], Result], first: bool = False) -> list[Result]:
         """Let every process (or the first) call; return all results, or raise `_Failed` on all if one fails."""

@@ -28,6 +28,7 @@ OPTIONAL = {
     "runs": str,
     "scale": str,
     "study": str,
+    "top": int,
     "vocabulary.file": str,
     "vocabulary.max_size": int,
     "vocabulary_size": int,
