@@ -264,19 +264,23 @@ def begin(device: torch.device, meeting: str = "env://") -> Processes:
     return Processes(Group(rank, size, None, sent), control=groups[0], background=groups[1])
 
 
-def with_experts(processes: Processes, num_experts: int, wanted: int | None, device: torch.device) -> Processes:
-    """Return the processes with groups for the experts: `wanted` processes share them, the others hold copies.
+def expert_processes(size: int, num_experts: int, wanted: int | None = None) -> int:
+    """Return how many of `size` processes divide the experts: as many as divide `size` and find an expert each."""
+    return wanted or max(n for n in range(1, size + 1) if size % n == 0 and n <= max(1, num_experts))
 
-    By default as many as divide the number of processes and find an expert each. Processes of one machine come first.
-    Raises `Mistake` where `wanted` does not divide them.
+
+def with_experts(processes: Processes, num_experts: int, wanted: int | None, device: torch.device) -> Processes:
+    """Return the processes with groups for the experts, which `wanted` processes divide while the others hold copies.
+
+    Those of a group are neighbours by rank, so on one machine where they fit. Raises `Mistake` where `wanted` does not
+    divide their number.
     """
     size = processes.size
     if wanted is not None and (wanted < 1 or size % wanted):
         raise Mistake(f"machine.expert_processes={wanted}: must divide the number of processes, {size}")
-    most = max(n for n in range(1, size + 1) if size % n == 0 and n <= max(1, num_experts))
-    several = wanted or most
     if size == 1:
         return processes
+    several = expert_processes(size, num_experts, wanted)
     mesh = init_device_mesh(device.type, (size // several, several), mesh_dim_names=("replicas", "experts"))
     replica, place = mesh.get_coordinate()
     return replace(

@@ -28,6 +28,7 @@ class Experts(nn.Module):
         super().__init__()
         self.recompute = False
         """Whether the hidden activations h_AH are made anew in the backward pass instead of kept (Appendix D)."""
+        self.together = together
         self.share: Share = divided(num_experts, processes.experts, together)
         self.w1_EDH = nn.Parameter(torch.empty(self.share.size, width, hidden))
         self.w2_EHD = nn.Parameter(torch.empty(self.share.size, hidden, width))
