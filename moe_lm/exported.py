@@ -43,7 +43,7 @@ def beside(folder: Path, name: str) -> Path:
 def opened(folder: Path) -> dict:
     """Return export.json once every file is found to be the one that it names, and no other is there.
 
-    Raises `Mistake` for a missing, altered or additional file, and for a pickle under any name.
+    Raises `Mistake` for a missing, altered or additional file, and for pickled data under any name.
     """
     record = _record(folder)
     files, there = record["files"], _entries(folder)
@@ -57,7 +57,7 @@ def opened(folder: Path) -> dict:
             with path.open("rb") as stream:
                 # A safetensors file begins with a number, which may be any; what else such a file holds does not load.
                 if _PICKLES.match(stream.read(4)) and path.suffix != ".safetensors":
-                    raise Mistake(f"{path} is a pickle, which could run anything: refused")
+                    raise Mistake(f"{path} holds pickled data, which could run anything: refused")
             if path.stat().st_size != listed["bytes"] or checksum(path) != listed["blake2b"]:
                 raise Mistake(f"{path} was altered since it was exported: {_AGAIN}")
         except OSError as error:
