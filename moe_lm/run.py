@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from moe_lm.files import GrowingFile, write_text
 from moe_lm.mistake import Mistake
 
-IDENTITY = ("model", "corpus", "vocabulary", "batch", "softmax", "optimizer", "schedule", "balance", "seed")
+IDENTITY = ("model", "corpus", "vocabulary", "batch", "softmax", "optimizer", "schedule", "balance", "seed", "init")
 """What makes a run this run: another value under the same name is refused."""
 
 
@@ -68,7 +68,7 @@ class Run:
         except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
             raise Mistake(f"{self.config_file} cannot be read: {str(error).splitlines()[0]}") from error
         for key in (*IDENTITY, "training"):
-            if not isinstance(config, dict) or not (isinstance(config.get(key), dict) or key == "seed"):
+            if not isinstance(config, dict) or not (isinstance(config.get(key), dict) or key in ("seed", "init")):
                 raise Mistake(f"{self.config_file} is damaged: {key} is missing")
         return config
 

@@ -90,6 +90,28 @@ def _load_export(folder: Path, which: str, on: torch.device) -> Trained:
     return Trained(model.to(on).eval(), vocabulary, config, step, record["data"])
 
 
+def fill(model: LanguageModel, folder: Path, vocabulary: Path) -> None:
+    """Fill a model with the weights of another run (its last checkpoint) or of an export, for a training from there.
+
+    Raises `Mistake` where shapes differ, or the words of its vocabulary from those in the folder `vocabulary`.
+    """
+    if not folder.is_dir():
+        raise Mistake(f"init={folder} does not exist: name the folder of a run or an export, as in init=runs/moe_4")
+    source, is_export = Run(folder), exported.is_export(folder)
+    if is_export:
+        exported.opened(folder)
+    words = [{path.name: path.read_bytes() for path in each.glob("*")} for each in (vocabulary, source.vocabulary)]
+    if words[0] != words[1]:
+        raise Mistake(
+            f"init={folder} has another vocabulary than this training: the same corpus and vocabulary keys make the "
+            f"same one, or for words vocabulary.file={source.vocabulary}/vocabulary.txt"
+        )
+    if is_export:
+        weights.load(folder, model)
+    else:
+        checkpoint.load_model(find(source, "last"), model)
+
+
 def find(run: Run, which: str) -> Path:
     """Return the folder of the checkpoint that `checkpoint=...` names."""
     steps = checkpoint.steps(run.checkpoints)

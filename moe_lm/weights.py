@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from moe_lm.distributed import Share
+from moe_lm.gradients import shares_of
 from moe_lm.mistake import Mistake
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -34,13 +36,16 @@ def save(folder: Path, model: nn.Module, max_file_bytes: int) -> None:
 
 
 def load(folder: Path, model: nn.Module) -> None:
-    """Fill the model, whose storage exists; raises `Mistake` where the files and it do not fit tensor by tensor."""
-    wanted, found = model.state_dict(), {}
+    """Fill the model, whose storage exists, or of one that is divided over processes the rows that are here.
+
+    Raises `Mistake` where the files and it do not fit tensor by tensor.
+    """
+    wanted, shares, found = model.state_dict(), shares_of(model), {}
     for file in _files(folder):
         try:
             with safe_open(folder / file, framework="pt") as stored:
                 for name in stored.keys():  # noqa: SIM118
-                    _fill(wanted, name, stored.get_tensor(name), folder / file)
+                    _fill(wanted.get(name), shares.get(name), stored.get_slice(name), f"{folder / file}: {name}")
                     found[name] = file
         except (OSError, SafetensorError) as error:
             raise Mistake(f"{folder / file} is no safetensors file, or a damaged one ({_line(error)})") from error
@@ -50,12 +55,16 @@ def load(folder: Path, model: nn.Module) -> None:
         raise Mistake(f"{folder / INDEX} is damaged: it does not name the files that hold the tensors")
 
 
-def _fill(wanted: Mapping[str, Tensor], name: str, tensor: Tensor, file: Path) -> None:
-    place = wanted.get(name)
-    if place is None or (place.shape, place.dtype) != (tensor.shape, tensor.dtype):
-        of_model = None if place is None else (*place.shape, place.dtype)
-        raise Mistake(f"{file} does not fit the model: {name} is {(*tensor.shape, tensor.dtype)}, wanted {of_model}")
-    place.copy_(tensor)
+def _fill(place: Tensor | None, share: Share | None, stored, name: str) -> None:
+    """Copy a stored tensor, or its rows that belong here, into its place."""
+    shape = tuple(stored.get_shape())
+    wanted = None if place is None else tuple(place.shape) if share is None else (share.total, *place.shape[1:])
+    if wanted != shape:
+        raise Mistake(f"{name} does not fit the model: its shape is {shape}, wanted {wanted}")
+    rows = stored[...] if share is None else stored[share.first : share.first + share.size]
+    if rows.dtype != place.dtype:
+        raise Mistake(f"{name} does not fit the model: it is {rows.dtype}, wanted {place.dtype}")
+    place.copy_(rows)
 
 
 def _files(folder: Path) -> list[str]:

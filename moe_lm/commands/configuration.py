@@ -17,7 +17,19 @@ from moe_lm.construction import folder
 from moe_lm.mistake import Mistake
 from moe_lm.run import IDENTITY, flatten
 
-TEXT_KEYS = ("name", "run", "runs", "to", "data", "file", "prefix", "vocabulary.file", "corpus.folder", "corpus.path")
+TEXT_KEYS = (
+    "name",
+    "run",
+    "runs",
+    "to",
+    "data",
+    "file",
+    "prefix",
+    "init",
+    "vocabulary.file",
+    "corpus.folder",
+    "corpus.path",
+)
 """Keys whose value is taken to the letter: a run's name holds `,` and `=`, which Hydra would read as a sweep."""
 
 SEVERAL = ("balance",)

@@ -19,6 +19,7 @@ OPTIONAL = {
     "file": str,
     "gate.capacity_factor": float,
     "gate.max_experts": int,
+    "init": str,
     "machine.expert_processes": int,
     "machine.threads": int,
     "max_words": int,

@@ -26,6 +26,7 @@ from moe_lm.progress import Settings
 from moe_lm.run import Run
 from moe_lm.saver import Saver
 from moe_lm.stopping import INTERRUPTED, REQUEUE, Stop, end_with_parent, leave_in_peace
+from moe_lm.trained import fill
 from moe_lm.trainer import Trainer
 from moe_lm.update import Update
 
@@ -85,6 +86,9 @@ def _train(config: dict, preset: str, on: torch.device, stop: Stop, processes: P
     trainer, counts = trainer_of(config, data, run, on, processes)
     if trainer.resume():
         say(f"{run.folder}: resumed at step {trainer.progress.step}, {trainer.progress.words:,} words")
+    elif config["init"] is not None:
+        fill(trainer.model, Path(config["init"]), run.vocabulary)
+        say(f"{run.folder}: starts from the weights of {config['init']}")
     processes.first(lambda: run.result_file.unlink(missing_ok=True))
     if code := _run(trainer, stop, config["batch"]["micro_words"]):
         say(f"{run.folder}: stopped and saved at step {trainer.progress.step}; repeat the command to go on")
