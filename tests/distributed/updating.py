@@ -16,7 +16,8 @@ from moe_lm.rows import row_gradient
 from moe_lm.run import Run
 
 # Four micro-batches a step: four turns of one process, two of two, two with two idle of three, one of four.
-SIZES = "batch.words=240 batch.micro_words=60 model.num_experts=6 model.dropout=0.2 training.num_words=1e6".split()
+SIZES = ["batch.words=240", "batch.micro_words=60", "model.num_experts=6", "model.dropout=0.2"]
+SIZES += ["training.num_words=1e6"]
 HIERARCHY = ["layer@model.layers.middle=hierarchical_moe", "model.num_experts=15", "model.num_groups=5", "model.k=2"]
 
 
