@@ -17,8 +17,8 @@ BFLOAT16, FLOAT32, HBM, MEMORY, NVLINK, NETWORK = 989e12, 67e12, 4.8e12, 141e9, 
 # What is reached of each: assumptions, to be replaced by measurements of docs/gpu-checklist.md's machine.
 OF_GROUPED, OF_DENSE, OF_LSTM, OF_HBM, OF_WIRES = 0.25, 0.4, 0.5, 0.7, 0.7
 GPUS_OF_A_MACHINE = 8
-# Bytes an expert's parameter costs in each pass over a micro-batch (read float32, write and twice read bfloat16, add the
-# gradient to the last micro-batch's), and in an update that keeps factored moments (gradient twice, weight there and back).
+# Bytes an expert's parameter costs in each pass over a micro-batch (read float32, write and twice read bfloat16, add
+# the gradient to the last micro-batch's), and in a factored update (gradient twice, weight there and back).
 PASS_BYTES, UPDATE_BYTES = 4 + 2 + 2 + 2 + 8, 4 + 4 + 8
 
 RUNS = {
@@ -52,9 +52,8 @@ def predicted(preset: str, num_processes: int) -> dict:
         model = build_model(config, figures["vocabulary_size"])
     tokens, turns = run["words"] / num_processes, -(-run["words"] // (micro_words * num_processes))
     layers = model.layers.values()
-    of_experts = sum(
-        layer.assignments_per_token * layer.experts.operations_per_row() for layer in layers if _mixes(layer)
-    )
+    mixtures = [layer for layer in layers if hasattr(layer, "experts")]
+    of_experts = sum(layer.assignments_per_token * layer.experts.operations_per_row() for layer in mixtures)
     of_lstms = sum(layer.operations_per_timestep() for layer in layers if hasattr(layer, "lstm"))
     # Gates and the softmax; experts once more, as their hidden activations are made anew.
     others = figures["operations_per_timestep"] - of_experts - of_lstms + model.softmax.operations_per_timestep()
@@ -81,10 +80,6 @@ def predicted(preset: str, num_processes: int) -> dict:
         "words_per_second": run["words"] / seconds,
         "hours": run["all"] / run["words"] * seconds / 3600,
     }
-
-
-def _mixes(layer) -> bool:
-    return hasattr(layer, "experts")
 
 
 def _seconds_a_byte(num_processes: int) -> float:
