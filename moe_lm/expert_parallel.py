@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_lm.distributed import Share
+from moe_lm.group import Share
 
 PURPOSE, COUNTS = "tokens", "counts"
 """What the bytes are counted as: rows, and how many there are."""

@@ -12,8 +12,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from moe_lm.distributed import ALONE, Processes, Share, divided
+from moe_lm.distributed import ALONE, Processes
 from moe_lm.expert_parallel import at_their_experts
+from moe_lm.group import Share, divided
 from moe_lm.initial import initialize_experts_
 
 

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from moe_lm.distributed import ALONE, Group, Processes, Share
+from moe_lm.distributed import ALONE, Processes
+from moe_lm.group import Group, Share
 from moe_lm.optimizer import Together
 from moe_lm.rows import RowGradient, replace_row_gradient, row_gradient, summed_rows
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from moe_lm.distributed import Group, divided
+from moe_lm.group import Group, divided
 from moe_lm.model import LanguageModel
 from moe_lm.optimizer import EXPERTS, KINDS, VOCABULARY, OptimizerRecipe, kind_of
 from moe_lm.sizes import BFLOAT16, FLOAT32, Step

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from moe_lm.distributed import Group, Share
+from moe_lm.group import Group, Share
 
 FILE_BYTES = 2**30
 """Where a file would hold more, the next tensors go to another: a file is made in memory before it is written."""

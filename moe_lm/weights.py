@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moe_lm.distributed import Share
 from moe_lm.gradients import shares_of
+from moe_lm.group import Share
 from moe_lm.mistake import Mistake
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -38,6 +38,7 @@ ORDER = [
     ["split_writer"],
     ["vocabulary", "corpus", "schedule", "run", "launch"],
     ["distributed", "files", "model_card", "room", "seeds", "stopping", "workers"],
+    ["group"],
     ["mistake", "paper"],
     ["__init__"],
 ]

@@ -2,7 +2,8 @@
 
 import pytest
 
-from moe_lm.distributed import Group, divided, expert_processes
+from moe_lm.distributed import expert_processes
+from moe_lm.group import Group, divided
 from moe_lm.launch import _outcome, check_num_processes
 from moe_lm.mistake import Mistake
 from moe_lm.sizes import Step

@@ -3,32 +3,22 @@
 import re
 import signal
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from moe_lm import launch
-from moe_lm.batches import Batches
 from moe_lm.commands import build as make
 from moe_lm.commands.configuration import composed, default_name, preset_of, resolved
 from moe_lm.commands.data import prepared_data
-from moe_lm.commands.gates import check_losses, choices_over_batch, want
-from moe_lm.commands.result import Counts, counts_of, measure_split, result_of, summary
-from moe_lm.distributed import ALONE, Processes, begin, end, expected_size, is_loss, with_experts, with_vocabulary
-from moe_lm.experts import recompute_hidden
-from moe_lm.metrics import MetricsLog, NoLog
+from moe_lm.commands.result import result_of, summary
+from moe_lm.commands.training import trainer_of
+from moe_lm.distributed import ALONE, Processes, begin, end, expected_size, is_loss
 from moe_lm.mistake import Lost, Mistake, in_a_line, is_out_of_memory
-from moe_lm.model import LanguageModel
-from moe_lm.objective import Objective
-from moe_lm.prepared import Prepared
-from moe_lm.progress import Settings
 from moe_lm.run import Run
-from moe_lm.saver import Saver
 from moe_lm.stopping import INTERRUPTED, REQUEUE, Stop, end_with_parent, leave_in_peace
 from moe_lm.trained import fill
 from moe_lm.trainer import Trainer
-from moe_lm.update import Update
 
 HELP = "train one model; repeat the command to resume it"
 
@@ -83,7 +73,7 @@ def _train(config: dict, preset: str, on: torch.device, stop: Stop, processes: P
         return 0
     processes.first(lambda: prepared_data(config, say=say) and None)
     data = prepared_data(config, say=say)  # what the first process made, or found
-    trainer, counts = trainer_of(config, data, run, on, processes)
+    trainer, counts = trainer_of(config, data, run, on, say, processes)
     if trainer.resume():
         say(f"{run.folder}: resumed at step {trainer.progress.step}, {trainer.progress.words:,} words")
     elif config["init"] is not None:
@@ -134,104 +124,6 @@ def _run(trainer: Trainer, stop: Stop, micro_words: int) -> int:
         return 0
     leave_in_peace()
     return INTERRUPTED if interrupted else REQUEUE
-
-
-def trainer_of(
-    config: dict, data: Prepared, run: Run, on: torch.device, processes: Processes = ALONE
-) -> tuple[Trainer, Counts]:
-    """Return the trainer of a resolved configuration, its model newly initialised from `seed`, and what it counts."""
-    vocabulary, checkpoints, machine = data.vocabulary, config["checkpoint"], config["machine"]
-    say = _say if processes.is_first else _hush
-    if config["valid"]["max_sentences"] < 1:
-        raise Mistake(f"valid.max_sentences={config['valid']['max_sentences']}: must be at least 1")
-    if checkpoints["keep_last"] < 1:
-        raise Mistake(f"checkpoint.keep_last={checkpoints['keep_last']}: must be at least 1")
-    with torch.device("meta"):
-        whole = make.build_model(config, vocabulary.size)
-    processes = with_experts(processes, _most_experts(whole), machine["expert_processes"], on)
-    processes = with_vocabulary(processes, machine["divide_vocabulary"])
-    torch.manual_seed(config["seed"])
-    model = make.build_model(config, vocabulary.size, processes).to(on)
-    recompute_hidden(model, machine["recompute"])
-    balance = {name: make.build(part) for name, part in config["balance"].items() if name != "exact"}
-    check_losses(model, balance)
-    want(model, balance)
-    recipe = make.build(config["optimizer"])
-    batches = _batches(config, data)
-    training = dict(config["training"])
-    settings = Settings(**training, every_seconds=checkpoints["every_seconds"])
-    processes.first(lambda: run.keep_vocabulary(vocabulary.save))
-    counts = counts_of(whole)
-    _describe(counts, run, vocabulary.size, say)
-    for line in [*choices_over_batch(model), *_idle(batches, processes)]:
-        say(line)
-    update = Update(
-        model=model,
-        objective=Objective(balance),
-        optimizer=recipe.build(model),
-        clip_norm=recipe.clip_norm,
-        exact_balance=config["balance"]["exact"],
-        autocast=make.autocast_type(machine["precision"], on),
-        seed=config["seed"],
-        vocabulary_size=vocabulary.size,
-        processes=processes,
-    )
-    valid = partial(measure_split, model, config, data, "valid", config["valid"]["max_sentences"], processes=processes)
-    trainer = Trainer(
-        update=update,
-        peak_rate=recipe.learning_rate,
-        schedule=make.build(config["schedule"]),
-        batches=batches,
-        validate=valid,
-        run=run,
-        log=MetricsLog(run, wandb=config["logging"]["wandb"], config=config) if processes.is_first else NoLog(),
-        saver=Saver(
-            run.checkpoints,
-            keep_last=checkpoints["keep_last"],
-            asynchronous=checkpoints["asynchronous"],
-            say=say,
-            processes=processes,
-        ),
-        fingerprint=data.fingerprint,
-        settings=settings,
-        say=say,
-        processes=processes,
-    )
-    return trainer, counts
-
-
-def _batches(config: dict, data: Prepared) -> Batches:
-    return Batches(
-        data.splits["train"],
-        start=data.vocabulary.start,
-        seed=config["seed"],
-        words=config["batch"]["words"],
-        micro_words=config["batch"]["micro_words"],
-    )
-
-
-def _most_experts(model: LanguageModel) -> int:
-    return max((layer.experts.share.total for layer in model.layers.values() if hasattr(layer, "experts")), default=0)
-
-
-def _idle(batches: Batches, processes: Processes) -> list[str]:
-    """Say where processes wait for others because a batch has too few micro-batches for all of them."""
-    count = batches.micro_batches_per_step
-    places = -(-count // processes.size) * processes.size
-    if places == count:
-        return []
-    return [
-        f"NOTE: {count} micro-batches a step for {processes.size} processes, idle for {1 - count / places:.0%} of the "
-        "time; not so where batch.micro_words is batch.words / num_processes, under another name=..."
-    ]
-
-
-def _describe(counts: Counts, run: Run, vocabulary_size: int, say) -> None:
-    say(
-        f"{run.folder}: {counts.operations_per_timestep / 1e6:.2f} M ops/timestep, "
-        f"{counts.parameters_without_embedding_and_softmax / 1e6:.2f} M parameters "
-        f"({counts.parameters_total / 1e6:.1f} M with embedding and softmax of {vocabulary_size:,} words)"
-    )
 
 
 def _say(line: str) -> None:

@@ -10,7 +10,7 @@ from tiny_training import TRAINING, with_overrides
 from moe_lm.commands import build as make
 from moe_lm.commands.configuration import composed, resolved
 from moe_lm.commands.data import prepared_data
-from moe_lm.commands.train import trainer_of
+from moe_lm.commands.training import trainer_of
 from moe_lm.gradients import shares_of
 from moe_lm.rows import row_gradient
 from moe_lm.run import Run
@@ -51,7 +51,7 @@ def trainer_for(case: Case, config: dict, processes):
     processes.each(None)
     data = prepared_data(config, say=lambda line: None)
     make.be_deterministic(torch.device("cpu"))
-    trainer, _ = trainer_of(config, data, run, torch.device("cpu"), processes)
+    trainer, _ = trainer_of(config, data, run, torch.device("cpu"), lambda line: None, processes)
     trainer.model.to(case.dtype)
     generator = torch.Generator().manual_seed(7)
     for name, parameter in trainer.model.named_parameters():
