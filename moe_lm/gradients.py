@@ -70,7 +70,8 @@ class Gradients:
         for group in dict.fromkeys(share.group for share in self._shares.values()):  # in one order on every process
             part = optimizer.norm(p for p, share in self._shares.items() if share.group is group).square()
             everyone = self._processes.everyone
-            square = square + everyone.sum_(part, STATISTICS) * (group.size / everyone.size)
+            # Of the same kind everywhere: a process without rows has a norm of no gradients, a plain zero.
+            square = square + everyone.sum_(part.to(square), STATISTICS) * (group.size / everyone.size)
         return square.sqrt()
 
     def _cut(self, model: nn.Module) -> Iterable["_Bucket"]:

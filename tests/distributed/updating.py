@@ -33,6 +33,8 @@ class Case:
     name: str
     overrides: tuple[str, ...] = ()
     dtype: torch.dtype = torch.float64
+    over_all: bool = False
+    """Whether all processes divide the experts, even if there are fewer of them."""
 
 
 def configuration(case: Case) -> dict:
@@ -45,6 +47,8 @@ def configuration(case: Case) -> dict:
 
 def trainer_for(case: Case, config: dict, processes):
     """A trainer with random gate matrices: at zero all logits would tie without the noise."""
+    if case.over_all:
+        config["machine"]["expert_processes"] = processes.size
     run = Run(Path("runs") / f"{case.name}-{processes.size}")
     if processes.is_first:
         run.folder.mkdir(parents=True, exist_ok=True)
