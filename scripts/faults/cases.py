@@ -101,6 +101,7 @@ def launcher_killed(trial: Trial) -> None:
         child.kill()
         trial.disturbed += 1
         trial.killed(child)
+        trial.expect(early or "stopped and saved at step" in child.text, f"it did not stop: {child.text[-400:]}")
         newest = trial.look_through(child)
     trial.finish(newest)
 
@@ -142,7 +143,7 @@ def second_process(other_size: int) -> Callable[[Trial], None]:
     """A second command on the same run is refused; after a crash nothing is in the way."""
 
     def work(trial: Trial) -> None:
-        child = trial.start(programs.SLOWLY)
+        child = trial.start(programs.VERY_SLOWLY)
         trial.wait_for_step(child, 2)
         second = trial.start(num_processes=other_size)
         trial.ended(second, (2,))

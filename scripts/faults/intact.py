@@ -80,16 +80,21 @@ def outcome(run: Path) -> dict[str, object]:
     progress = json.loads((last / "state.json").read_text())["state"]["progress"]
     return {
         "the last step": last.name,
-        "tensors": {
-            f"{file.relative_to(last)}/{name}": _bits(tensor)
-            for file in sorted(last.rglob("*.safetensors"))
-            for name, tensor in load_file(file).items()
-        },
+        "tensors": _tensors(last),
         "progress": {key: value for key, value in progress.items() if key not in _TIMES},
         "metrics.jsonl": metrics(run),
         "result.json": {key: result[key] for key in _RESULT},
         "the vocabulary": (run / "vocabulary" / "vocabulary.txt").read_bytes(),
     }
+
+
+def _tensors(checkpoint: Path) -> dict[str, list[str]]:
+    """Of each tensor its bits, part by part; which file holds one that all processes have alike is no matter."""
+    found: dict[str, list[str]] = {}
+    for file in sorted(checkpoint.rglob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            found.setdefault(f"{file.parent.name}/{name}", []).append(_bits(tensor))
+    return found
 
 
 def words_of_result(run: Path) -> int:

@@ -1,11 +1,13 @@
 """Program texts that run first inside a training's processes, and put a fault or a delay where it is wanted."""
 
-SLOWLY = """
+_SLOWLY = """
 import time
 from moe_lm.batches import Batches
 _step = Batches.step
-Batches.step = lambda *a, **k: (time.sleep(0.03), _step(*a, **k))[1]
+Batches.step = lambda *a, **k: (time.sleep({seconds}), _step(*a, **k))[1]
 """
+SLOWLY, VERY_SLOWLY = (_SLOWLY.format(seconds=seconds) for seconds in (0.03, 3))
+"""Every step waits, so that it can be hit in its middle, or another command started meanwhile."""
 
 _DIE = """
 import os, signal
