@@ -42,6 +42,11 @@ class Case:
     quick: bool = False
     """Whether it is part of a short campaign."""
 
+    @property
+    def line(self) -> str:
+        """What names it."""
+        return f"{self.kind}, {self.detail}, {self.size}"
+
 
 def main() -> int:
     """Run the campaign; return the exit code."""
@@ -51,7 +56,7 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         site = Site(folder, options.program.read_text() if options.program else "")
         options.mounts = cases.may_mount(folder)
-        chosen = [case for case in _cases(options) if options.only in f"{case.kind}, {case.detail}, {case.size}"]
+        chosen = [case for case in _cases(options) if any(text in case.line for text in options.only)]
         started = time.monotonic()
         site.prepare(sorted({case.size for case in chosen}))
         trials = _run_all(site, chosen, options)
@@ -78,7 +83,7 @@ def _options() -> argparse.Namespace:
         "--kills", type=int, default=50, help="runs killed at random moments, three tenths on two processes"
     )
     parser.add_argument("--quick", action="store_true", help="a few cases of each kind")
-    parser.add_argument("--only", default="", help="cases whose kind, detail or number of processes hold this text")
+    parser.add_argument("--only", nargs="*", default=[""], help="cases with one of these texts in their line")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--at-once", type=int, default=2, help="runs side by side")
     parser.add_argument("--program", type=Path, help="Python text run first in every disturbed run: breaks the product")
@@ -147,9 +152,7 @@ def _run_all(site: Site, chosen: list[Case], options: argparse.Namespace) -> lis
             done.append(trial)
             bad = [*trial.lost, *trial.wrong, *trial.unexpected]
             state = "; ".join(" ".join(text.split()) for text in bad) or "ok"
-            print(
-                f"{len(done)}/{len(chosen)} {trial.name} {case.kind}, {case.detail}, {case.size}: {state}", flush=True
-            )
+            print(f"{len(done)}/{len(chosen)} {trial.name} {case.line}: {state}", flush=True)
         return case, trial
 
     # Kinds mixed: a campaign broken off has seen some of each.
