@@ -19,14 +19,13 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from faults import cases, programs
-from faults.trial import Site, Trial
+from faults.trial import Site, Trial, Work
 
 _COLUMNS = ("fault", "processes", "runs", "times disturbed", "checkpoints lost", "wrong resumes", "promises broken")
 
@@ -38,7 +37,7 @@ class Case:
     kind: str
     size: int
     detail: str
-    work: Callable[[Trial], None]
+    work: Work
     quick: bool = False
     """Whether it is part of a short campaign."""
 

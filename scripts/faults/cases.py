@@ -8,12 +8,12 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from faults import intact, programs
 from faults.child import Child
-from faults.trial import BATCH, NUM_WORDS, Trial
+from faults.trial import BATCH, NUM_WORDS, Trial, Work
 
 STEPS = NUM_WORDS // BATCH
 _TIMES_TRIED = 4
@@ -69,7 +69,7 @@ def _kill(child: Child, victim: str) -> bool:
     return child.kill(victim) or child.kill()
 
 
-def killed_in_a_save(place: str, rank: str) -> Callable[[Trial], None]:
+def killed_in_a_save(place: str, rank: str) -> Work:
     """SIGKILL exactly where a checkpoint, metrics.jsonl or result.json is half written."""
 
     def work(trial: Trial) -> None:
@@ -121,7 +121,7 @@ def torchrun_restarts(trial: Trial) -> None:
     trial.compare()
 
 
-def signalled(number: signal.Signals, to: str | None) -> Callable[[Trial], None]:
+def signalled(number: signal.Signals, to: str | None) -> Work:
     """A signal to what was started, or to one rank: the step ends, all save, exit code 75."""
 
     def work(trial: Trial) -> None:
@@ -139,7 +139,7 @@ def signalled(number: signal.Signals, to: str | None) -> Callable[[Trial], None]
     return work
 
 
-def second_process(other_size: int) -> Callable[[Trial], None]:
+def second_process(other_size: int) -> Work:
     """A second command on the same run is refused; after a crash nothing is in the way."""
 
     def work(trial: Trial) -> None:
@@ -268,7 +268,7 @@ CORRUPTIONS = {
 }
 
 
-def corrupted(name: str) -> Callable[[Trial], None]:
+def corrupted(name: str) -> Work:
     """The newest checkpoint is damaged: that is said, it is kept aside, and the one before is taken."""
 
     def work(trial: Trial) -> None:
@@ -301,7 +301,7 @@ def all_corrupted(trial: Trial) -> None:
     trial.note = "" if again.code == 2 else "repeated once more, it begins anew"
 
 
-def faulty_updates(kind: str, count: int) -> Callable[[Trial], None]:
+def faulty_updates(kind: str, count: int) -> Work:
     """Some updates have no loss to learn from: left out and counted; killed on the way, the run ends no otherwise."""
 
     def work(trial: Trial) -> None:
@@ -331,7 +331,7 @@ def faulty_updates(kind: str, count: int) -> Callable[[Trial], None]:
     return work
 
 
-def only_faulty_updates(kind: str) -> Callable[[Trial], None]:
+def only_faulty_updates(kind: str) -> Work:
     """No update has a loss to learn from any more: the run stops, and names the last good checkpoint."""
 
     def work(trial: Trial) -> None:
@@ -351,7 +351,7 @@ def only_faulty_updates(kind: str) -> Callable[[Trial], None]:
     return work
 
 
-def disk_full_in_a_save(*, unaware: bool, room_again: bool) -> Callable[[Trial], None]:
+def disk_full_in_a_save(*, unaware: bool, room_again: bool) -> Work:
     """The disk fills up while checkpoints are written, by some hundred bytes or all of one."""
 
     def work(trial: Trial) -> None:
@@ -380,7 +380,7 @@ def disk_full_in_a_save(*, unaware: bool, room_again: bool) -> Callable[[Trial],
     return work
 
 
-def disk_full_for_lines(*, room_again: bool) -> Callable[[Trial], None]:
+def disk_full_for_lines(*, room_again: bool) -> Work:
     """The disk fills up while no checkpoint is due: lines of metrics.jsonl have no room."""
 
     def work(trial: Trial) -> None:

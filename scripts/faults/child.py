@@ -12,7 +12,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _INJECT = Path(__file__).resolve().parent / "inject"
-LONGEST = 180
+LONGEST = 600
 """Seconds after which a training of this size counts as hanging."""
 
 
