@@ -19,6 +19,8 @@ PATIENCE = timedelta(minutes=30)
 """How long a process waits for what others compute beside it."""
 LONGEST = timedelta(days=2)
 """How long it waits for what the first one does alone: prepare text, say. One that has died is noticed at once."""
+SOON = timedelta(seconds=20)
+"""How long it looks for torchrun's own store: that was there before this process, unless torchrun was killed since."""
 
 _GONE = r"Connection closed by peer|Connection reset|Broken pipe|Connection refused|Timed out waiting|gloo"
 
@@ -127,7 +129,9 @@ def begin(device: torch.device, meeting: str = "env://") -> Processes:
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        store, rank, size = next(dist.rendezvous(meeting, int(os.environ["RANK"]), expected_size(), timeout=LONGEST))
+        patience = SOON if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else LONGEST
+        store, rank, size = next(dist.rendezvous(meeting, int(os.environ["RANK"]), expected_size(), timeout=patience))
+        store.set_timeout(LONGEST)
         # torchrun keeps its store when it starts processes again, with the addresses of those that have died.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(

@@ -12,7 +12,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from moe_lm.mistake import Mistake
-from moe_lm.stopping import code_of
+from moe_lm.stopping import LAUNCHER, code_of
 
 _LONGEST_SAVE = 600
 """Seconds that processes have for their last step and checkpoint after a signal."""
@@ -28,12 +28,15 @@ def launch(arguments: list[str], num_processes: int) -> int:
     # What went wrong the processes say themselves; the launcher would add a page.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
+    os.environ[LAUNCHER] = str(os.getpid())
     try:
         elastic_launch(_config(num_processes), sys.executable)("-m", "moe_lm", *arguments)
     except SignalException as stopped:
         return code_of(stopped.sigval)
     except ChildFailedError as failed:
         return _outcome({rank: failure.exitcode for rank, failure in failed.failures.items()})
+    finally:
+        del os.environ[LAUNCHER]
     return 0
 
 

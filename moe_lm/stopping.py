@@ -2,13 +2,19 @@
 
 import contextlib
 import ctypes
+import os
 import signal
 import sys
+
+from moe_lm.mistake import Lost
 
 INTERRUPTED = 130
 """Somebody pressed Ctrl-C."""
 REQUEUE = 75
 """EX_TEMPFAIL: a machine is wanted back, or the time is up; the same command goes on later."""
+
+LAUNCHER = "MOE_LM_LAUNCHER"
+"""The variable that tells processes the number of the one that started them."""
 
 _FROM_SCHEDULERS = (signal.SIGTERM, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
@@ -64,7 +70,12 @@ def leave_in_peace() -> None:
 
 
 def end_with_parent() -> None:
-    """Be told by SIGTERM when the launcher has gone, so that no process lives on and holds the run's lock."""
+    """Be told by SIGTERM when the launcher has gone, so that no process lives on and holds the run's lock.
+
+    Raises `Lost` where it has gone already.
+    """
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError, OSError):
             ctypes.CDLL("libc.so.6").prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):
+        raise Lost("the process that started this one has gone: repeat the command")

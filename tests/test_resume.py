@@ -125,8 +125,15 @@ def test_a_signal_saves_and_the_same_command_goes_on(workspace, undisturbed, moe
     assert results() == undisturbed
 
 
+def test_a_signal_after_all_is_done_changes_nothing(workspace):
+    late = "import atexit, os, signal\natexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))"
+    child = start("training.num_words=200", program=late)
+    _, err = child.communicate()
+    assert (child.returncode, "SystemExit" in err) == (0, False)
+
+
 def test_a_second_process_on_the_same_run_is_refused(workspace, moe_lm):
-    child = start(program=SLOWLY)
+    child = start(program=SLOWLY.replace("0.05", "5"))  # a busy machine takes seconds to start the second
     wait_for_lines(1, child)
     outcome = moe_lm("train", *TRAINING)
     child.kill()

@@ -39,10 +39,10 @@ def main(arguments: list[str]) -> int:
     make.set_threads(config["machine"]["threads"])
     make.be_deterministic(on)
     make.keep_memory()
-    if started <= 1:
-        return _train(config, preset, on, stop, ALONE)
-    end_with_parent()
     try:
+        if started <= 1:
+            return _train(config, preset, on, stop, ALONE)
+        end_with_parent()
         return _train(config, preset, on, stop, begin(on))
     except RuntimeError as error:
         if not is_loss(error):
@@ -50,6 +50,7 @@ def main(arguments: list[str]) -> int:
         raise Lost(f"another process of this training has gone ({in_a_line(error)})") from error
     finally:
         end()
+        leave_in_peace()  # nothing is left to be saved; Python would tell of a signal while it ends
 
 
 def _configuration(arguments: list[str]) -> tuple[dict, str]:

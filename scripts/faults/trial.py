@@ -1,0 +1,222 @@
+"""One run that something happens to: started, disturbed, looked through, repeated to its end, compared."""
+
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from faults import intact
+from faults.child import LONGEST, Child, train
+
+_WORDS = [f"w{i}" for i in range(50)]
+NUM_WORDS, SHORTER = 6000, 3600
+BATCH = 200
+KEEP_LAST = 3
+_SOON = 120
+"""Seconds after which the end of a run that lost a process counts as late: a busy machine takes a while."""
+
+_ARGUMENTS = {
+    "model": "moe_4",
+    "model.width": 8,
+    "model.expert_hidden": 8,
+    "model.num_experts": 4,
+    "model.k": 2,
+    "corpus": "text",
+    **{f"corpus.{split}": f"[text/{split}.txt]" for split in ("train", "valid", "test")},
+    "vocabulary.min_count": 1,
+    "softmax.num_sampled": 16,
+    "batch.words": BATCH,
+    "batch.micro_words": BATCH // 2,
+    "training.num_words": NUM_WORDS,
+    "training.log_every": 1,
+    "training.valid_every": 7,
+    "valid.max_sentences": 10,
+    "schedule.warmup_steps": 5,
+    "optimizer.learning_rate": 0.01,
+    "checkpoint.every_seconds": 0,
+    "checkpoint.keep_last": KEEP_LAST,
+    "machine.device": "cpu",
+    "machine.threads": 1,
+}
+
+
+@dataclass
+class Timeline:
+    """Seconds from the start of an undisturbed run to its first line, to the end of training, and to the end."""
+
+    ready: float
+    trained: float
+    end: float
+
+
+@dataclass
+class Site:
+    """The folder of a campaign, and what undisturbed runs in it left."""
+
+    folder: Path
+    program: str = ""
+    """Runs first in every process of the disturbed runs: a product broken on purpose, to see whether that is seen."""
+    outcomes: dict[int, dict] = field(default_factory=dict)
+    timelines: dict[int, Timeline] = field(default_factory=dict)
+
+    def prepare(self, sizes: list[int]) -> None:
+        """Write the corpus, and train undisturbed on each number of processes: to the end, and not as far."""
+        _write_corpus(self.folder / "text")
+        with ThreadPoolExecutor(len(sizes)) as pool:
+            list(pool.map(self._train_undisturbed, sizes))
+
+    def _train_undisturbed(self, size: int) -> None:
+        whole, shorter = (
+            Trial(Site(self.folder), f"{name}-{size}", size, random.Random(0), {"training.num_words": num_words})
+            for name, num_words in (("undisturbed", NUM_WORDS), ("shorter", SHORTER))
+        )
+        child, started, moments = whole.start(), time.monotonic(), []
+        for step in (1, NUM_WORDS // BATCH):
+            whole.wait_for_step(child, step)
+            moments.append(time.monotonic() - started)
+        child.wait()
+        self.timelines[size] = Timeline(*moments, time.monotonic() - started)
+        other = shorter.start()
+        other.wait()
+        if (child.code, other.code) != (0, 0):
+            raise SystemExit(f"an undisturbed run failed:\n{child.text}{other.text}")
+        self.outcomes[size] = intact.outcome(whole.run)
+
+
+class Trial:
+    """A run of a name of its own; what goes wrong with it is collected in `lost`, `wrong` and `unexpected`."""
+
+    def __init__(self, site: Site, name: str, size: int, draw: random.Random, settings: dict | None = None):
+        self.site, self.name, self.size, self.draw = site, name, size, draw
+        self.arguments = _ARGUMENTS | {"num_processes": size, "name": name} | (settings or {})
+        self.run = site.folder / str(self.arguments.get("runs", "runs")) / name
+        self.lost: list[str] = []
+        self.wrong: list[str] = []
+        self.unexpected: list[str] = []
+        self.note = ""
+        self.disturbed = 0
+        self.seconds_to_end = 0.0
+        self._seen: set[int] = set()
+        self._children: list[Child] = []
+
+    def start(self, program: str = "", ranks: str = "0,1", torchrun: bool = False, **settings: object) -> Child:
+        """Start the run's command, once more if need be."""
+        log = self.site.folder / "logs" / f"{self.name}-{len(self._children)}.txt"
+        arguments = self.arguments | {key.replace("__", "."): value for key, value in settings.items()}
+        program, ranks = (self.site.program + program, ranks if program else "0,1")
+        child = train(arguments, self.site.folder, log, program=program, ranks=ranks, torchrun=torchrun)
+        self._children.append(child)
+        return child
+
+    def at_step(self, step: int) -> bool:
+        """Note which checkpoints are there, and say whether metrics.jsonl has come to this step."""
+        self._seen |= set(intact.steps(self.run))
+        return intact.last_step(self.run) >= step
+
+    def wait_for_step(self, child: Child, step: int) -> bool:
+        """Wait until metrics.jsonl comes to a step; False where the run ended before."""
+        child.wait(until=lambda: self.at_step(step))
+        return child.code is None
+
+    def expect(self, fulfilled: object, otherwise: str) -> None:
+        """Note what should have been."""
+        if not fulfilled:
+            self.unexpected.append(otherwise)
+
+    def ended(self, child: Child, codes: tuple[int, ...], seconds: float = LONGEST) -> None:
+        """Wait for the end of all processes, which should come soon and with one of these exit codes."""
+        if not child.wait(seconds, until=lambda: self.at_step(10**9)):
+            self.unexpected.append(f"it did not end within {seconds:.0f} s")
+            child.end()
+        self.expect(child.code in codes, f"exit code {child.code}, not {codes}: {child.text[-400:]}")
+        self.expect("Traceback" not in child.text, f"a traceback: {child.text[-1500:]}")
+
+    def killed(self, child: Child) -> None:
+        """One of the processes was just killed: the others should end soon, and not with success."""
+        started = time.monotonic()
+        self.ended(child, (-signal.SIGKILL, 1), seconds=_SOON)
+        self.seconds_to_end = max(self.seconds_to_end, time.monotonic() - started)
+
+    def look_through(self, child: Child | None = None) -> int:
+        """Check that no complete checkpoint is gone or damaged, once all has ended; return the newest one's step."""
+        if child is not None:
+            child.end()
+        there = intact.steps(self.run)
+        for step in there:
+            if fault := intact.fault_of(intact.folder_of(self.run, step)):
+                self.lost.append(f"step {step}: {fault}")
+        kept = sorted(self._seen | set(there))[-KEEP_LAST:]
+        newest = intact.folder_of(self.run, there[-1]) if there else None
+        if newest is not None and intact.fault_of(newest) is None and (best := intact.best_of(newest)):
+            kept.append(best)
+        self.lost += [f"step {step} is gone" for step in sorted(set(kept) - set(there))]
+        self._seen |= set(there)
+        return there[-1] if there else 0
+
+    def forget(self) -> None:
+        """Take what is there now as all there ever was: a damage is about to be done on purpose."""
+        self._seen = set()
+
+    def finish(self, newest: int, reference: dict | None = None, says: tuple[str, ...] = ()) -> None:
+        """Repeat the command to its end: it must go on from this step and end as if nothing had happened."""
+        finished = intact.words_of_result(self.run) >= NUM_WORDS
+        child = self.start()
+        self.ended(child, (0,))
+        text = child.text
+        if not finished and (at := intact.resumed_at(text)) != newest:
+            self.wrong.append(f"resumed at step {at}, not at {newest}")
+        for words in says:
+            self.expect(words in text, f"it does not say {words!r}: {text[-600:]}")
+        self.compare(reference)
+
+    def compare(self, reference: dict | None = None) -> None:
+        """Compare what the finished run left with the undisturbed one."""
+        self.look_through()
+        reference = self.site.outcomes[self.size] if reference is None else reference
+        try:
+            found = intact.outcome(self.run)
+        except (OSError, ValueError, LookupError) as error:
+            self.wrong.append(f"the run left no result ({error!r})")
+            return
+        self.wrong += [f"{part} differ" for part in reference if found[part] != reference[part]]
+        left = [path.name for path in (self.run / "checkpoints").glob(".*")]
+        self.expect(not left, f"left behind: {left}")
+
+    def restart(self) -> None:
+        """Begin anew: the fault came too late."""
+        shutil.rmtree(self.run, ignore_errors=True)
+        self.forget()
+
+    def copy_of_shorter(self) -> None:
+        """Begin with what the finished, shorter run left."""
+        shutil.copytree(self.site.folder / "runs" / f"shorter-{self.size}", self.run)
+
+    def close(self) -> None:
+        """End what still runs, and delete what went well."""
+        for child in self._children:
+            child.end()
+        if not (self.lost or self.wrong or self.unexpected):
+            shutil.rmtree(self.run, ignore_errors=True)
+
+
+Work = Callable[[Trial], None]
+"""What is done to a run."""
+
+
+def _write_corpus(folder: Path) -> None:
+    """Sentences in which each word is followed by one of four."""
+    draw = random.Random(1)
+    followers = {word: draw.sample(_WORDS, 4) for word in _WORDS}
+    folder.mkdir(parents=True)
+    for split, count in {"train": 300, "valid": 40, "test": 40}.items():
+        sentences = []
+        for _ in range(count):
+            words = [draw.choice(_WORDS)]
+            while len(words) < 20 and draw.random() > 0.12:
+                words.append(draw.choice(followers[words[-1]]))
+            sentences.append(" ".join(words))
+        (folder / f"{split}.txt").write_text("\n".join(sentences) + "\n")
