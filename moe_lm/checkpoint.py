@@ -116,9 +116,9 @@ def load_state(path: Path) -> dict:
             raise Mistake(f"{path} has format {record['format']}, this version of moe-lm reads {FORMAT}: train anew")
         if record["format"] != FORMAT or not intact:  # what it is a checksum of has the true format
             raise _damaged(path, "state.json does not match its checksum")
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        return _checked(record["state"])
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, error) from error
-    return record["state"]
 
 
 def state_text(state: dict) -> str:
@@ -173,6 +173,18 @@ def of_optimizer(model: nn.Module, optimizer: Together) -> Named:
         for name, parameter in model.named_parameters()
         for kind, value in state.get(parameter, {}).items()
     }
+
+
+def _checked(state: dict) -> dict:
+    """Return the state if it has the form of one; raises `KeyError` or `TypeError`."""
+    forms = {"step": int, "data": str, "progress": dict, "files": dict}
+    for key, form in forms.items():
+        if not isinstance(state[key], form):
+            raise TypeError(f"{key} is no {form.__name__}")
+    for name, entry in state["files"].items():
+        if not (isinstance(entry, list) and [type(x) for x in entry] == [int, str]):
+            raise TypeError(f"{name} has no size and checksum")
+    return state
 
 
 def _check_names(path: Path, files: dict) -> None:

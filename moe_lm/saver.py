@@ -125,13 +125,23 @@ class Saver:
             files = self._together(lambda: self._sums(partial))
             whole = state | {"files": dict(sorted(pair for each in files for pair in each.items()))}
             self._together(lambda: _put_in_place(partial, path, checkpoint.state_text(whole)), first=True)
-            self._together(lambda: checkpoint.prune(self._folder, self._keep_last, keep), first=True)
         except _Failed as error:
             self._error = f"cannot write checkpoint {path}: {error}"
             if self._processes.is_first:
                 shutil.rmtree(partial, ignore_errors=True)
+            return
         except RuntimeError as error:  # another process has gone
             self._error = f"cannot write checkpoint {path}: {in_a_line(error)}"
+            return
+        if self._processes.is_first:
+            self._prune(keep)
+
+    def _prune(self, keep: set[int]) -> None:
+        """Delete old checkpoints; one that cannot be deleted is said, as the new one is there all the same."""
+        try:
+            checkpoint.prune(self._folder, self._keep_last, keep)
+        except OSError as error:
+            self._say(f"WARNING: cannot delete old checkpoints in {self._folder}: {_said(error)}")
 
     def _written(self, folder: Path, tensors: Named) -> None:
         if not tensors:  # an optimizer before its first step

@@ -59,7 +59,8 @@ class _SavePlanner(dcp.DefaultSavePlanner):
     """torch's own, which finds rows in tensors alone."""
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return _held(self.state_dict[index.fqn])
+        # Not left to the writer, which copies from a GPU without waiting on any stream but its own thread's.
+        return _held(self.state_dict[index.fqn]).cpu()
 
 
 class _LoadPlanner(dcp.DefaultLoadPlanner):

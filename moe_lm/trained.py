@@ -8,6 +8,7 @@ import torch
 
 from moe_lm import checkpoint, exported, weights
 from moe_lm.construction import build, build_model, check_targets, packaged_targets
+from moe_lm.distributed import ALONE, Processes
 from moe_lm.mistake import Mistake
 from moe_lm.model import LanguageModel
 from moe_lm.perplexity import measure
@@ -90,13 +91,13 @@ def _load_export(folder: Path, which: str, on: torch.device) -> Trained:
     return Trained(model.to(on).eval(), vocabulary, config, step, record["data"])
 
 
-def fill(model: LanguageModel, folder: Path, vocabulary: Path) -> None:
+def fill(model: LanguageModel, folder: Path, vocabulary: Path, processes: Processes = ALONE) -> None:
     """Fill a model with the weights of another run (its last checkpoint) or of an export, for a training from there.
 
     Raises `Mistake` where shapes differ, or the words of its vocabulary from those in the folder `vocabulary`.
     """
     if not folder.is_dir():
-        raise Mistake(f"init={folder} does not exist: name the folder of a run or an export, as in init=runs/moe_4")
+        raise Mistake(f"init={folder} is no folder: name the folder of a run or an export, as in init=runs/moe_4")
     source, is_export = Run(folder), exported.is_export(folder)
     if is_export:
         exported.opened(folder)
@@ -109,7 +110,8 @@ def fill(model: LanguageModel, folder: Path, vocabulary: Path) -> None:
     if is_export:
         weights.load(folder, model)
     else:
-        checkpoint.load_model(find(source, "last"), model)
+        # Found once: a run that still trains may have another last checkpoint a moment later.
+        checkpoint.load_model(processes.first(lambda: find(source, "last")), model)
 
 
 def find(run: Run, which: str) -> Path:

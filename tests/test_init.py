@@ -61,7 +61,7 @@ def test_a_resumed_run_goes_on_from_its_own_checkpoint(own_trained, moe_lm, trai
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["init=nowhere"], ["init=nowhere", "does not exist"]),
+        (["init=nowhere"], ["init=nowhere", "is no folder"]),
         (["init=text"], ["text"]),
         (["init=runs/tiny", "corpus.max_words=8"], ["init=runs/tiny", "another vocabulary"]),
         (["init=runs/tiny", "model.width=16"], ["does not fit the model"]),

@@ -28,6 +28,8 @@ MEASURED = ("perplexity", "predicted_words", "unigram_perplexity")
 def main(arguments: list[str]) -> int:
     """Write the folder `to`, whole or not at all; one that holds the very same model already is no mistake."""
     config = resolved(composed("export", arguments))
+    if not config["to"]:
+        raise Mistake("to=: name a folder that does not exist yet, as in to=exports/moe_4")
     source, to = Path(config["run"]), Path(config["to"])
     if config["max_file_bytes"] < 1:
         raise Mistake(f"max_file_bytes={config['max_file_bytes']}: must be at least 1")

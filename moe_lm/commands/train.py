@@ -1,8 +1,10 @@
 """moe-lm train: train one model and measure it; repeating the command resumes the run."""
 
+import contextlib
 import re
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -34,16 +36,15 @@ def main(arguments: list[str]) -> int:
         gpus = torch.cuda.device_count() if on.type == "cuda" else None
         launch.check_num_processes(config["num_processes"], gpus)
         return launch.launch(["train", *arguments], config["num_processes"])
-    stop = Stop()
+    stop = Stop(several=started > 1)
     on = make.device(config["machine"]["device"], several=started > 1)
     make.set_threads(config["machine"]["threads"])
     make.be_deterministic(on)
     make.keep_memory()
     try:
-        if started <= 1:
-            return _train(config, preset, on, stop, ALONE)
-        end_with_parent()
-        return _train(config, preset, on, stop, begin(on))
+        if started:
+            end_with_parent()
+        return _train(config, preset, on, stop, begin(on) if started > 1 else ALONE)
     except RuntimeError as error:
         if not is_loss(error):
             raise
@@ -60,6 +61,7 @@ def _configuration(arguments: list[str]) -> tuple[dict, str]:
     config["name"] = config["name"] or default_name(preset, arguments)
     if not re.fullmatch(r"[^/\x00-\x1f]+", config["name"]) or config["name"] in (".", ".."):
         raise Mistake(f"name={config['name']!r}: needs a plain folder name, without / and control characters")
+    config["init"] = config["init"] or None
     make.check_targets(config)
     return config, preset
 
@@ -78,13 +80,14 @@ def _train(config: dict, preset: str, on: torch.device, stop: Stop, processes: P
     if trainer.resume():
         say(f"{run.folder}: resumed at step {trainer.progress.step}, {trainer.progress.words:,} words")
     elif config["init"] is not None:
-        fill(trainer.model, Path(config["init"]), run.vocabulary)
+        fill(trainer.model, Path(config["init"]), run.vocabulary, processes)
         say(f"{run.folder}: starts from the weights of {config['init']}")
     processes.first(lambda: run.result_file.unlink(missing_ok=True))
     if code := _run(trainer, stop, config["batch"]["micro_words"]):
         say(f"{run.folder}: stopped and saved at step {trainer.progress.step}; repeat the command to go on")
         return code
-    result = result_of(config, preset, data, trainer, counts)
+    with _naming_memory(config["batch"]["micro_words"]):
+        result = result_of(config, preset, data, trainer, counts)
     if processes.is_first:
         run.write_result(result)
         print(f"{run.folder}: {summary(result)}")
@@ -106,25 +109,32 @@ def _claimed(config: dict, run: Run) -> tuple[dict, str | None]:
 
 
 def _run(trainer: Trainer, stop: Stop, micro_words: int) -> int:
-    """Train; return 0 at the end, else the exit code of a run that was asked to stop."""
+    """Train; return 0 at the end, else the exit code of a run that was asked to stop, if only in its last save."""
     try:
-        with stop.collecting():
-            finished = trainer.train(lambda: stop.requested)
+        with stop.collecting(), _naming_memory(micro_words):
+            trainer.train(lambda: stop.requested)
             # What comes after the last checkpoint, the final measurement, can be broken off.
-            interrupted = trainer.processes.any(signal.SIGINT in stop.received)[0]
+            stopped, interrupted = trainer.processes.any(stop.requested, signal.SIGINT in stop.received)
+    finally:
+        trainer.log.close()
+    if not stopped:
+        return 0
+    leave_in_peace()
+    return INTERRUPTED if interrupted else REQUEUE
+
+
+@contextlib.contextmanager
+def _naming_memory(micro_words: int) -> Iterator[None]:
+    """Let an error that memory is too small name the key that changes it."""
+    try:
+        yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         raise Mistake(
-            f"out of memory ({in_a_line(error)}): a smaller batch.micro_words than {micro_words} "
-            "needs less, under another name=...; machine.recompute=true and optimizer.experts=factored too"
+            f"out of memory ({in_a_line(error)}): a smaller batch.micro_words than {micro_words} needs less, "
+            "under another name=...; machine.recompute=true and optimizer.experts=factored too"
         ) from error
-    finally:
-        trainer.log.close()
-    if finished:
-        return 0
-    leave_in_peace()
-    return INTERRUPTED if interrupted else REQUEUE
 
 
 def _say(line: str) -> None:
