@@ -178,9 +178,9 @@ def of_optimizer(model: nn.Module, optimizer: Together) -> Named:
 def _checked(state: dict) -> dict:
     """Return the state if it has the form of one; raises `KeyError` or `TypeError`."""
     forms = {"step": int, "data": str, "progress": dict, "files": dict}
-    for key, form in forms.items():
-        if not isinstance(state[key], form):
-            raise TypeError(f"{key} is no {form.__name__}")
+    for key in ("step", "files", *(forms.keys() & state.keys())):
+        if not isinstance(state[key], forms[key]):
+            raise TypeError(f"{key} is no {forms[key].__name__}")
     for name, entry in state["files"].items():
         if not (isinstance(entry, list) and [type(x) for x in entry] == [int, str]):
             raise TypeError(f"{name} has no size and checksum")
