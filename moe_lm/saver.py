@@ -140,7 +140,7 @@ class Saver:
         """Delete old checkpoints; one that cannot be deleted is said, as the new one is there all the same."""
         try:
             checkpoint.prune(self._folder, self._keep_last, keep)
-        except OSError as error:
+        except Exception as error:
             self._say(f"WARNING: cannot delete old checkpoints in {self._folder}: {_said(error)}")
 
     def _written(self, folder: Path, tensors: Named) -> None:

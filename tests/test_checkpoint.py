@@ -687,7 +687,7 @@ def test_a_failure_beside_the_training_is_said_at_the_next_save(tmp_path, plain,
 
 
 @pytest.mark.parametrize("error", [MemoryError(), ValueError("what nobody thought of")], ids=repr)
-@pytest.mark.parametrize("where", ["checksum", "prune", "state_text"])
+@pytest.mark.parametrize("where", ["checksum", "state_text"])
 def test_whatever_fails_beside_the_training_is_a_failure(tmp_path, plain, monkeypatch, error, where):
     """A thread that dies must not look like one that wrote."""
 
@@ -697,10 +697,24 @@ def test_whatever_fails_beside_the_training_is_a_failure(tmp_path, plain, monkey
     said = []
     saves = saver_in(tmp_path, said, asynchronous=True)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, where, fail)
+        patch.setattr(saver if where == "checksum" else checkpoint, where, fail)
         saves.save(5, *built(plain), {}, set())
         assert (str(error) or type(error).__name__) in saves.finish()
     assert len(said) == 1
+
+
+def test_a_checkpoint_that_is_there_is_no_failure_because_an_old_one_cannot_go(tmp_path, plain, monkeypatch):
+    def fail(*arguments):
+        raise OSError(16, "Device or resource busy")
+
+    said = []
+    saves = saver_in(tmp_path, said, asynchronous=True)
+    monkeypatch.setattr(checkpoint, "prune", fail)
+    saves.save(5, *built(plain), {}, set())
+    assert saves.finish() is None
+    assert checkpoint.steps(tmp_path) == [5]
+    assert len(said) == 1
+    assert "cannot delete old checkpoints" in said[0]
 
 
 # A disk that is full
