@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         _tell(str(mistake))
         return MISTAKE
     except Lost as lost:
-        _tell(str(lost))
+        _tell(str(lost), lost=True)
         return FAILURE
     except BrokenPipeError:
         # The reader, such as `head`, has seen enough; Python must not flush the rest at its end.
@@ -63,12 +63,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _tell(line: str) -> None:
-    """Print a mistake once, though several processes may have made it: the first one's word counts."""
+def _tell(line: str, lost: bool = False) -> None:
+    """Print a mistake once, though several processes may have made it: the first one's word counts.
+
+    Who lost another process waits longer: that one may have something to tell.
+    """
     rank = os.environ.get("RANK", "0")
-    if rank != "0":
+    if rank != "0" or lost:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(_PATIENCE)
+        time.sleep(2 * _PATIENCE if lost else _PATIENCE)
+    if rank != "0":
         line = f"process {rank}: {line}"
     print(f"moe-lm: {line}", file=sys.stderr, flush=True)
 

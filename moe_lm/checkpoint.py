@@ -7,6 +7,7 @@ and checksum.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from hashlib import blake2b
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from moe_lm import tensors_on_disk
 from moe_lm.distributed import ALONE, Processes
+from moe_lm.files import checksum
 from moe_lm.gradients import shares_of
 from moe_lm.mistake import Mistake
 from moe_lm.optimizer import Together
@@ -25,6 +27,7 @@ from moe_lm.tensors_on_disk import Named, named
 
 FORMAT = 3
 PARTS = ("model", "optimizer")
+_ASIDE = "damaged-"
 
 
 class Damaged(Mistake):
@@ -60,9 +63,9 @@ def prune(folder: Path, keep_last: int, keep: set[int]) -> None:
 def newest(folder: Path, processes: Processes, say: Callable[[str], None]) -> Path | None:
     """Return the newest checkpoint that is what was written, None if there is none at all; all processes take part.
 
-    Damaged ones are set aside, loudly. Raises `Mistake` where there are checkpoints and none is intact.
+    Damaged ones are set aside, loudly. Raises `Mistake` where there are checkpoints, or were, and none is intact.
     """
-    found = processes.first(lambda: steps(folder))
+    found, had = processes.first(lambda: (steps(folder), any(folder.glob(f"{_ASIDE}*"))))
     for step in reversed(found):
         path = path_of(folder, step)
         try:
@@ -72,7 +75,7 @@ def newest(folder: Path, processes: Processes, say: Callable[[str], None]) -> Pa
             say(f"WARNING: {damaged}; it is now {aside.name}, and the one before it is taken")
         else:
             return path
-    if found:
+    if found or had:
         raise Mistake(
             f"no checkpoint in {folder} is intact: nothing to go on from; the damaged ones are kept beside it, delete "
             f"{folder.parent} or choose another name=... to begin anew"
@@ -88,6 +91,8 @@ def verify(path: Path, parts: tuple[str, ...] = PARTS, processes: Processes = AL
     state, reason = None, None
     try:
         state = load_state(path)
+        if state["step"] != int(path.name):
+            raise _damaged(path, f"it is that of step {state['step']}")
         _check_names(path, state["files"])
         files = [name for name in sorted(state["files"]) if name.split("/")[0] in parts]
         for name in files[processes.rank :: processes.size]:
@@ -106,13 +111,14 @@ def load_state(path: Path) -> dict:
     """Return the JSON state; raises `Damaged` where it is missing or not what was written."""
     try:
         record = json.loads((path / "state.json").read_text())
-        if record["format"] != FORMAT:
+        intact = record["checksum"] == _checksum_of(record["state"])
+        if record["format"] != FORMAT and not intact:
             raise Mistake(f"{path} has format {record['format']}, this version of moe-lm reads {FORMAT}: train anew")
-        if record["checksum"] != _checksum_of(record["state"]):
+        if record["format"] != FORMAT or not intact:  # what it is a checksum of has the true format
             raise _damaged(path, "state.json does not match its checksum")
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        return _checked(record["state"])
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, error) from error
-    return record["state"]
 
 
 def state_text(state: dict) -> str:
@@ -169,25 +175,34 @@ def of_optimizer(model: nn.Module, optimizer: Together) -> Named:
     }
 
 
-def checksum(file: Path) -> str:
-    """Return blake2b of a file."""
-    digest = blake2b(digest_size=16)
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+def _checked(state: dict) -> dict:
+    """Return the state if it has the form of one; raises `KeyError` or `TypeError`."""
+    forms = {"step": int, "data": str, "progress": dict, "files": dict}
+    for key, form in forms.items():
+        if not isinstance(state[key], form):
+            raise TypeError(f"{key} is no {form.__name__}")
+    for name, entry in state["files"].items():
+        if not (isinstance(entry, list) and [type(x) for x in entry] == [int, str]):
+            raise TypeError(f"{name} has no size and checksum")
+    return state
 
 
 def _check_names(path: Path, files: dict) -> None:
-    there = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir()}
-    for name in sorted(there ^ {"state.json", *files}):
+    there = {str(file.relative_to(path)) for file in path.rglob("*")}
+    for name in sorted(there ^ {"state.json", *PARTS, *files}):
         raise _damaged(path, f"{name} is missing" if name not in there else f"{name} does not belong there")
+    for name in files:
+        if not re.fullmatch(rf"({'|'.join(PARTS)})/[^/]+\.safetensors", name):
+            raise _damaged(path, f"{name} does not belong there")
 
 
 def _check_file(file: Path, size: int, digest: str) -> None:
     if file.stat().st_size != size or checksum(file) != digest:
         raise _damaged(file.parent.parent, f"{file.name} does not match its checksum")
-    tensors_on_disk.check_is_safetensors(file)
+    try:
+        tensors_on_disk.check_is_safetensors(file)
+    except SafetensorError as error:
+        raise _damaged(file.parent.parent, f"{file.name}: {error}") from error
 
 
 def _shapes(path: Path, part: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -198,10 +213,10 @@ def _shapes(path: Path, part: str) -> dict[str, tuple[tuple[int, ...], torch.dty
 
 
 def _set_aside(path: Path) -> Path:
-    aside, number = path.with_name(f"damaged-{path.name}"), 1
+    aside, number = path.with_name(f"{_ASIDE}{path.name}"), 1
     while aside.exists():
         number += 1
-        aside = path.with_name(f"damaged-{path.name}-{number}")
+        aside = path.with_name(f"{_ASIDE}{path.name}-{number}")
     return path.rename(aside)
 
 
@@ -210,4 +225,4 @@ def _damaged(path: Path, reason: object) -> Damaged:
 
 
 def _checksum_of(state: dict) -> str:
-    return blake2b(json.dumps(state).encode(), digest_size=16).hexdigest()
+    return blake2b(json.dumps([FORMAT, state]).encode(), digest_size=16).hexdigest()

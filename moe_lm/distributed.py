@@ -1,7 +1,4 @@
-"""Processes that train one model together: who they are, what they send each other, and how much of it.
-
-Shape suffixes: R rows, D numbers of a row.
-"""
+"""The processes that train one model together: how they meet, agree and divide the work."""
 
 import os
 import re
@@ -13,10 +10,9 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import init_device_mesh
 
+from moe_lm.group import Group
 from moe_lm.mistake import Mistake, in_a_line
 
 PATIENCE = timedelta(minutes=30)
@@ -29,119 +25,6 @@ SOON = timedelta(seconds=20)
 _GONE = r"Connection closed by peer|Connection reset|Broken pipe|Connection refused|Timed out waiting|gloo"
 
 Anything = TypeVar("Anything")
-
-
-class Group:
-    """Some of the processes, by rank; one alone sends nothing.
-
-    `sent` counts the bytes that this process sends to others, by purpose: of an all-reduce those of a ring,
-    2 (n - 1) / n of the tensor.
-    """
-
-    def __init__(
-        self, rank: int = 0, size: int = 1, handle: dist.ProcessGroup | None = None, sent: Counter | None = None
-    ):
-        self.rank, self.size, self.handle = rank, size, handle
-        self.sent = Counter() if sent is None else sent
-
-    def sum_(self, tensor: Tensor, purpose: str) -> Tensor:
-        """Replace a tensor by its sum over the group, the same bits on each process; return it."""
-        if (work := self.sum_later_(tensor, purpose)) is not None:
-            work.wait()
-        return tensor
-
-    def sum_later_(self, tensor: Tensor, purpose: str) -> dist.Work | None:
-        """Begin `sum_`; the tensor holds the sum once the returned work is waited for."""
-        if self.size == 1 or tensor.numel() == 0:
-            return None
-        self._count(purpose, 2 * (self.size - 1) / self.size * tensor.numel() * tensor.element_size())
-        return dist.all_reduce(tensor, group=self.handle, async_op=True)
-
-    def exchange(self, x_RD: Tensor, given: list[int], taken: list[int], purpose: str) -> Tensor:
-        """Send the first `given[0]` rows to process 0, the next to 1, ...; return the `taken[i]` rows of each.
-
-        Differentiable: the gradient goes back the way the rows came.
-        """
-        return _Exchange.apply(x_RD, self, given, taken, purpose)
-
-    def exchange_equal(self, x_RD: Tensor, purpose: str) -> Tensor:
-        """Send each process an equal part of the rows; return as many, by process."""
-        part = x_RD.shape[0] // self.size
-        return self.exchange(x_RD, [part] * self.size, [part] * self.size, purpose)
-
-    def gather(self, x_RD: Tensor, purpose: str) -> list[Tensor]:
-        """Return the rows of every process, as many as each has."""
-        num_rows = torch.tensor([x_RD.shape[0]] * self.size, device=x_RD.device)
-        taken = self.exchange_equal(num_rows, purpose).tolist()
-        # Padded: a gather of unequal parts is not in every backend. Owners are drawn so that they differ little.
-        padded = x_RD.new_zeros(max(taken), *x_RD.shape[1:])
-        padded[: x_RD.shape[0]] = x_RD
-        parts = [torch.empty_like(padded) for _ in taken]
-        if padded.numel():
-            self._count(purpose, (self.size - 1) * padded.numel() * padded.element_size())
-            dist.all_gather(parts, padded, group=self.handle)
-        return [part[:rows] for part, rows in zip(parts, taken, strict=True)]
-
-    def swap(self, x_RD: Tensor, given: list[int], taken: list[int], purpose: str) -> Tensor:
-        """Do what `exchange` says, without a gradient."""
-        received_RD = x_RD.new_empty(sum(taken), *x_RD.shape[1:])
-        row = x_RD[:1].numel() * x_RD.element_size() if len(x_RD) else 0
-        self._count(purpose, (len(x_RD) - given[self.rank]) * row)
-        dist.all_to_all_single(received_RD, x_RD.contiguous(), taken, given, group=self.handle)
-        return received_RD
-
-    def _count(self, purpose: str, num_bytes: float) -> None:
-        self.sent[purpose] += num_bytes
-
-
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_RD, group, given, taken, purpose):
-        ctx.where = group, given, taken, purpose
-        return group.swap(x_RD, given, taken, purpose)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_RD):
-        group, given, taken, purpose = ctx.where
-        return group.swap(grad_RD, taken, given, purpose), None, None, None, None
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which rows of a parameter this process holds: a range, one after another by rank."""
-
-    group: Group
-    sizes: tuple[int, ...]
-    """Rows of each process of the group."""
-
-    @property
-    def first(self) -> int:
-        """Number of the first row here."""
-        return sum(self.sizes[: self.group.rank])
-
-    @property
-    def size(self) -> int:
-        """Rows here."""
-        return self.sizes[self.group.rank]
-
-    @property
-    def total(self) -> int:
-        """Rows of all processes."""
-        return sum(self.sizes)
-
-    @property
-    def rows(self) -> range:
-        """Numbers of the rows here."""
-        return range(self.first, self.first + self.size)
-
-
-def divided(total: int, group: Group, together: int = 1) -> Share:
-    """Divide rows as evenly as can be; `together` rows stay on one process where there are enough such packets."""
-    if total % together or total // together < group.size:
-        together = 1
-    packets, more = divmod(total // together, group.size)
-    return Share(group, tuple((packets + (rank < more)) * together for rank in range(group.size)))
 
 
 @dataclass(frozen=True)
@@ -268,19 +151,23 @@ def begin(device: torch.device, meeting: str = "env://") -> Processes:
     return Processes(Group(rank, size, None, sent), control=groups[0], background=groups[1])
 
 
-def with_experts(processes: Processes, num_experts: int, wanted: int | None, device: torch.device) -> Processes:
-    """Return the processes with groups for the experts: `wanted` processes share them, the others hold copies.
+def expert_processes(size: int, num_experts: int, wanted: int | None = None) -> int:
+    """Return how many of `size` processes divide the experts: as many as divide `size` and find an expert each."""
+    return wanted or max(n for n in range(1, size + 1) if size % n == 0 and n <= max(1, num_experts))
 
-    By default as many as divide the number of processes and find an expert each. Processes of one machine come first.
-    Raises `Mistake` where `wanted` does not divide them.
+
+def with_experts(processes: Processes, num_experts: int, wanted: int | None, device: torch.device) -> Processes:
+    """Return the processes with groups for the experts, which `wanted` processes divide while the others hold copies.
+
+    Those of a group are neighbours by rank, so on one machine where they fit. Raises `Mistake` where `wanted` does not
+    divide their number.
     """
     size = processes.size
     if wanted is not None and (wanted < 1 or size % wanted):
         raise Mistake(f"machine.expert_processes={wanted}: must divide the number of processes, {size}")
-    most = max(n for n in range(1, size + 1) if size % n == 0 and n <= max(1, num_experts))
-    several = wanted or most
     if size == 1:
         return processes
+    several = expert_processes(size, num_experts, wanted)
     mesh = init_device_mesh(device.type, (size // several, several), mesh_dim_names=("replicas", "experts"))
     replica, place = mesh.get_coordinate()
     return replace(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_lm.cross_entropy import exact_nats
-from moe_lm.distributed import Group, Share
+from moe_lm.group import Group, Share
 from moe_lm.rows import take_rows
 
 PURPOSE = "rows"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_lm.distributed import Share
+from moe_lm.group import Share
 
 PURPOSE, COUNTS = "tokens", "counts"
 """What the bytes are counted as: rows, and how many there are."""
@@ -43,7 +43,8 @@ def _counts(expert_A: Tensor, share: Share) -> tuple[list[int], list[int], Tenso
     ends_E = torch.searchsorted(expert_A, torch.arange(share.total, device=expert_A.device), right=True)
     counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
     sizes = list(share.sizes)
-    received_PL = share.group.exchange(counts_E, sizes, [share.size] * len(sizes), COUNTS).view(-1, share.size)
+    received = share.group.exchange(counts_E, sizes, [share.size] * len(sizes), COUNTS)
+    received_PL = received.view(share.group.size, share.size)
     given_P = torch.stack([part.sum() for part in counts_E.split(sizes)])
     # One wait for the device, because a backend wants the sizes before it sends.
     given, taken = torch.stack([given_P, received_PL.sum(dim=1)]).tolist()

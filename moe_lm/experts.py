@@ -12,8 +12,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from moe_lm.distributed import ALONE, Processes, Share, divided
+from moe_lm.distributed import ALONE, Processes
 from moe_lm.expert_parallel import at_their_experts
+from moe_lm.group import Share, divided
 from moe_lm.initial import initialize_experts_
 
 
@@ -28,6 +29,7 @@ class Experts(nn.Module):
         super().__init__()
         self.recompute = False
         """Whether the hidden activations h_AH are made anew in the backward pass instead of kept (Appendix D)."""
+        self.together = together
         self.share: Share = divided(num_experts, processes.experts, together)
         self.w1_EDH = nn.Parameter(torch.empty(self.share.size, width, hidden))
         self.w2_EHD = nn.Parameter(torch.empty(self.share.size, hidden, width))

@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterable, Mapping
+from hashlib import blake2b
 from pathlib import Path
 
 from tqdm import tqdm
@@ -46,6 +47,15 @@ def replace_files(folder: Path, contents: Mapping[str, bytes], sometimes: Iterab
     except OSError as error:
         raise Mistake(f"cannot write {folder} ({error.strerror}): make it a folder you may write to") from error
     return tuple(folder / name for name in contents)
+
+
+def checksum(path: Path) -> str:
+    """Return the blake2b of a file, 16 bytes in hexadecimal."""
+    digest = blake2b(digest_size=16)
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class GrowingFile:

@@ -10,15 +10,16 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from moe_lm.distributed import ALONE, Group, Processes, Share
+from moe_lm.distributed import ALONE, Processes
+from moe_lm.group import Group, Share
 from moe_lm.optimizer import Together
 from moe_lm.rows import RowGradient, replace_row_gradient, row_gradient, summed_rows
 
 BUCKET_BYTES = 25 * 2**20
 """Gradients sent together: enough that a message is worth its start, few enough that the first leaves early."""
 
-PURPOSE, ROWS = "gradients", "rows"
-"""What the bytes are counted as: whole gradients, and rows of the vocabulary's matrices."""
+PURPOSE, ROWS, STATISTICS = "gradients", "rows", "statistics"
+"""What the bytes are counted as: whole gradients, rows of the vocabulary's matrices, and sums of what gates saw."""
 
 
 def shares_of(model: nn.Module) -> dict[str, Share]:
@@ -66,10 +67,11 @@ class Gradients:
         if not self._shares:
             return optimizer.norm()
         square = optimizer.norm(p for p in optimizer.parameters if p not in self._shares).square()
-        for group in {share.group for share in self._shares.values()}:
+        for group in dict.fromkeys(share.group for share in self._shares.values()):  # in one order on every process
             part = optimizer.norm(p for p, share in self._shares.items() if share.group is group).square()
             everyone = self._processes.everyone
-            square = square + everyone.sum_(part, PURPOSE) * (group.size / everyone.size)
+            # Of the same kind everywhere: a process without rows has a norm of no gradients, a plain zero.
+            square = square + everyone.sum_(part.to(square), STATISTICS) * (group.size / everyone.size)
         return square.sqrt()
 
     def _cut(self, model: nn.Module) -> Iterable["_Bucket"]:
@@ -162,7 +164,7 @@ def sum_statistics(statistics: Mapping[str, Mapping[str, Tensor]], group: Group)
     if group.size == 1 or not statistics:
         return {layer: dict(part) for layer, part in statistics.items()}
     tensors = [x for part in statistics.values() for x in part.values()]
-    message = group.sum_(torch.cat([x.double().reshape(-1) for x in tensors]), "statistics")
+    message = group.sum_(torch.cat([x.double().reshape(-1) for x in tensors]), STATISTICS)
     sums = iter(message.split([x.numel() for x in tensors]))
     return {
         layer: {name: next(sums).view_as(x).to(x.dtype) for name, x in part.items()}

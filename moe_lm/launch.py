@@ -14,8 +14,11 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from moe_lm.mistake import Mistake
 from moe_lm.stopping import LAUNCHER, code_of
 
-_LONGEST_SAVE = 600
-"""Seconds that processes have for their last step and checkpoint after a signal."""
+_LONGEST_SAVE = 120
+"""Seconds that processes have for their last step and checkpoint after a signal, or to notice that one of them died.
+
+On a GPU those that wait for the dead one notice nothing, and are killed then.
+"""
 
 
 def launch(arguments: list[str], num_processes: int) -> int:
@@ -52,7 +55,7 @@ def _config(num_processes: int) -> LaunchConfig:
         "max_restarts": 0,
         "monitor_interval": 0.1,
         "logs_specs": DefaultLogsSpecs(),
-        "signals_to_handle": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        "signals_to_handle": "SIGTERM,SIGINT,SIGHUP,SIGUSR1",
         "shutdown_timeout": _LONGEST_SAVE,
     }
     known = {field.name for field in fields(LaunchConfig)}  # an older torch knows fewer

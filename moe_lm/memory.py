@@ -1,54 +1,17 @@
-"""What a training step needs in each process: memory, and bytes sent; counted from shapes before anything runs.
+"""What a training step needs of memory in each process, counted from shapes before anything runs.
 
 Shape suffixes: D width, H expert hidden, E experts, V vocabulary.
 """
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from moe_lm.mistake import Mistake
+from moe_lm.group import Group, divided
 from moe_lm.model import LanguageModel
 from moe_lm.optimizer import EXPERTS, KINDS, VOCABULARY, OptimizerRecipe, kind_of
-
-FLOAT32, BFLOAT16, INT64 = 4, 2, 8
-
-
-@dataclass(frozen=True)
-class Step:
-    """The sizes of one update; raises `Mistake` for ones that cannot be."""
-
-    words: int
-    """Of the global batch."""
-    micro_words: int
-    """That pass through the model together, in each process."""
-    num_processes: int = 1
-    recompute: bool = False
-    """Whether experts' hidden activations are made anew in the backward pass."""
-    bfloat16: bool = False
-    """Whether products run in bfloat16; else everything is float32."""
-
-    def __post_init__(self):
-        if not 1 <= self.micro_words <= self.words:
-            raise Mistake(
-                f"batch.words={self.words} batch.micro_words={self.micro_words}: need 1 <= micro_words <= words"
-            )
-        if self.num_processes < 1:
-            raise Mistake(f"num_processes={self.num_processes}: must be at least 1")
-        if self.num_processes > self.words:
-            raise Mistake(f"num_processes={self.num_processes}: more processes than batch.words={self.words}")
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a process in a step."""
-        return math.ceil(self.words / self.num_processes)
-
-    @property
-    def micro_tokens(self) -> int:
-        """Tokens of a process that pass through the model together."""
-        return min(self.micro_words, self.tokens)
+from moe_lm.sizes import BFLOAT16, FLOAT32, Step
 
 
 @dataclass(frozen=True)
@@ -78,8 +41,8 @@ def held(model: LanguageModel, recipe: OptimizerRecipe, step: Step) -> dict[str,
     them, which further micro-batches may need, is in `second_gradient_bytes`.
     """
     sums = {kind: [0, 0, 0, 0] for kind in KINDS}
-    for kind, name, parameter, rows in _parameters(model, step):
-        part = _share(parameter, step) if kind == EXPERTS else parameter
+    for kind, name, parameter, rows in parameters_of(model, step):
+        part = _share(model, name, parameter, step)
         weights = part.numel() * part.element_size()
         if step.bfloat16 and kind != VOCABULARY and part.dim() > 1 and ".lstm." not in name:
             weights += part.numel() * BFLOAT16  # the copy that the products read
@@ -95,11 +58,12 @@ def second_gradient_bytes(model: LanguageModel, recipe: OptimizerRecipe, step: S
     """
     if step.micro_tokens >= step.tokens:
         return 0
-    parameters = _parameters(model, step)
+    parameters = parameters_of(model, step)
     of_rows = sum(recipe.gradient_bytes(name, p, rows) for kind, name, p, rows in parameters if kind == VOCABULARY)
     largest = 0
     for layer in model.layers.values():
-        parts = ((name, _share(p, step)) for name, p in layer.named_parameters() if kind_of(name) == EXPERTS)
+        own = [(name, p) for name, p in layer.named_parameters() if kind_of(name) == EXPERTS]
+        parts = ((name, share_of_experts(layer, step)(p)) for name, p in own)
         largest = max(largest, sum(recipe.gradient_bytes(name, part, 0) for name, part in parts))
     return largest + of_rows
 
@@ -121,62 +85,54 @@ def activation_bytes(model: LanguageModel, step: Step) -> int:
 
 def logits_bytes(model: LanguageModel, step: Step) -> int:
     """Return what one block of the softmax's logits takes while it exists."""
-    candidates = _num_candidates(model)
+    candidates = num_candidates(model)
     rows = max(1, model.softmax.max_logits // candidates)
     return min(rows, step.micro_tokens) * candidates * FLOAT32
 
 
-def bytes_sent(model: LanguageModel, recipe: OptimizerRecipe, step: Step) -> dict[str, int]:
-    """Return an estimate of the bytes a process sends in a step: tokens to experts, and gradients.
-
-    `tokens`: of each assignment a row there and one back, in the forward pass and in the backward pass, but for the
-    share that stays. `gradients`: a ring's all-reduce of what every process has; of the vocabulary's matrices
-    the touched rows to every other process, where that is less.
-    """
-    others = step.num_processes - 1
-    away = others / step.num_processes
-    number = BFLOAT16 if step.bfloat16 else FLOAT32
-    rows = sum(layer.assignments_per_token for layer in model.layers.values() if hasattr(layer, "experts"))
-    tokens = 4 * step.tokens * rows * model.embedding_VD.shape[1] * number * away
-    gradients = 0.0
-    for kind, name, parameter, touched in _parameters(model, step):
-        if kind != EXPERTS:
-            ring = 2 * away * parameter.numel() * parameter.element_size()
-            gradients += min(ring, others * recipe.gradient_bytes(name, parameter, touched))
-    return {"tokens": round(tokens), "gradients": round(gradients)}
-
-
-def _parameters(model: LanguageModel, step: Step) -> Iterator[tuple[str, str, Tensor, int]]:
-    """Yield kind, name, parameter and, of the vocabulary's, how many rows a step touches at most."""
+def parameters_of(model: LanguageModel, step: Step) -> Iterator[tuple[str, str, Tensor, int]]:
+    """Yield kind, name, parameter and, of the vocabulary's, how many rows a process's step touches at most."""
     for name, parameter in model.named_parameters():
         kind, rows = kind_of(name), 0
         if kind == VOCABULARY:
             rows = step.tokens
             if name.startswith("softmax."):
-                rows = rows + _num_candidates(model) if _samples(model) else len(parameter)
+                rows = rows + num_candidates(model) if samples(model) else len(parameter)
         yield kind, name, parameter, min(rows, len(parameter))
 
 
-def _share(parameter_E: Tensor, step: Step) -> Tensor:
-    """The experts of the process that has the most of them."""
-    return parameter_E[: math.ceil(len(parameter_E) / step.num_processes)]
+def _share(model: LanguageModel, name: str, parameter: Tensor, step: Step) -> Tensor:
+    """What the process with the most rows holds of a parameter."""
+    kind = kind_of(name)
+    if kind == EXPERTS:
+        return share_of_experts(model.layers[name.split(".")[1]], step)(parameter)
+    if kind == VOCABULARY and step.divide_vocabulary:
+        return parameter[: divided(len(parameter), Group(0, step.num_processes)).size]
+    return parameter
 
 
-def _samples(model: LanguageModel) -> bool:
+def share_of_experts(layer: nn.Module, step: Step) -> Callable[[Tensor], Tensor]:
+    """Return what cuts a tensor of one entry an expert to the experts of the process with the most of them."""
+    experts = layer.experts
+    share = divided(experts.share.total, Group(0, step.expert_processes_of(experts.share.total)), experts.together)
+    return lambda tensor_E: tensor_E[: share.size]
+
+
+def samples(model: LanguageModel) -> bool:
     """Whether the softmax gathers rows; otherwise it reads its matrix where it is."""
     return hasattr(model.softmax, "num_sampled")
 
 
-def _num_candidates(model: LanguageModel) -> int:
+def num_candidates(model: LanguageModel) -> int:
     """Words that a token's target is set against in training."""
     vocabulary_size = len(model.embedding_VD)
-    return min(model.softmax.num_sampled, vocabulary_size) if _samples(model) else vocabulary_size
+    return min(model.softmax.num_sampled, vocabulary_size) if samples(model) else vocabulary_size
 
 
 def _candidates_bytes(model: LanguageModel) -> int:
     """The candidates' rows, where they are gathered, and their gradients."""
     width = model.embedding_VD.shape[1]
-    return (2 if _samples(model) else 1) * _num_candidates(model) * width * FLOAT32
+    return (2 if samples(model) else 1) * num_candidates(model) * width * FLOAT32
 
 
 def _kept_by(layer: nn.Module, step: Step, kept: int) -> int:

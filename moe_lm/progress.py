@@ -24,7 +24,7 @@ class Settings:
         for key in ("num_words", "log_every", "valid_every", "max_skipped"):
             if getattr(self, key) < 1:
                 raise Mistake(f"training.{key}={getattr(self, key)}: must be at least 1")
-        if self.every_seconds < 0:
+        if not self.every_seconds >= 0:
             raise Mistake(f"checkpoint.every_seconds={self.every_seconds}: must be at least 0")
 
 

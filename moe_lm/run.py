@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from moe_lm.files import GrowingFile, write_text
 from moe_lm.mistake import Mistake
 
-IDENTITY = ("model", "corpus", "vocabulary", "batch", "softmax", "optimizer", "schedule", "balance", "seed")
+IDENTITY = ("model", "corpus", "vocabulary", "batch", "softmax", "optimizer", "schedule", "balance", "seed", "init")
 """What makes a run this run: another value under the same name is refused."""
 
 
@@ -38,6 +38,8 @@ class Run:
 
         Raises `Mistake` where it holds another run, is in use, or cannot be written.
         """
+        if (self.folder / "export.json").exists():
+            raise Mistake(f"{self.folder} is an export, not a run: choose another name=... or runs=...")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
@@ -56,13 +58,17 @@ class Run:
     def config(self) -> dict:
         """Return the stored configuration as plain data; raises `Mistake` where there is none."""
         try:
-            config = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+            text = self.config_file.read_text(encoding="utf-8")
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+                # None is ever written; a few can stand for more than a memory holds, or for one without end.
+                raise Mistake(f"{self.config_file} is damaged: it refers to parts of itself")
+            config = yaml.safe_load(text)
         except FileNotFoundError:
             raise Mistake(f"{self.folder} is no run: it has no config.yaml") from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
             raise Mistake(f"{self.config_file} cannot be read: {str(error).splitlines()[0]}") from error
         for key in (*IDENTITY, "training"):
-            if not isinstance(config, dict) or not (isinstance(config.get(key), dict) or key == "seed"):
+            if not isinstance(config, dict) or not (isinstance(config.get(key), dict) or key in ("seed", "init")):
                 raise Mistake(f"{self.config_file} is damaged: {key} is missing")
         return config
 

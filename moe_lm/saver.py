@@ -5,18 +5,18 @@ earlier checkpoints as they were.
 """
 
 import shutil
+import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
 from moe_lm import checkpoint, tensors_on_disk
 from moe_lm.distributed import ALONE, Processes
-from moe_lm.files import sync
+from moe_lm.files import checksum, sync
 from moe_lm.mistake import Mistake, in_a_line
 from moe_lm.optimizer import Together
 from moe_lm.room import free_disk, free_memory
@@ -105,11 +105,12 @@ class Saver:
         )
 
     def _fits_in_memory(self, parts: dict[str, Named]) -> bool:
-        """Whether every process can hold a copy, and a file of it that is being made."""
+        """Whether every machine can hold its processes' copies, and of each a file that is being made."""
         copy = sum(map(tensors_on_disk.num_bytes, parts.values()))
-        needed, free = copy + min(copy, tensors_on_disk.FILE_BYTES), free_memory()
-        mine = free is None or needed < (1 - _SPARE) * free
-        fits = not self._processes.any(not mine)[0]
+        machine, free = socket.gethostname(), free_memory()
+        mine = (machine, copy + min(copy, tensors_on_disk.FILE_BYTES))
+        needed = sum(num_bytes for where, num_bytes in self._processes.each(mine) if where == machine)
+        fits = not self._processes.any(free is not None and needed >= (1 - _SPARE) * free)[0]
         if not fits and self._processes.is_first and not self._tight_memory_said:
             self._say("memory has no room for a copy of the model: training waits while a checkpoint is written")
             self._tight_memory_said = True
@@ -124,13 +125,23 @@ class Saver:
             files = self._together(lambda: self._sums(partial))
             whole = state | {"files": dict(sorted(pair for each in files for pair in each.items()))}
             self._together(lambda: _put_in_place(partial, path, checkpoint.state_text(whole)), first=True)
-            self._together(lambda: checkpoint.prune(self._folder, self._keep_last, keep), first=True)
         except _Failed as error:
             self._error = f"cannot write checkpoint {path}: {error}"
             if self._processes.is_first:
                 shutil.rmtree(partial, ignore_errors=True)
+            return
         except RuntimeError as error:  # another process has gone
             self._error = f"cannot write checkpoint {path}: {in_a_line(error)}"
+            return
+        if self._processes.is_first:
+            self._prune(keep)
+
+    def _prune(self, keep: set[int]) -> None:
+        """Delete old checkpoints; one that cannot be deleted is said, as the new one is there all the same."""
+        try:
+            checkpoint.prune(self._folder, self._keep_last, keep)
+        except OSError as error:
+            self._say(f"WARNING: cannot delete old checkpoints in {self._folder}: {_said(error)}")
 
     def _written(self, folder: Path, tensors: Named) -> None:
         if not tensors:  # an optimizer before its first step
@@ -142,7 +153,7 @@ class Saver:
         """Size and checksum of the files that this process wrote, as they are read back."""
         files = sorted(file for file in partial.rglob("*") if not file.is_dir())
         own = [file for i, file in enumerate(files) if i % self._writers.size == self._writers.rank]
-        return {str(file.relative_to(partial)): [file.stat().st_size, checkpoint.checksum(file)] for file in own}
+        return {str(file.relative_to(partial)): [file.stat().st_size, checksum(file)] for file in own}
 
     def _together(self, call: Callable[[], Result], first: bool = False) -> list[Result]:
         """Let every process (or the first) call; return all results, or raise `_Failed` on all if one fails."""
@@ -150,10 +161,10 @@ class Saver:
         if self._writers.is_first or not first:
             try:
                 result = call()
-            except (OSError, SafetensorError) as error:
-                reason = getattr(error, "strerror", None) or str(error)
             except CheckpointException as error:
-                reason = "; ".join(str(failure[0]) for failure in error.failures.values())
+                reason = "; ".join(_said(failure[0]) for failure in error.failures.values())
+            except Exception as error:  # whatever it is: a thread that dies would look like one that has written
+                reason = _said(error)
         outcomes = self._writers.each((result, reason))
         if reasons := [reason for _, reason in outcomes if reason is not None]:
             raise _Failed(" ".join(reasons[0].split()))
@@ -162,6 +173,10 @@ class Saver:
 
 class _Failed(Exception):
     """Some process could not do its part."""
+
+
+def _said(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _emptied(partial: Path) -> None:

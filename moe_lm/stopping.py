@@ -16,7 +16,7 @@ REQUEUE = 75
 LAUNCHER = "MOE_LM_LAUNCHER"
 """The variable that tells processes the number of the one that started them."""
 
-_FROM_SCHEDULERS = (signal.SIGTERM, signal.SIGUSR1)
+_FROM_SCHEDULERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
@@ -28,15 +28,17 @@ def code_of(number: int) -> int:
 class Stop:
     """What signals have asked for; while it is not `collecting` them, they end the program at once, with their code.
 
-    A second SIGINT kills as usual, a second SIGTERM or SIGUSR1 changes nothing: batch systems send both, and more than
-    once.
+    A second SIGINT kills as usual, a second SIGTERM, SIGUSR1 or SIGHUP changes nothing: batch systems send several, and
+    more than once. Of `several` processes SIGTERM before and after training ends one as it would without this: a batch
+    system sends it where another one made a mistake, which must not look like a wish to go on later.
     """
 
-    def __init__(self):
+    def __init__(self, several: bool = False):
         self.received: list[int] = []
-        self._collecting = False
+        self._collecting, self._several = False, several
         for number in _FROM_SCHEDULERS:
-            signal.signal(number, self._handle)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, self._handle)
 
     @property
     def requested(self) -> bool:
@@ -60,7 +62,7 @@ class Stop:
             signal.signal(number, signal.SIG_DFL)
         if not self._collecting:
             leave_in_peace()
-            sys.exit(code_of(number))
+            sys.exit(128 + number if self._several and number == signal.SIGTERM else code_of(number))
 
 
 def leave_in_peace() -> None:

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from moe_lm.distributed import Group, Share
+from moe_lm.group import Group, Share
 
 FILE_BYTES = 2**30
 """Where a file would hold more, the next tensors go to another: a file is made in memory before it is written."""
@@ -59,7 +59,8 @@ class _SavePlanner(dcp.DefaultSavePlanner):
     """torch's own, which finds rows in tensors alone."""
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return _held(self.state_dict[index.fqn])
+        # Not left to the writer, which copies from a GPU without waiting on any stream but its own thread's.
+        return _held(self.state_dict[index.fqn]).cpu()
 
 
 class _LoadPlanner(dcp.DefaultLoadPlanner):

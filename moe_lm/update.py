@@ -137,6 +137,7 @@ class _Seen:
         self.gatings: dict[str, Gating] = {}
         self.shares: dict[str, Tensor] = {}
         self._statistics: Statistics | None = None
+        self._last: dict[str, Tensor] = {}
         self._counts = torch.zeros(len(_COUNTS), dtype=torch.float64, device=device)
 
     def add(

@@ -20,9 +20,10 @@ import torch
 
 from moe_lm.commands import build as make
 from moe_lm.commands.configuration import composed, resolved
-from moe_lm.commands.train import trainer_of
+from moe_lm.commands.training import trainer_of
 from moe_lm.prepared import Prepared, Split
 from moe_lm.run import Run
+from moe_lm.trainer import Trainer
 from moe_lm.vocabulary.words import WordVocabulary
 
 
@@ -48,7 +49,7 @@ def main() -> None:
         for round_ in range(options.rounds + 1):
             for name, trainer in trainers.items():
                 started = time.perf_counter()
-                num_words = trainer.step()
+                num_words = _step(trainer)
                 if trainer.model.embedding_VD.is_cuda:
                     torch.cuda.synchronize()
                 if round_ > 0:  # the first update also allocates
@@ -82,15 +83,33 @@ def _options() -> argparse.Namespace:
 
 
 def _trainer(name: str, choice: list[str], options: argparse.Namespace, data: Prepared, folder: Path):
-    arguments = [*choice, f"model.width={options.width}", f"batch.words={options.words}"]
+    arguments = [
+        *choice,
+        f"model.width={options.width}",
+        f"batch.words={options.words}",
+        f"batch.micro_words={options.words}",
+    ]
     config = resolved(composed("train", [*arguments, f"softmax.num_sampled={options.sampled}", f"runs={folder}"]))
     on = make.device(config["machine"]["device"])
     make.be_deterministic(on)
     run = Run(folder / name)
     run.claim(config)
-    trainer = trainer_of(config, data, run, on)
+    trainer, _ = trainer_of(config, data, run, on, say=_ignore)
     trainer.model.train()
     return trainer
+
+
+def _step(trainer: Trainer) -> int:
+    """Make one update on the next batch and return its words."""
+    step = trainer.progress.step
+    batch = trainer.batches.step(step)
+    trainer.update(batch, step, trainer.peak_rate * trainer.schedule(step))
+    trainer.progress.step += 1
+    return batch.num_words
+
+
+def _ignore(line: str) -> None:
+    """Let no line of a training stand between the figures."""
 
 
 def _print(seconds: dict[str, list[float]], options: argparse.Namespace) -> None:

@@ -17,6 +17,25 @@ def trained_once(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def subwords_once(tmp_path_factory, trained_once) -> Path:
+    """The same training with subwords."""
+    folder = tmp_path_factory.mktemp("subwords")
+    (folder / "text").symlink_to(trained_once / "text")
+    arguments = [a for a in TRAINING if not a.startswith("vocabulary.")]
+    with working_in(folder):
+        assert call("train", *arguments, "vocabulary=subwords", "vocabulary.size=300") == 0
+    return folder
+
+
+@pytest.fixture(params=["words", "subwords"])
+def either(request, monkeypatch) -> Path:
+    """The working directory holds a run with the one or the other vocabulary."""
+    folder = request.getfixturevalue("trained_once" if request.param == "words" else "subwords_once")
+    monkeypatch.chdir(folder)
+    return folder
+
+
 @pytest.fixture
 def trained(trained_once, monkeypatch) -> Path:
     """The working directory is the shared folder of the finished run, for reading only."""

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_training import TRAINING, call, working_in
 
 RUN = "run=runs/tiny"
 
@@ -39,25 +38,6 @@ def scored(moe_lm, *arguments: str) -> dict:
         "ppl1": float(ppl1),
         "before": before,
     }
-
-
-@pytest.fixture(scope="module")
-def subwords_once(tmp_path_factory, trained_once) -> Path:
-    """The same training with subwords."""
-    folder = tmp_path_factory.mktemp("subwords")
-    (folder / "text").symlink_to(trained_once / "text")
-    arguments = [a for a in TRAINING if not a.startswith("vocabulary.")]
-    with working_in(folder):
-        assert call("train", *arguments, "vocabulary=subwords", "vocabulary.size=300") == 0
-    return folder
-
-
-@pytest.fixture(params=["words", "subwords"])
-def either(request, monkeypatch) -> Path:
-    """The working directory holds a run with the one or the other vocabulary."""
-    folder = request.getfixturevalue("trained_once" if request.param == "words" else "subwords_once")
-    monkeypatch.chdir(folder)
-    return folder
 
 
 @pytest.mark.parametrize("split", ["train", "valid", "test"])

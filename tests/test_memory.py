@@ -13,12 +13,13 @@ from moe_lm.layer.feed_forward import FeedForward
 from moe_lm.layer.hierarchical_moe import HierarchicalMoE
 from moe_lm.layer.lstm import Lstm, ProjectedLstm
 from moe_lm.layer.moe import MoE
-from moe_lm.memory import Step, activation_bytes, bytes_sent, held, logits_bytes, second_gradient_bytes
+from moe_lm.memory import activation_bytes, held, logits_bytes, second_gradient_bytes
 from moe_lm.mistake import Mistake
 from moe_lm.model import LanguageModel
 from moe_lm.optimizer.adam import Adam
 from moe_lm.prepared import Split
 from moe_lm.rows import row_gradient
+from moe_lm.sizes import Step
 from moe_lm.softmax.full import FullSoftmax
 from moe_lm.softmax.sampled import SampledSoftmax
 
@@ -224,21 +225,6 @@ def test_logits_are_a_block():
     assert logits_bytes(make(softmax=partial(FullSoftmax, max_logits=10)), few) == SIZE * 4
 
 
-def test_bytes_sent_by_hand():
-    """2 processes of 10 tokens: half of 2 assignments goes away, there and back, twice; a ring sends half twice."""
-    model = make(MoE(width=WIDTH, hidden=10, num_experts=10, k=2, gate=GATE), size=200)
-    dense, step = recipe(vocabulary="dense"), Step(words=20, micro_words=20, num_processes=2)
-    replicated = 2 * WIDTH * 10 + 2 * 200 * WIDTH + 200  # both gate matrices, both of the vocabulary, its biases
-    assert bytes_sent(model, dense, step) == {"tokens": 10 * 2 * WIDTH * 4 * 4 // 2, "gradients": replicated * 4}
-    # Lazily the embedding's 10 rows go to the other process; of the softmax 110 rows of 200 bytes and more.
-    rows = 2 * WIDTH * 10 * 4 + 10 * (WIDTH * 4 + 8) + 110 * (WIDTH * 4 + 8) + 200 * 4
-    assert bytes_sent(model, recipe(), step)["gradients"] == rows
-    assert bytes_sent(model, recipe(), STEP) == {"tokens": 0, "gradients": 0}
-    hierarchical = make(LAYERS["hierarchical"]())
-    assert bytes_sent(hierarchical, dense, step)["tokens"] == 10 * 4 * WIDTH * 4 * 4 // 2
-    assert bytes_sent(make(LAYERS["lstm"]()), dense, step)["tokens"] == 0
-
-
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
@@ -247,6 +233,7 @@ def test_bytes_sent_by_hand():
         ({"num_processes": 0}, "num_processes=0"),
         ({"num_processes": -3}, "num_processes=-3"),
         ({"num_processes": 21}, "batch.words=20"),
+        ({"num_processes": 4, "expert_processes": 3}, "expert_processes=3"),
     ],
     ids=str,
 )

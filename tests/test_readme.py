@@ -1,7 +1,9 @@
-"""The README's commands are real: every one composes, and the training example trains."""
+"""The README's commands are real: every one composes, the training example trains, and its model opens in Python."""
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,13 @@ def test_training_example_trains(tmp_path, monkeypatch, capsys):
     assert main([*kept, *small]) == 0
     assert "test perplexity" in capsys.readouterr().out
     assert (tmp_path / "runs/news/result.json").is_file()
+    export = next(words for words in COMMANDS if words[:2] == ["moe-lm", "export"])
+    assert main(export[1:]) == 0
+    [program] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    perplexity, log10, *_ = done.stdout.split()
+    assert float(perplexity) == pytest.approx(10 ** (-float(log10) / 6))
 
 
 def test_every_figure_named_exists():

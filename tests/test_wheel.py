@@ -1,5 +1,6 @@
-"""The built wheel stands alone: configs travel in it, and it trains from an empty folder."""
+"""The built wheel stands alone: configs travel in it, it trains in an empty folder, and Python opens the run."""
 
+import json
 import os
 import subprocess
 import sys
@@ -30,3 +31,8 @@ def test_wheel_trains_in_an_empty_folder(tmp_path):
     done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (empty / "runs/tiny/result.json").is_file()
+    program = "import moe_lm; print(moe_lm.load('runs/tiny').perplexity(['the number 3 follows the number 2']))"
+    opened = subprocess.run([sys.executable, "-c", program], cwd=empty, env=environment, capture_output=True, text=True)
+    assert opened.returncode == 0, opened.stderr
+    result = json.loads((empty / "runs/tiny/result.json").read_text())
+    assert abs(float(opened.stdout) / result["perplexity"]["test"] - 1) < 1e-6

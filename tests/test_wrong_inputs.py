@@ -171,7 +171,7 @@ def test_out_of_memory_is_one_line(workspace, moe_lm):
     assert_one_line(outcome, "out of memory")
 
 
-@pytest.mark.parametrize("command", ["prepare", "train", "sweep", "evaluate", "score", "report"])
+@pytest.mark.parametrize("command", ["prepare", "train", "sweep", "evaluate", "score", "report", "sample", "export"])
 def test_help_is_made_from_the_configuration(moe_lm, command):
     outcome = moe_lm(command, "--help")
     assert (outcome.code, outcome.err) == (0, "")

@@ -63,7 +63,7 @@ def with_overrides(arguments: list[str], *overrides: str) -> list[str]:
 
 def call(*arguments: str) -> int:
     """Run a command in this process and undo what it sets for the rest of the process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     threads = torch.get_num_threads()
     try:
         return main(list(arguments))

@@ -3,4 +3,4 @@
 Each module beside this file has `HELP`, one line, and `main(arguments) -> exit code`.
 """
 
-NAMES = ("prepare", "train", "sweep", "evaluate", "score", "report", "describe", "inspect", "audit")
+NAMES = ("prepare", "train", "sweep", "evaluate", "score", "report", "describe", "inspect", "audit", "sample", "export")

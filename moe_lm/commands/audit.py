@@ -8,11 +8,13 @@ from pathlib import Path
 from moe_lm.causality import TOLERANCE_BITS, Audit, audit
 from moe_lm.commands import build as make
 from moe_lm.commands.configuration import composed, resolved
+from moe_lm.commands.data import data_of
 from moe_lm.commands.gates import gates_of
-from moe_lm.commands.load import Trained, data_of, load
 from moe_lm.corpus import SPLITS
+from moe_lm.exported import beside
 from moe_lm.files import replace_files
 from moe_lm.mistake import Mistake
+from moe_lm.trained import Trained, load
 
 HELP = "whether a run's predictions see the future, and how many bits training's routing leaks"
 NOT_CAUSAL = 3
@@ -45,7 +47,8 @@ def main(arguments: list[str]) -> int:
     print(json.dumps(figures) if config["json"] else table(config["run"], figures), flush=True)
     # Reports read that of the last step; others stand beside it.
     name = "audit.json" if config["checkpoint"] == "last" else f"audit-{trained.step}.json"
-    replace_files(Path(config["run"]), {name: (json.dumps(figures, indent=1) + "\n").encode()})
+    place = beside(Path(config["run"]), name)
+    replace_files(place.parent, {place.name: (json.dumps(figures, indent=1) + "\n").encode()})
     if not found.causal:
         _say(
             f"moe-lm: {config['run']} is not causal: a prediction moved by {found.evaluation.largest_bits:.2g} bits "

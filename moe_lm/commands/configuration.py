@@ -3,7 +3,6 @@
 import re
 from functools import cache
 from hashlib import blake2b
-from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -12,23 +11,29 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import moe_lm
 from moe_lm.commands.kinds import check_kinds
 from moe_lm.commands.spelling import explain, first_line
+from moe_lm.construction import folder
 from moe_lm.mistake import Mistake
 from moe_lm.run import IDENTITY, flatten
 
-TEXT_KEYS = ("name", "run", "runs", "data", "file", "vocabulary.file", "corpus.folder", "corpus.path")
+TEXT_KEYS = (
+    "name",
+    "run",
+    "runs",
+    "to",
+    "data",
+    "file",
+    "prefix",
+    "init",
+    "vocabulary.file",
+    "corpus.folder",
+    "corpus.path",
+)
 """Keys whose value is taken to the letter: a run's name holds `,` and `=`, which Hydra would read as a sweep."""
 
 SEVERAL = ("balance",)
 """Groups of which several may be chosen at once."""
-
-
-def folder() -> Path:
-    """Return the configuration folder: inside an installed package, or at the top of the repository."""
-    package = Path(moe_lm.__file__).parent
-    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
 
 def choices(group: str) -> list[str]:
@@ -80,7 +85,8 @@ def parse(arguments: list[str]) -> list[Override]:
 def quoted(argument: str) -> str:
     """Quote the value of a key that holds a path or a name."""
     key, equals, value = argument.partition("=")
-    if equals and key.lstrip("+") in TEXT_KEYS and value not in ("null", "") and value[0] not in "'\"":
+    quoted_already = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    if equals and key.lstrip("+") in TEXT_KEYS and value not in ("null", "") and not quoted_already:
         return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
     return argument
 

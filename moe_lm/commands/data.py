@@ -1,4 +1,4 @@
-"""A configuration's corpus and vocabulary to prepared data."""
+"""A configuration's, or a trained model's, corpus and vocabulary to prepared data."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 from moe_lm.commands.build import build
 from moe_lm.mistake import Mistake
 from moe_lm.prepared import Prepared, open_prepared, prepare
+from moe_lm.trained import Trained
 
 
 def prepared_data(config: dict, say: Callable[[str], None]) -> Prepared:
@@ -28,6 +29,22 @@ def prepared_data(config: dict, say: Callable[[str], None]) -> Prepared:
         progress=sys.stderr.isatty(),
         num_processes=config.get("processes") or cores,
     )
+
+
+def data_of(trained: Trained, run: str, folder: str | None, say: Callable[[str], None]) -> Prepared:
+    """Return the prepared text of a run's training, from `folder` or where the training had it.
+
+    It is prepared anew where it has gone; raises `Mistake` where the text is not what it was.
+    """
+    settings = trained.config | {"data": folder or str(trained.config.get("data", "data"))}
+    # The token ids it was trained on, if they are there: then the text itself may have gone or changed.
+    data = existing_data(settings, trained.fingerprint)
+    if data is None:
+        say(f"the token ids of its training are not in {settings['data']}: preparing them there")
+        data = prepared_data(settings, say=say)
+    if data.fingerprint != trained.fingerprint:
+        raise Mistake(f"{run} was trained on other data than those in {settings['data']}: the text changed")
+    return data
 
 
 def existing_data(config: dict, fingerprint: str) -> Prepared | None:

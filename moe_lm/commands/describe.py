@@ -7,7 +7,7 @@ import torch
 
 from moe_lm.commands.build import build, build_model
 from moe_lm.commands.configuration import composed, preset_of, resolved
-from moe_lm.memory import Step, activation_bytes, bytes_sent, held, logits_bytes, second_gradient_bytes
+from moe_lm.memory import activation_bytes, held, logits_bytes, second_gradient_bytes
 from moe_lm.mistake import Mistake
 from moe_lm.model import LanguageModel
 from moe_lm.operations import (
@@ -18,6 +18,8 @@ from moe_lm.operations import (
 )
 from moe_lm.optimizer import OptimizerRecipe
 from moe_lm.paper import TABLE_8, printed
+from moe_lm.sizes import Step
+from moe_lm.traffic import bytes_sent
 
 HELP = "operations, parameters and memory of a model of any size"
 
@@ -75,6 +77,8 @@ def _step(config: dict) -> Step:
         num_processes=config["num_processes"],
         recompute=config["machine"]["recompute"],
         bfloat16=precision == "bfloat16",
+        expert_processes=config["machine"]["expert_processes"],
+        divide_vocabulary=config["machine"]["divide_vocabulary"],
     )
 
 
@@ -148,7 +152,8 @@ def _sent(figures: dict) -> list[str]:
         "",
         "sent by each process in a step (estimate)",
         f"  {'rows to experts and back, all to all':<54}{size(sent['tokens']):>12}",
-        f"  {'gradients of what every process has, all-reduce':<54}{size(sent['gradients']):>12}",
+        f"  {'gradients of what several processes hold, all-reduce':<54}{size(sent['gradients']):>12}",
+        f"  {'rows of embedding and softmax, at most':<54}{size(sent['rows']):>12}",
     ]
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from moe_lm.commands import build as make
 from moe_lm.commands.configuration import composed, resolved
-from moe_lm.commands.load import Trained, data_of, load
+from moe_lm.commands.data import data_of
 from moe_lm.commands.result import measuring_bar
 from moe_lm.corpus import SPLITS
+from moe_lm.exported import beside
 from moe_lm.inspection import Inspection
 from moe_lm.inspection.reading import first_sentences, gated_layers, read
 from moe_lm.inspection.summary import summarized
@@ -16,6 +17,7 @@ from moe_lm.inspection.texts import Texts
 from moe_lm.inspection.write import to_json, write_inspection
 from moe_lm.mistake import Mistake
 from moe_lm.report.writing import markdown_table
+from moe_lm.trained import Trained, load
 
 HELP = "what each expert of a run is for: its contexts, words and load"
 
@@ -24,7 +26,7 @@ BUSIEST = 8
 
 
 def main(arguments: list[str]) -> int:
-    """Write <run>/inspect/ and print a summary and the paths, or the whole record as JSON."""
+    """Write <run>/inspect/ (beside an export) and print a summary and the paths, or the whole record as JSON."""
     config = resolved(composed("inspect", arguments))
     _check(config)
     on = make.ready_to_read(config)
@@ -34,7 +36,7 @@ def main(arguments: list[str]) -> int:
             f"{config['run']} is a dense model: no layer of it has a gate, so there are no experts to inspect"
         )
     inspection = _inspected(config, trained)
-    paths = write_inspection(Path(config["run"]) / "inspect", inspection, config["experts"])
+    paths = write_inspection(beside(Path(config["run"]), "inspect"), inspection, config["experts"])
     print(to_json(inspection) if config["json"] else _summary(inspection, paths))
     return 0
 

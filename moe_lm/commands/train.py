@@ -1,33 +1,26 @@
 """moe-lm train: train one model and measure it; repeating the command resumes the run."""
 
+import contextlib
 import re
 import signal
 import sys
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from moe_lm import launch
-from moe_lm.batches import Batches
 from moe_lm.commands import build as make
 from moe_lm.commands.configuration import composed, default_name, preset_of, resolved
 from moe_lm.commands.data import prepared_data
-from moe_lm.commands.gates import check_losses, choices_over_batch, want
-from moe_lm.commands.result import Counts, counts_of, measure_split, result_of, summary
-from moe_lm.distributed import ALONE, Processes, begin, end, expected_size, is_loss, with_experts, with_vocabulary
-from moe_lm.experts import recompute_hidden
-from moe_lm.metrics import MetricsLog, NoLog
+from moe_lm.commands.result import result_of, summary
+from moe_lm.commands.training import trainer_of
+from moe_lm.distributed import ALONE, Processes, begin, end, expected_size, is_loss
 from moe_lm.mistake import Lost, Mistake, in_a_line, is_out_of_memory
-from moe_lm.model import LanguageModel
-from moe_lm.objective import Objective
-from moe_lm.prepared import Prepared
-from moe_lm.progress import Settings
 from moe_lm.run import Run
-from moe_lm.saver import Saver
 from moe_lm.stopping import INTERRUPTED, REQUEUE, Stop, end_with_parent, leave_in_peace
+from moe_lm.trained import fill
 from moe_lm.trainer import Trainer
-from moe_lm.update import Update
 
 HELP = "train one model; repeat the command to resume it"
 
@@ -43,16 +36,15 @@ def main(arguments: list[str]) -> int:
         gpus = torch.cuda.device_count() if on.type == "cuda" else None
         launch.check_num_processes(config["num_processes"], gpus)
         return launch.launch(["train", *arguments], config["num_processes"])
-    stop = Stop()
+    stop = Stop(several=started > 1)
     on = make.device(config["machine"]["device"], several=started > 1)
     make.set_threads(config["machine"]["threads"])
     make.be_deterministic(on)
     make.keep_memory()
     try:
-        if started <= 1:
-            return _train(config, preset, on, stop, ALONE)
-        end_with_parent()
-        return _train(config, preset, on, stop, begin(on))
+        if started:
+            end_with_parent()
+        return _train(config, preset, on, stop, begin(on) if started > 1 else ALONE)
     except RuntimeError as error:
         if not is_loss(error):
             raise
@@ -69,6 +61,7 @@ def _configuration(arguments: list[str]) -> tuple[dict, str]:
     config["name"] = config["name"] or default_name(preset, arguments)
     if not re.fullmatch(r"[^/\x00-\x1f]+", config["name"]) or config["name"] in (".", ".."):
         raise Mistake(f"name={config['name']!r}: needs a plain folder name, without / and control characters")
+    config["init"] = config["init"] or None
     make.check_targets(config)
     return config, preset
 
@@ -83,14 +76,18 @@ def _train(config: dict, preset: str, on: torch.device, stop: Stop, processes: P
         return 0
     processes.first(lambda: prepared_data(config, say=say) and None)
     data = prepared_data(config, say=say)  # what the first process made, or found
-    trainer, counts = trainer_of(config, data, run, on, processes)
+    trainer, counts = trainer_of(config, data, run, on, say, processes)
     if trainer.resume():
         say(f"{run.folder}: resumed at step {trainer.progress.step}, {trainer.progress.words:,} words")
+    elif config["init"] is not None:
+        fill(trainer.model, Path(config["init"]), run.vocabulary, processes)
+        say(f"{run.folder}: starts from the weights of {config['init']}")
     processes.first(lambda: run.result_file.unlink(missing_ok=True))
     if code := _run(trainer, stop, config["batch"]["micro_words"]):
         say(f"{run.folder}: stopped and saved at step {trainer.progress.step}; repeat the command to go on")
         return code
-    result = result_of(config, preset, data, trainer, counts)
+    with _naming_memory(config["batch"]["micro_words"]):
+        result = result_of(config, preset, data, trainer, counts)
     if processes.is_first:
         run.write_result(result)
         print(f"{run.folder}: {summary(result)}")
@@ -112,123 +109,32 @@ def _claimed(config: dict, run: Run) -> tuple[dict, str | None]:
 
 
 def _run(trainer: Trainer, stop: Stop, micro_words: int) -> int:
-    """Train; return 0 at the end, else the exit code of a run that was asked to stop."""
+    """Train; return 0 at the end, else the exit code of a run that was asked to stop, if only in its last save."""
     try:
-        with stop.collecting():
-            finished = trainer.train(lambda: stop.requested)
+        with stop.collecting(), _naming_memory(micro_words):
+            trainer.train(lambda: stop.requested)
             # What comes after the last checkpoint, the final measurement, can be broken off.
-            interrupted = trainer.processes.any(signal.SIGINT in stop.received)[0]
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise Mistake(
-            f"out of memory ({in_a_line(error)}): a smaller batch.micro_words than {micro_words} "
-            "needs less, under another name=...; machine.recompute=true and optimizer.experts=factored too"
-        ) from error
+            stopped, interrupted = trainer.processes.any(stop.requested, signal.SIGINT in stop.received)
     finally:
         trainer.log.close()
-    if finished:
+    if not stopped:
         return 0
     leave_in_peace()
     return INTERRUPTED if interrupted else REQUEUE
 
 
-def trainer_of(
-    config: dict, data: Prepared, run: Run, on: torch.device, processes: Processes = ALONE
-) -> tuple[Trainer, Counts]:
-    """Return the trainer of a resolved configuration, its model newly initialised from `seed`, and what it counts."""
-    vocabulary, checkpoints, machine = data.vocabulary, config["checkpoint"], config["machine"]
-    say = _say if processes.is_first else _hush
-    if config["valid"]["max_sentences"] < 1:
-        raise Mistake(f"valid.max_sentences={config['valid']['max_sentences']}: must be at least 1")
-    if checkpoints["keep_last"] < 1:
-        raise Mistake(f"checkpoint.keep_last={checkpoints['keep_last']}: must be at least 1")
-    with torch.device("meta"):
-        whole = make.build_model(config, vocabulary.size)
-    processes = with_experts(processes, _most_experts(whole), machine["expert_processes"], on)
-    processes = with_vocabulary(processes, machine["divide_vocabulary"])
-    torch.manual_seed(config["seed"])
-    model = make.build_model(config, vocabulary.size, processes).to(on)
-    recompute_hidden(model, machine["recompute"])
-    balance = {name: make.build(part) for name, part in config["balance"].items() if name != "exact"}
-    check_losses(model, balance)
-    want(model, balance)
-    recipe = make.build(config["optimizer"])
-    batches = _batches(config, data)
-    training = dict(config["training"])
-    settings = Settings(**training, every_seconds=checkpoints["every_seconds"])
-    processes.first(lambda: run.keep_vocabulary(vocabulary.save))
-    counts = counts_of(whole)
-    _describe(counts, run, vocabulary.size, say)
-    for line in [*choices_over_batch(model), *_idle(batches, processes)]:
-        say(line)
-    update = Update(
-        model=model,
-        objective=Objective(balance),
-        optimizer=recipe.build(model),
-        clip_norm=recipe.clip_norm,
-        exact_balance=config["balance"]["exact"],
-        autocast=make.autocast_type(machine["precision"], on),
-        seed=config["seed"],
-        vocabulary_size=vocabulary.size,
-        processes=processes,
-    )
-    valid = partial(measure_split, model, config, data, "valid", config["valid"]["max_sentences"], processes=processes)
-    trainer = Trainer(
-        update=update,
-        peak_rate=recipe.learning_rate,
-        schedule=make.build(config["schedule"]),
-        batches=batches,
-        validate=valid,
-        run=run,
-        log=MetricsLog(run, wandb=config["logging"]["wandb"], config=config) if processes.is_first else NoLog(),
-        saver=Saver(
-            run.checkpoints,
-            keep_last=checkpoints["keep_last"],
-            asynchronous=checkpoints["asynchronous"],
-            say=say,
-            processes=processes,
-        ),
-        fingerprint=data.fingerprint,
-        settings=settings,
-        say=say,
-        processes=processes,
-    )
-    return trainer, counts
-
-
-def _batches(config: dict, data: Prepared) -> Batches:
-    return Batches(
-        data.splits["train"],
-        start=data.vocabulary.start,
-        seed=config["seed"],
-        words=config["batch"]["words"],
-        micro_words=config["batch"]["micro_words"],
-    )
-
-
-def _most_experts(model: LanguageModel) -> int:
-    return max((layer.experts.share.total for layer in model.layers.values() if hasattr(layer, "experts")), default=0)
-
-
-def _idle(batches: Batches, processes: Processes) -> list[str]:
-    """Say where processes wait for others because a batch has too few micro-batches for all of them."""
-    count = batches.micro_batches_per_step
-    places = -(-count // processes.size) * processes.size
-    if places == count:
-        return []
-    return [
-        f"NOTE: {count} micro-batches a step for {processes.size} processes, idle for {1 - count / places:.0%} of the "
-        "time; not so where batch.micro_words is batch.words / num_processes, under another name=..."
-    ]
-
-
-def _describe(counts: Counts, run: Run, vocabulary_size: int, say) -> None:
-    say(
-        f"{run.folder}: {counts.operations_per_timestep / 1e6:.2f} M ops/timestep, "
-        f"{counts.parameters_without_embedding_and_softmax / 1e6:.2f} M parameters "
-        f"({counts.parameters_total / 1e6:.1f} M with embedding and softmax of {vocabulary_size:,} words)"
-    )
+@contextlib.contextmanager
+def _naming_memory(micro_words: int) -> Iterator[None]:
+    """Let an error that memory is too small name the key that changes it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise Mistake(
+            f"out of memory ({in_a_line(error)}): a smaller batch.micro_words than {micro_words} needs less, "
+            "under another name=...; machine.recompute=true and optimizer.experts=factored too"
+        ) from error
 
 
 def _say(line: str) -> None:

@@ -27,6 +27,7 @@ KINDS = {
     "own_balance": ("balance.exact=false",),
     "no_balance": ("balance=[]",),
     "fewer_experts": ("model.num_experts=2", "model.k=1", "balance=[importance]"),
+    "fewer_experts_than_processes": ("model.num_experts=3", "model.k=2"),
     "three_micro_batches": ("batch.words=180",),
     "one_micro_batch": ("batch.micro_words=240",),
     "dense": ("model=moe_1_wide",),
@@ -34,6 +35,12 @@ KINDS = {
     "divided_dense": ("machine.divide_vocabulary=true", DENSE),
     "divided_full": ("machine.divide_vocabulary=true", FULL, DENSE, "softmax.max_logits=500"),
     "divided_full_lazy": ("machine.divide_vocabulary=true", FULL, "batch.words=180"),
+    "divided_fewer_experts": (
+        "machine.divide_vocabulary=true",
+        "model.num_experts=2",
+        "model.k=1",
+        "balance=[importance]",
+    ),
     "top_k": gate("top_k", "balance=[switch,z_loss]"),
     "gshard": gate("gshard", "balance=[gshard]"),
     "switch": gate("switch", "model.k=1", "balance=[switch]"),
@@ -43,7 +50,7 @@ KINDS = {
     "strictly_balanced": gate("strictly_balanced", "balance=[batchwise]"),
 }
 CASES = [
-    Case(f"{name}_{str(dtype)[-2:]}", overrides, dtype)
+    Case(f"{name}_{str(dtype)[-2:]}", overrides, dtype, over_all=name == "fewer_experts_than_processes")
     for name, overrides in KINDS.items()
     for dtype in (torch.float64, torch.float32)
 ]

@@ -10,7 +10,7 @@ from tiny_training import TRAINING, with_overrides
 from moe_lm.commands import build as make
 from moe_lm.commands.configuration import composed, resolved
 from moe_lm.commands.data import prepared_data
-from moe_lm.commands.train import trainer_of
+from moe_lm.commands.training import trainer_of
 from moe_lm.gradients import shares_of
 from moe_lm.rows import row_gradient
 from moe_lm.run import Run
@@ -33,6 +33,8 @@ class Case:
     name: str
     overrides: tuple[str, ...] = ()
     dtype: torch.dtype = torch.float64
+    over_all: bool = False
+    """Whether all processes divide the experts, even if there are fewer of them."""
 
 
 def configuration(case: Case) -> dict:
@@ -45,13 +47,15 @@ def configuration(case: Case) -> dict:
 
 def trainer_for(case: Case, config: dict, processes):
     """A trainer with random gate matrices: at zero all logits would tie without the noise."""
+    if case.over_all:
+        config["machine"]["expert_processes"] = processes.size
     run = Run(Path("runs") / f"{case.name}-{processes.size}")
     if processes.is_first:
         run.folder.mkdir(parents=True, exist_ok=True)
     processes.each(None)
     data = prepared_data(config, say=lambda line: None)
     make.be_deterministic(torch.device("cpu"))
-    trainer, _ = trainer_of(config, data, run, torch.device("cpu"), processes)
+    trainer, _ = trainer_of(config, data, run, torch.device("cpu"), lambda line: None, processes)
     trainer.model.to(case.dtype)
     generator = torch.Generator().manual_seed(7)
     for name, parameter in trainer.model.named_parameters():

@@ -1,0 +1,128 @@
+"""A resolved configuration to the trainer of a run: everything that training needs, on this process."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from moe_lm.batches import Batches
+from moe_lm.commands import build as make
+from moe_lm.commands.gates import check_losses, choices_over_batch, want
+from moe_lm.commands.result import Counts, counts_of, measure_split
+from moe_lm.distributed import ALONE, Processes, with_experts, with_vocabulary
+from moe_lm.experts import recompute_hidden
+from moe_lm.metrics import MetricsLog, NoLog
+from moe_lm.mistake import Mistake
+from moe_lm.model import LanguageModel
+from moe_lm.objective import Objective
+from moe_lm.optimizer import OptimizerRecipe
+from moe_lm.prepared import Prepared
+from moe_lm.progress import Settings
+from moe_lm.run import Run
+from moe_lm.saver import Saver
+from moe_lm.trainer import Trainer
+from moe_lm.update import Update
+
+
+def trainer_of(
+    config: dict,
+    data: Prepared,
+    run: Run,
+    on: torch.device,
+    say: Callable[[str], None],
+    processes: Processes = ALONE,
+) -> tuple[Trainer, Counts]:
+    """Return the trainer of a resolved configuration, its model newly initialised from `seed`, and what it counts."""
+    vocabulary, checkpoints, machine = data.vocabulary, config["checkpoint"], config["machine"]
+    for group, key in (("valid", "max_sentences"), ("checkpoint", "keep_last")):
+        if config[group][key] < 1:
+            raise Mistake(f"{group}.{key}={config[group][key]}: must be at least 1")
+    with torch.device("meta"):
+        whole = make.build_model(config, vocabulary.size)
+    processes = with_experts(processes, _most_experts(whole), machine["expert_processes"], on)
+    processes = with_vocabulary(processes, machine["divide_vocabulary"])
+    recipe, batches, counts = make.build(config["optimizer"]), _batches(config, data), counts_of(whole)
+    settings = Settings(**config["training"], every_seconds=checkpoints["every_seconds"])
+    update = _update(config, recipe, vocabulary.size, on, processes)
+    processes.first(lambda: run.keep_vocabulary(vocabulary.save))
+    for line in [_sizes(counts, run, vocabulary.size), *choices_over_batch(update.model), *_idle(batches, processes)]:
+        say(line)
+    saver = Saver(
+        run.checkpoints,
+        keep_last=checkpoints["keep_last"],
+        asynchronous=checkpoints["asynchronous"],
+        say=say,
+        processes=processes,
+    )
+    limit = config["valid"]["max_sentences"]
+    trainer = Trainer(
+        update=update,
+        peak_rate=recipe.learning_rate,
+        schedule=make.build(config["schedule"]),
+        batches=batches,
+        validate=partial(measure_split, update.model, config, data, "valid", limit, processes=processes),
+        run=run,
+        log=MetricsLog(run, wandb=config["logging"]["wandb"], config=config) if processes.is_first else NoLog(),
+        saver=saver,
+        fingerprint=data.fingerprint,
+        settings=settings,
+        say=say,
+        processes=processes,
+    )
+    return trainer, counts
+
+
+def _update(
+    config: dict, recipe: OptimizerRecipe, vocabulary_size: int, on: torch.device, processes: Processes
+) -> Update:
+    torch.manual_seed(config["seed"])
+    model = make.build_model(config, vocabulary_size, processes).to(on)
+    recompute_hidden(model, config["machine"]["recompute"])
+    balance = {name: make.build(part) for name, part in config["balance"].items() if name != "exact"}
+    check_losses(model, balance)
+    want(model, balance)
+    return Update(
+        model=model,
+        objective=Objective(balance),
+        optimizer=recipe.build(model),
+        clip_norm=recipe.clip_norm,
+        exact_balance=config["balance"]["exact"],
+        autocast=make.autocast_type(config["machine"]["precision"], on),
+        seed=config["seed"],
+        vocabulary_size=vocabulary_size,
+        processes=processes,
+    )
+
+
+def _batches(config: dict, data: Prepared) -> Batches:
+    return Batches(
+        data.splits["train"],
+        start=data.vocabulary.start,
+        seed=config["seed"],
+        words=config["batch"]["words"],
+        micro_words=config["batch"]["micro_words"],
+    )
+
+
+def _most_experts(model: LanguageModel) -> int:
+    return max((layer.experts.share.total for layer in model.layers.values() if hasattr(layer, "experts")), default=0)
+
+
+def _idle(batches: Batches, processes: Processes) -> list[str]:
+    """Say where processes wait for others because a batch has too few micro-batches for all of them."""
+    count = batches.micro_batches_per_step
+    places = -(-count // processes.size) * processes.size
+    if places == count:
+        return []
+    return [
+        f"NOTE: {count} micro-batches a step for {processes.size} processes, idle for {1 - count / places:.0%} of the "
+        "time; not so where batch.micro_words is batch.words / num_processes, under another name=..."
+    ]
+
+
+def _sizes(counts: Counts, run: Run, vocabulary_size: int) -> str:
+    return (
+        f"{run.folder}: {counts.operations_per_timestep / 1e6:.2f} M ops/timestep, "
+        f"{counts.parameters_without_embedding_and_softmax / 1e6:.2f} M parameters "
+        f"({counts.parameters_total / 1e6:.1f} M with embedding and softmax of {vocabulary_size:,} words)"
+    )

@@ -1,0 +1,124 @@
+"""The constructor without Hydra builds what Hydra builds, from the packaged configs alone."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from moe_lm import construction
+from moe_lm.commands.configuration import choices, composed, resolved
+from moe_lm.construction import build, build_model
+from moe_lm.mistake import Mistake
+
+LSTM = {"_target_": "moe_lm.layer.lstm.Lstm", "width": 4}
+MOE = {
+    "_target_": "moe_lm.layer.moe.MoE",
+    "width": 4,
+    "hidden": 4,
+    "num_experts": 2,
+    "k": 1,
+    "gate": {"_target_": "moe_lm.gate.noisy_top_k.NoisyTopK", "_partial_": True, "noise_epsilon": 0.5},
+}
+
+
+def shapes(module) -> dict:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("preset", choices("model"))
+def test_every_preset_is_what_hydra_makes_of_it(preset):
+    config = resolved(composed("train", [f"model={preset}"]))
+    with torch.device("meta"):
+        model = build_model(config, 100)
+        layers = {
+            name: instantiate(OmegaConf.create(config["model"]["layers"][name]), _convert_="all")
+            for name in config["model"]["order"]
+        }
+    assert list(model.layers) == list(layers)
+    for name, layer in layers.items():
+        assert type(model.layers[name]) is type(layer)
+        assert shapes(model.layers[name]) == shapes(layer)
+        assert repr(model.layers[name]) == repr(layer)
+
+
+def test_partial_parts_inside_a_part():
+    layer = build(MOE)
+    assert layer.gate.noise_epsilon == 0.5
+    partial = build(MOE["gate"])
+    assert isinstance(partial, functools.partial)
+    assert partial.keywords == {"noise_epsilon": 0.5}
+    assert type(build({**LSTM, "_partial_": False})) is type(build(LSTM))
+
+
+def test_plain_data_are_copied_and_lists_are_gone_through(monkeypatch):
+    seen = {}
+    monkeypatch.setattr("moe_lm.layer.lstm.Lstm", lambda **arguments: seen.update(arguments))
+    config = {"_target_": "moe_lm.layer.lstm.Lstm", "data": {"a": [1, {"b": None}]}, "parts": [MOE["gate"], "text"]}
+    before = copy.deepcopy(config)
+    build(config)
+    assert seen["data"] == {"a": [1, {"b": None}]}
+    assert seen["data"]["a"] is not config["data"]["a"]
+    assert isinstance(seen["parts"][0], functools.partial)
+    assert seen["parts"][1] == "text"
+    assert config == before
+
+
+def raising(error: Exception):
+    def constructor(**arguments):
+        raise error
+
+    return constructor
+
+
+@pytest.mark.parametrize("error", [Mistake("width=0: mend it"), RuntimeError("out of memory"), MemoryError()])
+def test_what_the_constructor_says_comes_through(monkeypatch, error):
+    monkeypatch.setattr("moe_lm.layer.lstm.Lstm", raising(error))
+    with pytest.raises(type(error)) as caught:
+        build(LSTM)
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("error", [TypeError("two\nlines"), KeyError("key"), ZeroDivisionError(), OSError(2, "gone")])
+def test_anything_else_is_a_mistake_of_one_line(monkeypatch, error):
+    monkeypatch.setattr("moe_lm.layer.lstm.Lstm", raising(error))
+    with pytest.raises(Mistake, match=r"^cannot build moe_lm\.layer\.lstm\.Lstm: .+$") as caught:
+        build(LSTM)
+    assert "\n" not in str(caught.value)
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {**LSTM, "_partial_": "true"},
+        {**LSTM, "_partial_": 1},
+        {**LSTM, "_args_": [3]},
+        {**LSTM, "_recursive_": False},
+        {**LSTM, "width": "${oc.env:HOME}"},
+        {**LSTM, "width": {"_target_": "os.getcwd"}},
+        {**LSTM, "width": [[{"_target_": "os.getcwd"}]]},
+    ],
+    ids=str,
+)
+def test_what_could_run_anything_else_is_refused(part):
+    with pytest.raises(Mistake, match="refused"):
+        build(part)
+
+
+@pytest.mark.parametrize("part", [{}, {"width": 3}, None, [LSTM], "moe_lm.layer.lstm.Lstm"], ids=str)
+def test_a_part_needs_a_target(part):
+    with pytest.raises(Mistake, match="no _target_"):
+        build(part)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"widht": 3}, {"width": "many"}, {3: 4}], ids=str)
+def test_wrong_arguments_are_a_mistake(arguments):
+    with pytest.raises(Mistake, match=r"^cannot build moe_lm\.layer\.lstm\.Lstm: "):
+        build({"_target_": "moe_lm.layer.lstm.Lstm", **arguments})
+
+
+def test_the_configuration_is_found():
+    assert (construction.folder() / "train.yaml").is_file()
