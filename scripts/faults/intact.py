@@ -31,7 +31,7 @@ def fault_of(checkpoint: Path) -> str | None:
     try:
         record = json.loads((checkpoint / "state.json").read_text())
         state = record["state"]
-        if record["checksum"] != _digest(json.dumps(state).encode()):
+        if record["checksum"] != _digest(json.dumps([record["format"], state]).encode()):
             return "state.json does not match its checksum"
         if state["step"] != int(checkpoint.name):
             return f"state.json is of step {state['step']}"
