@@ -169,10 +169,8 @@ def _table(trials: list[tuple[Case, Trial]]) -> tuple[str, dict[str, int]]:
     for (kind, size), group in groups.items():
         row = [kind, size, len(group), sum(trial.disturbed for trial in group)]
         row += [sum(len(getattr(trial, what)) for trial in group) for what in ("lost", "wrong", "unexpected")]
-        notes = dict.fromkeys(trial.note for trial in group if trial.note)
-        if "kill" in kind.lower():
-            notes[f"all over after at most {max(trial.seconds_to_end for trial in group):.0f} s"] = None
-        rows.append([*row, "; ".join(notes)])
+        slowest = max(trial.seconds_to_end for trial in group)
+        rows.append([*row, f"all processes over {slowest:.0f} s after a kill, at most" if slowest else ""])
     sums = dict(zip(_COLUMNS[2:], (sum(row[i] for row in rows) for i in range(2, len(_COLUMNS))), strict=True))
     lines = ["| " + " | ".join([*_COLUMNS, "notes"]) + " |", "|---" + "|---:" * (len(_COLUMNS) - 1) + "|---|"]
     lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows]

@@ -97,7 +97,6 @@ class Trial:
         self.lost: list[str] = []
         self.wrong: list[str] = []
         self.unexpected: list[str] = []
-        self.note = ""
         self.disturbed = 0
         self.seconds_to_end = 0.0
         self._seen: set[int] = set()

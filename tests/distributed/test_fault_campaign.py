@@ -41,7 +41,7 @@ def test_a_product_that_checks_nothing_is_seen(tmp_path):
     code, record, text = campaign(tmp_path, "--only", "damaged checkpoint, bit of the model, 1", "--program", program)
     assert code == 1, text
     assert record["sums"]["wrong resumes"] > 0
-    assert "resumed at step 18, not at 17" in text
+    assert "resumed at step 19, not at 18" in text
 
 
 @pytest.mark.parametrize("name", cases.CORRUPTIONS)
