@@ -31,6 +31,8 @@ def test_command_composes(words, capsys):
         program, *rest = [word for word in rest if not word.startswith("--")]
         assert program == "scripts/slurm"
         resolved(composed("train", rest))
+    if program == "torchrun":
+        program, *rest = ["moe-lm", *rest[rest.index("moe_lm") + 1 :]]
     if program != "moe-lm":
         path = ROOT / (rest[0] if program == "./.venv/bin/python" else program)
         assert path.is_file()
