@@ -121,7 +121,7 @@ def read(folder: Path, tensors: Named) -> None:
 def shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Return shape and type of every tensor in a folder.
 
-    Raises `SafetensorError` where a file is none (a pickle, say).
+    Raises `SafetensorError` where a file is none, whatever its name.
     """
     metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
     return {name: (tuple(x.size), x.properties.dtype) for name, x in metadata.state_dict_metadata.items()}
