@@ -130,7 +130,7 @@ def test_every_preset_trains_at_reduced_sizes(preset, corpus, monkeypatch, capsy
     result = json.loads((corpus / "runs" / preset / "result.json").read_text())
     assert result["preset"] == preset
     assert result["steps"] >= 3
-    assert 1 < result["perplexity"]["test"] < 60  # of 53 words
+    assert 1 < result["perplexity"]["test"] < 80  # of 53 words, after three steps from any weights
 
 
 def test_perplexities_tell_the_papers_story():
