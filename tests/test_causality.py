@@ -40,7 +40,7 @@ def audited(model, split=SPLIT, probes=16, words=60, seed=1):
     return audit(model, split, start=START, end=END, words=words, probes=probes, seed=seed)
 
 
-def model_of(*overrides, seed=0):
+def model_of(*overrides, seed=1):
     """A model with large random parameters, adapted to a batch: nothing is near a tie, every expert is used."""
     config = resolved(composed("train", ["softmax=full", *overrides]))
     torch.manual_seed(seed)
@@ -68,7 +68,7 @@ def test_every_gate_is_causal_in_evaluation(gate):
     found = audited(model)
     assert found.causal
     assert found.evaluation.largest_bits < 1e-9
-    assert (found.training.largest_bits > 1e-3) == (gate in BY_BATCH)
+    assert (found.training.mean_bits > 1e-3) == (gate in BY_BATCH)
     assert (model.layers["middle"].gate.__class__.__dict__.get("chooses_over_batch") is not None) == (gate in BY_BATCH)
     if gate not in BY_BATCH:
         assert found.training.largest_bits < 1e-9

@@ -123,14 +123,14 @@ def test_every_preset_trains_at_reduced_sizes(preset, corpus, monkeypatch, capsy
     layers = yaml.safe_load((folder() / "model" / f"{preset}.yaml").read_text())["defaults"][:-1]
     files = "".join((folder() / "layer" / f"{name}.yaml").read_text() for layer in layers for name in layer.values())
     small = [f"model.{size}={value}" for size, value in sizes.items() if f"${{model.{size}}}" in files]
-    small += [f"model={preset}", f"name={preset}", "training.num_words=600"]
+    small += [f"model={preset}", f"name={preset}", "training.num_words=600", "seed=8"]
     small += ["optimizer.experts=factored", "machine.recompute=true"]
     kept = [argument for argument in TRAINING if not argument.startswith("model.")]
     assert call("train", *with_overrides(kept, *small)) == 0, capsys.readouterr().err
     result = json.loads((corpus / "runs" / preset / "result.json").read_text())
     assert result["preset"] == preset
     assert result["steps"] >= 3
-    assert 1 < result["perplexity"]["test"] < 80  # of 53 words, after three steps from any weights
+    assert 1 < result["perplexity"]["test"] < 60  # of 53 words
 
 
 def test_perplexities_tell_the_papers_story():

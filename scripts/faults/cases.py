@@ -125,7 +125,7 @@ def signalled(number: signal.Signals, to: str | None) -> Work:
     """A signal to what was started, or to one rank: the step ends, all save, exit code 75."""
 
     def work(trial: Trial) -> None:
-        child = trial.start(programs.SLOWLY, checkpoint__every_seconds=1000, training__valid_every=100)
+        child = trial.start(programs.SLOWLY, checkpoint__every_seconds=1000)
         trial.wait_for_step(child, trial.draw.randint(2, STEPS - 8))
         before = intact.last_step(trial.run)
         child.kill(to, number)

@@ -1,7 +1,9 @@
-"""What scripts/fault_campaign.py judges by sees every damage, and its processes are found again."""
+"""scripts/fault_campaign.py in small: it passes, and it sees what is broken."""
 
+import json
 import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +14,34 @@ sys.path.insert(0, str(SCRIPTS))
 
 from faults import cases, intact  # noqa: E402
 from faults.child import Child  # noqa: E402
+
+
+def campaign(folder: Path, *options: str) -> tuple[int, dict, str]:
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "fault_campaign.py", "--folder", folder, "--json", folder / "all.json", *options],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+    )
+    return done.returncode, json.loads((folder / "all.json").read_text()), done.stdout + done.stderr
+
+
+def test_some_of_each_kind(tmp_path):
+    code, record, text = campaign(tmp_path, "--quick", "--kills", "2")
+    kinds = {run["fault"] for run in record["runs"]}
+    assert code == 0, text
+    assert len(kinds) >= 5
+    assert all(run["disturbed"] for run in record["runs"])
+    assert {**record["sums"], "runs": 0, "times disturbed": 0} == dict.fromkeys(record["sums"], 0)
+
+
+def test_a_product_that_checks_nothing_is_seen(tmp_path):
+    program = tmp_path / "broken.py"
+    program.write_text("from moe_lm import checkpoint\ncheckpoint._check_file = lambda *a: None\n")
+    code, record, text = campaign(tmp_path, "--only", "damaged checkpoint, bit of the model, 1", "--program", program)
+    assert code == 1, text
+    assert record["sums"]["wrong resumes"] > 0
+    assert "resumed at step 19, not at 18" in text
 
 
 @pytest.mark.parametrize("name", cases.CORRUPTIONS)
