@@ -10,7 +10,7 @@ Shape suffixes: L timesteps, B sentences, T tokens, D width, N sentences of a po
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -66,12 +66,12 @@ class GlobalBatch(Sequence[MicroBatch]):
     cuts: list[np.ndarray]
     """The sentences of each micro-batch."""
 
-    @property
+    @cached_property
     def num_words(self) -> int:
         """Words of all micro-batches: what nats are divided by."""
         return sum(int(self.split.words[indices].sum()) for indices in self.cuts)
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         """Predicted tokens of all micro-batches."""
         return sum(int(lengths(self.split, indices).sum()) for indices in self.cuts)

@@ -150,7 +150,7 @@ class Saver:
         tensors_on_disk.write(folder, tensors, self._writers.control)
 
     def _sums(self, partial: Path) -> dict[str, list]:
-        """Size and checksum of the files that this process wrote, as they are read back."""
+        """Size and checksum of the files as they are read back; the processes take them by turns."""
         files = sorted(file for file in partial.rglob("*") if not file.is_dir())
         own = [file for i, file in enumerate(files) if i % self._writers.size == self._writers.rank]
         return {str(file.relative_to(partial)): [file.stat().st_size, checksum(file)] for file in own}

@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_lm.batches import GlobalBatch, MicroBatch
 from moe_lm.distributed import ALONE, Processes
 from moe_lm.gate import Gating
-from moe_lm.gradients import Gradients, sum_statistics
+from moe_lm.gradients import STATISTICS, Gradients, sum_statistics
 from moe_lm.model import LanguageModel
 from moe_lm.objective import Objective, Statistics, add, statistics
 from moe_lm.optimizer import Together
@@ -23,7 +23,6 @@ from moe_lm.seeds import derive_seed
 
 _EXPLODED = 10
 """A loss of as many times what guessing costs, log(vocabulary), is no loss to learn from."""
-_COUNTS = ("num_asked", "num_dropped", "num_tokens", "num_unserved")
 
 
 @dataclass(frozen=True)
@@ -85,14 +84,13 @@ class Update:
 
     def _passes(self, batch: GlobalBatch, step: int) -> "_Seen":
         """Run every micro-batch forwards and backwards; the gradients are left in the parameters."""
-        turns = self.processes.turns(len(batch))
+        turns = [(number, self._micro_batch(batch, number)) for number in self.processes.turns(len(batch))]
         # With one micro-batch a process, or one in all, the statistics are summed between its forward pass and the
         # loss; with several a first pass collects them.
         exact = len(batch) == 1 or (self._exact_balance and bool(self.objective.balance))
-        everywhere = self._collect(batch, step, turns) if exact and len(turns) > 1 else None
+        everywhere = self._collect(step, turns) if exact and len(turns) > 1 else None
         seen = _Seen(self._device)
-        for place, number in enumerate(turns):
-            micro = self._micro_batch(batch, number)
+        for place, (number, micro) in enumerate(turns):
             with self._seeded(step, number):
                 nats, gatings = self.model(micro, derive_seed(self._seed, step, "negatives"))
             own = statistics(gatings) if number is not None else _nothing(statistics(gatings))
@@ -108,12 +106,12 @@ class Update:
         return seen
 
     @torch.no_grad()
-    def _collect(self, batch: GlobalBatch, step: int, turns: list[int | None]) -> Statistics:
+    def _collect(self, step: int, turns: list[tuple[int | None, MicroBatch]]) -> Statistics:
         """First pass of an accumulated batch: the gates' statistics of all its micro-batches."""
         total = None
-        for number in turns:
+        for number, micro in turns:
             with self._seeded(step, number):
-                own = statistics(self.model.hidden(self._micro_batch(batch, number))[1])
+                own = statistics(self.model.hidden(micro)[1])
             total = add(total, own if number is not None else _nothing(own))
         return sum_statistics(total, self.processes.everyone)
 
@@ -138,7 +136,8 @@ class _Seen:
         self.shares: dict[str, Tensor] = {}
         self._statistics: Statistics | None = None
         self._last: dict[str, Tensor] = {}
-        self._counts = torch.zeros(len(_COUNTS), dtype=torch.float64, device=device)
+        # Asked, dropped, tokens, unserved: plain numbers as long as they are, so that none waits for the device.
+        self._counts: list[Tensor | int] = [0, 0, 0, 0]
 
     def add(
         self,
@@ -158,17 +157,16 @@ class _Seen:
             self.nats += nats.detach()
             for gating in gatings.values():
                 found = (gating.num_asked, gating.num_dropped, gating.num_tokens, gating.num_unserved())
-                self._counts += torch.stack([torch.as_tensor(x, device=self._counts.device) for x in found])
+                self._counts = [total + x for total, x in zip(self._counts, found, strict=True)]
 
     def sum(self, processes: Processes, everywhere: Statistics | None) -> None:
         """Make everything that of all processes; losses of global values are the same everywhere already."""
         everyone, terms = processes.everyone, list(self.terms)
-        own = [self.nats, *self._counts, *(self.terms[name].double() for name in terms)]
-        nats, *counts = everyone.sum_(torch.stack([x.to(self.nats.device) for x in own]), "statistics")
-        asked, dropped, tokens, unserved = counts[: len(_COUNTS)]
-        self.nats = nats
+        own = [self.nats, *self._counts, *(self.terms[name] for name in terms)]
+        own = [torch.as_tensor(x, dtype=torch.float64, device=self.nats.device) for x in own]
+        self.nats, asked, dropped, tokens, unserved, *values = everyone.sum_(torch.stack(own), STATISTICS)
         whole = sum_statistics(self._statistics or {}, everyone) if everywhere is None else everywhere
-        self.terms = dict(zip(terms, counts[len(_COUNTS) :], strict=True)) if everywhere is None else self._last
+        self.terms = dict(zip(terms, values, strict=True)) if everywhere is None else self._last
         self.gatings = {layer: gating.with_statistics(whole[layer]) for layer, gating in self.gatings.items()}
         if self.gatings:
             self.shares = {"dropped": dropped / asked.clamp(min=1), "unserved": unserved / tokens.clamp(min=1)}

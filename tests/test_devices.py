@@ -125,7 +125,7 @@ def test_names_are_those_that_the_sweep_was_given(given, count, names):
 
 
 def configured(monkeypatch, **keys):
-    config = OmegaConf.create({"machine": {"device": "auto"}} | keys)
+    config = OmegaConf.create({"machine": {"device": "auto"}, "num_processes": 1} | keys)
     OmegaConf.set_struct(config, True)
     monkeypatch.setattr(sweep, "composed", lambda command, arguments: config)
     return Job(Path("runs/a"), ())

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
+from test_security import change
 from tiny_training import assert_one_line, call, working_in
 
 from moe_lm import load
@@ -187,13 +187,7 @@ def test_a_forged_export_may_not_name_other_files(there, name):
     ids=str,
 )
 def test_a_forged_configuration(there, place, value, expected):
-    file = Path("one/config.yaml")
-    config = yaml.safe_load(file.read_text())
-    node = config
-    for key in place[:-1]:
-        node = node[key]
-    node[place[-1]] = value
-    file.write_text(yaml.safe_dump(config))
+    change(*place, value=value, file=Path("one/config.yaml"))
     sign("one")
     refused("one", expected)
 

@@ -40,9 +40,8 @@ def refused(outcome) -> None:
     assert not Path("canary").exists()
 
 
-def change(*path: str, value: object) -> None:
-    """Set a key of the stored configuration."""
-    file = Path("runs/tiny/config.yaml")
+def change(*path: str, value: object, file: Path = Path("runs/tiny/config.yaml")) -> None:
+    """Set a key of a stored configuration."""
     config = yaml.safe_load(file.read_text())
     node = config
     for key in path[:-1]:

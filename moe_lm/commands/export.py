@@ -2,6 +2,7 @@
 
 import platform
 import sys
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,13 +12,9 @@ import yaml
 from moe_lm import checkpoint, exported, weights
 from moe_lm.commands.configuration import composed, resolved
 from moe_lm.commands.describe import size
+from moe_lm.commands.result import counts_of
 from moe_lm.mistake import Mistake
 from moe_lm.model_card import card
-from moe_lm.operations import (
-    operations_per_timestep,
-    parameters_total,
-    parameters_without_embedding_and_softmax,
-)
 from moe_lm.run import IDENTITY, Run
 from moe_lm.trained import Trained, load
 
@@ -52,7 +49,7 @@ def main(arguments: list[str]) -> int:
 
 def record_of(run: Run, trained: Trained) -> dict:
     """Return export.json's content but for the files."""
-    config, model, result = trained.config, trained.model, run.result()
+    config, result = trained.config, run.result()
     state = checkpoint.load_state(checkpoint.path_of(run.checkpoints, trained.step))
     record = {
         "name": _name(run, config),
@@ -60,9 +57,7 @@ def record_of(run: Run, trained: Trained) -> dict:
         "words": state["progress"]["words"],
         "data": trained.fingerprint,
         "vocabulary": {"kind": config["vocabulary"]["_target_"].split(".")[-2], "size": trained.vocabulary.size},
-        "operations_per_timestep": operations_per_timestep(model),
-        "parameters_without_embedding_and_softmax": parameters_without_embedding_and_softmax(model),
-        "parameters_total": parameters_total(model),
+        **asdict(counts_of(trained.model)),
         "versions": {name: version(name) for name in ("moe-lm", "torch", "safetensors")}
         | {"python": platform.python_version()},
     }

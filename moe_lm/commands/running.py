@@ -9,13 +9,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_lm import stopping
 from moe_lm.commands.devices import Devices
 from moe_lm.mistake import Mistake
 from moe_lm.report.results import read_audit, read_result
 
 PROGRAM = (sys.executable, "-m", "moe_lm")
-# A run that was told to stop has saved itself and says so with 75.
-INTERRUPTED = (130, os.EX_TEMPFAIL, -signal.SIGINT, -signal.SIGTERM)
+# A run that was told to stop has saved itself and says so by its code.
+INTERRUPTED = (stopping.INTERRUPTED, stopping.REQUEUE, -signal.SIGINT, -signal.SIGTERM)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from omegaconf import OmegaConf
 
 from moe_lm.commands.configuration import composed, default_name, parse, preset_of, quoted
 from moe_lm.commands.devices import Devices, visible
@@ -41,7 +40,7 @@ def with_gpus(job: Job, there: int) -> Job:
     config = composed("train", list(job.arguments))
     if not there or config.machine.device == "cpu":
         return job
-    wanted = max(1, OmegaConf.select(config, "num_processes", default=1))
+    wanted = max(1, config.num_processes)
     if wanted > there:
         raise Mistake(
             f"{job.folder}: num_processes={wanted} needs a GPU for each process, and this sweep sees {there}: "

@@ -17,6 +17,7 @@ from moe_lm.commands.result import result_of, summary
 from moe_lm.commands.training import trainer_of
 from moe_lm.distributed import ALONE, Processes, begin, end, expected_size, is_loss
 from moe_lm.mistake import Lost, Mistake, in_a_line, is_out_of_memory
+from moe_lm.prepared import Prepared
 from moe_lm.run import Run
 from moe_lm.stopping import INTERRUPTED, REQUEUE, Stop, end_with_parent, leave_in_peace
 from moe_lm.trained import fill
@@ -74,8 +75,9 @@ def _train(config: dict, preset: str, on: torch.device, stop: Stop, processes: P
         if processes.is_first:
             print(f"{run.folder} is finished: {finished}")
         return 0
-    processes.first(lambda: prepared_data(config, say=say) and None)
-    data = prepared_data(config, say=say)  # what the first process made, or found
+    made: list[Prepared] = []
+    processes.first(lambda: made.append(prepared_data(config, say=say)))
+    data = made[0] if made else prepared_data(config, say=say)  # the others find what the first one made
     trainer, counts = trainer_of(config, data, run, on, say, processes)
     if trainer.resume():
         say(f"{run.folder}: resumed at step {trainer.progress.step}, {trainer.progress.words:,} words")

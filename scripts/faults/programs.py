@@ -20,6 +20,18 @@ def about_to_die():
     return _left[0] <= 1
 """
 
+_HALF_WRITTEN = """
+import os, signal
+from moe_lm import run
+_write_text = run.write_text
+def write_text(path, text):
+    if path.name == "NAME":
+        path.with_name(f".{path.name}.partial").write_text(text[: len(text) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+    _write_text(path, text)
+run.write_text = write_text
+"""
+
 _PLACES = {
     "while the model's files are written": """
 from moe_lm import tensors_on_disk
@@ -88,28 +100,8 @@ def rmtree(path, *a, **k):
     _shutil.rmtree(path, *a, **k)
 checkpoint.shutil = types.SimpleNamespace(rmtree=rmtree)
 """,
-    "while metrics.jsonl is cut": """
-import os, signal
-from moe_lm import run
-_write_text = run.write_text
-def write_text(path, text):
-    if path.name == "metrics.jsonl":
-        path.with_name(f".{path.name}.partial").write_text(text[: len(text) // 2])
-        os.kill(os.getpid(), signal.SIGKILL)
-    _write_text(path, text)
-run.write_text = write_text
-""",
-    "while result.json is written": """
-import os, signal
-from moe_lm import run
-_write_text = run.write_text
-def write_text(path, text):
-    if path.name == "result.json":
-        path.with_name(f".{path.name}.partial").write_text(text[: len(text) // 2])
-        os.kill(os.getpid(), signal.SIGKILL)
-    _write_text(path, text)
-run.write_text = write_text
-""",
+    "while metrics.jsonl is cut": _HALF_WRITTEN.replace("NAME", "metrics.jsonl"),
+    "while result.json is written": _HALF_WRITTEN.replace("NAME", "result.json"),
 }
 
 PLACES = tuple(_PLACES)
