@@ -122,6 +122,7 @@ class Trainer:
         found = f"loss {float(done.nats) / num_words:.4g}, gradient norm {float(done.norm):.4g}"
         self._say(f"WARNING: step {progress.step} was left out: {found}")
         if progress.skipped_in_a_row >= most:
+            self.saver.finish()  # what is being written counts too
             saved = self.processes.first(lambda: checkpoint.steps(self.run.checkpoints))
             last = f"the last good checkpoint is that of step {saved[-1]}" if saved else "there is no checkpoint yet"
             raise Mistake(

@@ -4,7 +4,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_training import TRAINING, Outcome, call, working_in, write_corpus
+from tiny_training import TRAINING, Outcome, call, signal_handlers, working_in, write_corpus
+
+
+@pytest.fixture(autouse=True)
+def same_signals():
+    """A test leaves no signal ignored: the processes that later ones start would ignore it too."""
+    before = signal_handlers()
+    yield
+    assert signal_handlers() == before
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_training import call
 
-from moe_lm.__main__ import main
 from moe_lm.commands import NAMES
 from moe_lm.commands.build import build, build_model
 from moe_lm.commands.configuration import choices, composed, resolved
@@ -43,7 +43,7 @@ def test_command_composes(words, capsys):
     command, *arguments = rest
     assert command in NAMES
     if "--help" in arguments:
-        assert main(rest) == 0
+        assert call(*rest) == 0
         assert "model" in capsys.readouterr().out
     elif command == "sweep":
         for job in jobs_of([a for a in arguments if a != "-m"]):
@@ -86,11 +86,11 @@ def test_training_example_trains(tmp_path, monkeypatch, capsys):
     small = ["model.width=8", "model.expert_hidden=8", "batch.words=200", "training.num_words=400"]
     keys = {argument.split("=")[0] for argument in small}
     kept = [argument for argument in TRAINING[1:] if argument.split("=")[0] not in keys]
-    assert main([*kept, *small]) == 0
+    assert call(*kept, *small) == 0
     assert "test perplexity" in capsys.readouterr().out
     assert (tmp_path / "runs/news/result.json").is_file()
     export = next(words for words in COMMANDS if words[:2] == ["moe-lm", "export"])
-    assert main(export[1:]) == 0
+    assert call(*export[1:]) == 0
     [program] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -52,12 +52,12 @@ def start(*overrides: str, program: str = "") -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stderr=subprocess.PIPE, text=True)
 
 
-# Each step of the child waits, so that the parent has the time to hit it in the middle of one.
+# Each step of the child waits, so that a parent on a busy machine has the time to hit it in the middle of one.
 SLOWLY = """
 import time
 from moe_lm.batches import Batches
 step = Batches.step
-Batches.step = lambda *a, **k: (time.sleep(0.05), step(*a, **k))[1]
+Batches.step = lambda *a, **k: (time.sleep(0.2), step(*a, **k))[1]
 """
 KILL_WHILE_WRITING = """
 import os, signal
@@ -133,7 +133,7 @@ def test_a_signal_after_all_is_done_changes_nothing(workspace):
 
 
 def test_a_second_process_on_the_same_run_is_refused(workspace, moe_lm):
-    child = start(program=SLOWLY.replace("0.05", "5"))  # a busy machine takes seconds to start the second
+    child = start(program=SLOWLY.replace("0.2", "5"))  # a busy machine takes seconds to start the second
     wait_for_lines(1, child)
     outcome = moe_lm("train", *TRAINING)
     child.kill()

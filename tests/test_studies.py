@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 import yaml
+from tiny_training import call
 
-from moe_lm.__main__ import main
 from moe_lm.commands import sweep
 from moe_lm.commands.build import build_model
 from moe_lm.commands.configuration import choices, composed, folder, resolved
@@ -200,7 +200,7 @@ def test_a_wrong_scale_is_one_line(arguments, words, tmp_path, monkeypatch, capf
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Mistake):
         jobs_of(arguments)
-    assert main(["sweep", *arguments]) == 2
+    assert call("sweep", *arguments) == 2
     error = capfd.readouterr().err
     assert words in error
     assert error.count("\n") == 1
@@ -219,13 +219,13 @@ def test_a_scaled_study_trains_and_reports(workspace, capfd, monkeypatch):
         "softmax.num_sampled=16",
     ]
     own += ["training.num_words=600", "training.log_every=1", "vocabulary.min_count=1", "machine.device=cpu"]
-    assert main(["sweep", "study=balance", *own]) == 0
+    assert call("sweep", "study=balance", *own) == 0
     runs = workspace / "runs/balance-small"
     results = [json.loads(path.read_text()) for path in sorted(runs.glob("*/result.json"))]
     assert [(result["preset"], result["model"]["width"]) for result in results] == [("moe_256", 8)] * 2
     assert yaml.safe_load((runs / "study.yaml").read_text())["scale"] == "small"
     capfd.readouterr()
-    assert main(["report", f"runs={runs}"]) == 0
+    assert call("report", f"runs={runs}") == 0
     out = capfd.readouterr().out
     assert "## Weights of the balance losses" in out
     assert re.search(r"17\.80 \|\n.* 1\.47 \|\n", out)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from tiny_training import call
 
-from moe_lm.__main__ import main
 from moe_lm.commands import sweep
 from moe_lm.commands.study import Study
 from moe_lm.commands.sweep import jobs_of
@@ -89,7 +89,7 @@ def test_second_sweep_on_a_folder_is_refused(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "s").mkdir()
     with FileLock(tmp_path / "s/.sweep.lock"):
-        assert main(["sweep", "model=moe_4", "seed=1,2", "runs=s"]) == 2
+        assert call("sweep", "model=moe_4", "seed=1,2", "runs=s") == 2
     assert capfd.readouterr().err.startswith("moe-lm: another sweep is at work in s")
 
 
@@ -98,14 +98,14 @@ def test_failed_run_is_named_and_the_others_finish(workspace, training, capfd):
     varied = ("name=", "runs=", "model.num_experts=", "model.k=")
     grid = [argument for argument in training if not argument.startswith(varied)]
     arguments = ["sweep", "-m", *grid, "model.k=4", "model.num_experts=3,5", "runs=runs/s"]
-    assert main(arguments) == 1
+    assert call(*arguments) == 1
     error = capfd.readouterr().err
     assert "failed (exit code 2)" in error
     assert "k must be at least 1 and at most num_experts" in error
     [finished] = (workspace / "runs/s").glob("*/result.json")
     assert json.loads(finished.read_text())["model"]["num_experts"] == 5
     before = finished.stat().st_mtime_ns
-    assert main(arguments) == 1
+    assert call(*arguments) == 1
     assert finished.stat().st_mtime_ns == before
     assert "is finished" in capfd.readouterr().err
 
@@ -121,7 +121,7 @@ def test_failed_run_is_named_and_the_others_finish(workspace, training, capfd):
 def test_mistake_is_one_line_before_anything_runs(arguments, words, tmp_path, monkeypatch, capfd):
     """Nothing is trained, nothing is written."""
     monkeypatch.chdir(tmp_path)
-    assert main(["sweep", *arguments]) == 2
+    assert call("sweep", *arguments) == 2
     error = capfd.readouterr().err
     assert words in error
     assert error.count("\n") == 1

@@ -1,12 +1,14 @@
 """Updates that must not be made: a loss or gradient that is not finite, a loss that exploded, too little memory."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_training import with_overrides
 
+from moe_lm import tensors_on_disk
 from moe_lm.update import Update
 
 
@@ -77,8 +79,10 @@ def test_left_out_and_counted(workspace, moe_lm, training, faulty, fault):
     assert all(torch.isfinite(torch.tensor(line["nats_per_word"])) for line in lines() if "nats_per_word" in line)
 
 
-def test_too_many_in_a_row_end_the_run(workspace, moe_lm, training, faulty):
-    """The last good checkpoint is named, is there, and holds no NaN."""
+def test_too_many_in_a_row_end_the_run(workspace, moe_lm, training, faulty, monkeypatch):
+    """The last good checkpoint is named, though it was still being written, is there, and holds no NaN."""
+    write = tensors_on_disk.write
+    monkeypatch.setattr(tensors_on_disk, "write", lambda *args: (time.sleep(0.2), write(*args)))
     faulty(nan_gradient(set(range(6, 100))))
     outcome = moe_lm("train", *with_overrides(training, "training.max_skipped=3"))
     assert outcome.code == 2

@@ -16,6 +16,7 @@ from moe_lm.__main__ import main
 
 gc.freeze()  # what torch and hydra brought is not looked through again at every collection
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 WORDS = [f"w{i}" for i in range(50)]
 
 # Two micro-batches a step, noise and dropout on: accumulation and the first pass over the statistics run.
@@ -61,9 +62,14 @@ def with_overrides(arguments: list[str], *overrides: str) -> list[str]:
     return [argument for argument in arguments if argument.split("=")[0] not in keys] + list(overrides)
 
 
+def signal_handlers() -> dict:
+    """What this process does at the signals that a training handles."""
+    return {number: signal.getsignal(number) for number in SIGNALS}
+
+
 def call(*arguments: str) -> int:
     """Run a command in this process and undo what it sets for the rest of the process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    handlers = signal_handlers()
     threads = torch.get_num_threads()
     try:
         return main(list(arguments))
