@@ -101,8 +101,8 @@ def _cases(options: argparse.Namespace) -> list[Case]:
             quick = size == 1 and place == "in the middle of prune"
             work = cases.killed_in_a_save(place, rank)
             found.append(Case("SIGKILL inside a save", size, f"{place}, rank {rank}", work, quick))
-        for number, to in ((signal.SIGTERM, None), (signal.SIGUSR1, str(size - 1))):
-            work, quick = cases.signalled(number, to), size == 1 and to is None
+        for number, to in ((signal.SIGTERM, None), (signal.SIGUSR1, None if size == 1 else str(size - 1))):
+            work, quick = cases.signalled(number, to), size == 1 and number == signal.SIGTERM
             found.append(Case("SIGTERM, SIGUSR1", size, f"{number.name} to {to or 'what was started'}", work, quick))
         for name in list(cases.CORRUPTIONS)[:: size**3]:
             quick = size == 1 and name == "bit of the model"

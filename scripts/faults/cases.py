@@ -13,7 +13,7 @@ from pathlib import Path
 
 from faults import intact, programs
 from faults.child import Child
-from faults.trial import BATCH, NUM_WORDS, Trial, Work
+from faults.trial import BATCH, NUM_WORDS, VALID_EVERY, Trial, Work
 
 STEPS = NUM_WORDS // BATCH
 _TIMES_TRIED = 4
@@ -128,7 +128,7 @@ def signalled(number: signal.Signals, to: str | None) -> Work:
         child = trial.start(programs.SLOWLY, checkpoint__every_seconds=1000)
         trial.wait_for_step(child, trial.draw.randint(2, STEPS - 8))
         before = intact.last_step(trial.run)
-        child.kill(to, number)
+        trial.expect(child.kill(to, number), "no process to signal")
         trial.disturbed += 1
         trial.ended(child, (75,))
         newest = trial.look_through(child)
@@ -335,7 +335,9 @@ def only_faulty_updates(kind: str) -> Work:
     def work(trial: Trial) -> None:
         ranks = "0,1" if kind == "explosion" else str(trial.size - 1)
         settings = {"training__max_skipped": 3, "checkpoint__every_seconds": 1000}
-        first = trial.draw.randint(8, STEPS - 6)
+        # Without a validation between, which would save a checkpoint after updates that were left out.
+        firsts = [n for n in range(VALID_EVERY + 1, STEPS - 6) if (n + 1) % VALID_EVERY and (n + 2) % VALID_EVERY]
+        first = trial.draw.choice(firsts)
         child = trial.start(programs.faulty(kind, first, 10**9), ranks, **settings)
         trial.ended(child, (2,))
         trial.disturbed += 3

@@ -15,6 +15,7 @@ from faults.child import LONGEST, Child, train
 _WORDS = [f"w{i}" for i in range(50)]
 NUM_WORDS, SHORTER = 6000, 3600
 BATCH = 200
+VALID_EVERY = 7
 KEEP_LAST = 3
 _SOON = 120
 """Seconds after which the end of a run that lost a process counts as late: a busy machine takes a while."""
@@ -33,7 +34,7 @@ _ARGUMENTS = {
     "batch.micro_words": BATCH // 2,
     "training.num_words": NUM_WORDS,
     "training.log_every": 1,
-    "training.valid_every": 7,
+    "training.valid_every": VALID_EVERY,
     "valid.max_sentences": 10,
     "schedule.warmup_steps": 5,
     "optimizer.learning_rate": 0.01,
