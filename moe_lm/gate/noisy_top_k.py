@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from moe_lm.gate import Gating, checked_k
 from moe_lm.gate.choices import choice_sums, numbered, product, summed, token_choice
+from moe_lm.gate.noisy_choice import noisy_choice
 from moe_lm.mistake import Mistake
 
 
@@ -41,28 +41,16 @@ class NoisyTopK(nn.Module):
         return (self.gate_DE.numel() + self.noise_DE.numel()) // (self.num_groups or 1)
 
     def _gating(self, x_TD: Tensor, group_T: Tensor | None) -> Gating:
-        clean_TE = product(x_TD, self.gate_DE, group_T)
-        noisy_TE, deviation_TE = clean_TE, None
-        if self.training:
-            deviation_TE = F.softplus(product(x_TD, self.noise_DE, group_T)) + self.noise_epsilon
-            noisy_TE = clean_TE + torch.randn_like(clean_TE) * deviation_TE
-        top_TK, expert_TK = noisy_TE.topk(min(self.k + 1, self.num_experts), dim=1)
-        expert_TK, load_E, sums = numbered(expert_TK[:, : self.k], group_T, self.num_experts), None, {}
-        if self.training:
-            sums = choice_sums(noisy_TE, expert_TK, group_T, self.num_groups, self.wanted)
-        if deviation_TE is not None and self.k < self.num_experts:
-            chance_TE = probability_in_top_k(clean_TE, noisy_TE, deviation_TE, top_TK, self.k)
-            load_E = summed(chance_TE, group_T, self.num_groups).reshape(-1)
+        clean_TE, load_E, sums = product(x_TD, self.gate_DE, group_T), None, {}
         num_experts = self.num_experts * (self.num_groups or 1)
-        return token_choice(expert_TK, top_TK[:, : self.k].softmax(dim=1), num_experts, load_E=load_E, sums=sums)
-
-
-def probability_in_top_k(clean_TE: Tensor, noisy_TE: Tensor, deviation_TE: Tensor, top_TK: Tensor, k: int) -> Tensor:
-    """P(x, i) of eq. 9: the chance that expert i stays chosen if its noise alone is drawn again.
-
-    `top_TK` holds each token's k+1 largest noisy logits, descending. The k-th largest value with i left
-    out is the (k+1)-th of them for an expert that is in the top k, and the k-th for one that is not.
-    """
-    threshold_in_T1, threshold_out_T1 = top_TK[:, k : k + 1], top_TK[:, k - 1 : k]
-    threshold_TE = torch.where(noisy_TE > threshold_in_T1, threshold_in_T1, threshold_out_T1)
-    return torch.special.ndtr((clean_TE - threshold_TE) / deviation_TE)
+        if not self.training:
+            top_TK, expert_TK = clean_TE.topk(self.k, dim=1)
+            expert_TK = numbered(expert_TK, group_T, self.num_experts)
+            return token_choice(expert_TK, top_TK.softmax(dim=1), num_experts)
+        raw_TE, draw_TE = product(x_TD, self.noise_DE, group_T), torch.randn_like(clean_TE)
+        top_TN, expert_TN, noisy_TE, chance_TE = noisy_choice(clean_TE, raw_TE, draw_TE, self.noise_epsilon, self.k)
+        expert_TK = numbered(expert_TN[:, : self.k], group_T, self.num_experts)
+        sums = choice_sums(noisy_TE, expert_TK, group_T, self.num_groups, self.wanted)
+        if chance_TE is not None:
+            load_E = summed(chance_TE, group_T, self.num_groups).reshape(-1)
+        return token_choice(expert_TK, top_TN[:, : self.k].softmax(dim=1), num_experts, load_E=load_E, sums=sums)

@@ -1,0 +1,247 @@
+"""A whole training step by part, as a time line that adds up, and the share of it inside matrix products.
+
+    python scripts/benchmark_step.py --model moe_256 --words 8192 --threads 2 --profile
+
+The parts are told apart by marks in the forward pass and in the backward pass, each between one part and the next, so
+that their times sum to the step's. --profile counts, with torch's profiler, the time inside matrix products and LSTM
+kernels alone. Prints medians of the steps, and with --json writes them.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import made_up
+import torch
+from measuring import product_ceiling, seconds_of, wait_for, write_record
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from moe_lm.commands import build as make
+from moe_lm.experts import Experts
+from moe_lm.layer import hierarchical_moe, moe
+from moe_lm.layer.lstm import Lstm, ProjectedLstm
+from moe_lm.operations import flops_per_word
+from moe_lm.trainer import Trainer
+
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addmm_", "_grouped_mm", "mv", "addmv", "linear", "mkldnn_linear")
+_LSTMS = ("mkldnn_rnn_layer", "mkldnn_rnn_layer_backward", "_cudnn_rnn", "_cudnn_rnn_backward", "_thnn_fused_lstm_cell")
+
+
+def main() -> None:
+    """Measure the steps of one model."""
+    options = _options()
+    make.keep_memory()
+    make.set_threads(options.threads)
+    prepared = made_up.data(options.vocabulary, 60 * options.words)
+    with tempfile.TemporaryDirectory() as folder:
+        words = [f"batch.words={options.words}", f"batch.micro_words={options.words}"]
+        trainer = made_up.trainer(
+            "step", [f"model={options.model}", *words, *options.overrides], prepared, Path(folder)
+        )
+        on = made_up.device_of(trainer)
+        for _ in range(2):  # which allocate, too
+            made_up.step(trainer)
+        plain = [seconds_of(lambda: made_up.step(trainer), on) for _ in range(options.steps)]
+        whole, num_tokens, parts = _timed(trainer, on, options.steps)
+        profiled = _profiled(trainer, on) if options.profile else None
+    flops = flops_per_word(trainer.model) * num_tokens
+    ceiling = product_ceiling(on, torch.bfloat16 if on.type == "cuda" else torch.float32, options.square)
+    found = {
+        "parts": parts,
+        "seconds": whole,
+        "unmarked_seconds": statistics.median(plain),
+        "words_per_second": num_tokens / whole,
+        "flops_per_second": flops / whole,
+        "product_flops_per_second": ceiling,
+    }
+    _print(found, profiled)
+    sizes = {key: value for key, value in vars(options).items() if key != "json"}
+    write_record(options.json, on, found | {"profile": profiled, "options": sizes})
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="moe_256", help="a preset of configs/model")
+    parser.add_argument("--words", type=int, default=8192, help="in a batch, which is one micro-batch")
+    parser.add_argument("--vocabulary", type=int, default=20_000)
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--square", type=int, default=2048, help="size of the products that give the ceiling")
+    parser.add_argument("--profile", action="store_true", help="count the time inside products and LSTMs")
+    parser.add_argument("--overrides", nargs="*", default=[], help="further keys of moe-lm train")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+class TimeLine:
+    """Moments by the name of the part that ends there."""
+
+    def __init__(self, on: torch.device):
+        self._cuda, self._moments = on.type == "cuda", []
+
+    def begin(self) -> None:
+        """Start anew."""
+        self._moments = []
+        self.mark("")
+
+    def mark(self, name: str) -> None:
+        """The part of this name ends here."""
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._moments.append((name, event))
+        else:
+            self._moments.append((name, time.perf_counter()))
+
+    def parts(self) -> dict[str, float]:
+        """Return each part's seconds, in the order of its first end."""
+        found = defaultdict(float)
+        for (_, before), (name, after) in zip(self._moments, self._moments[1:], strict=False):
+            found[name] += before.elapsed_time(after) / 1000 if self._cuda else after - before
+        return dict(found)
+
+
+class _Marked(torch.autograd.Function):
+    """The same tensor; when its gradient comes, the part behind it has ended."""
+
+    @staticmethod
+    def forward(ctx, x, line, name):
+        ctx.line, ctx.name = line, name
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.line.mark(ctx.name)
+        return grad, None, None
+
+
+def _timed(trainer: Trainer, on: torch.device, steps: int) -> tuple[float, int, dict[str, float]]:
+    """Return the median step's seconds and tokens, and the parts' seconds in proportion to the medians."""
+    line, seen, wholes, counts = TimeLine(on), [], [], []
+    _put_marks(trainer, line)
+    for _ in range(steps):
+        number = trainer.progress.step
+        wait_for(on)
+        started = time.perf_counter()
+        line.begin()
+        batch = trainer.batches.step(number)
+        trainer.update(batch, number, trainer.peak_rate)
+        line.mark("rest")
+        wait_for(on)
+        wholes.append(time.perf_counter() - started)
+        trainer.progress.step += 1
+        counts.append(batch.num_tokens)
+        seen.append(line.parts())
+    names = dict.fromkeys(name for parts in seen for name in parts)
+    parts = {name: statistics.median(found.get(name, 0.0) for found in seen) for name in names}
+    return statistics.median(wholes), int(statistics.median(counts)), parts
+
+
+def _put_marks(trainer: Trainer, line: TimeLine) -> None:
+    model, update = trainer.model, trainer.update
+    layers = list(model.layers.values())
+    for number, layer in enumerate(layers):
+        name = "LSTM" if isinstance(layer, Lstm | ProjectedLstm) else "layer"
+        gated = hasattr(layer, "experts")
+        _mark_module(layer, line, before="embedding" if number == 0 else "between", after="combine" if gated else name)
+        if not gated:
+            _mark_gradients(layer, line, output="between, backward", argument=f"{name}, backward")
+            continue
+        _mark_gradients(layer, line, output="between, backward", argument="gate, backward")
+        for module in layer.modules():
+            if isinstance(module, Experts):
+                _mark_module(module, line, before="dispatch", after="experts")
+                _mark_gradients(module, line, output="combine, backward", argument="experts, backward")
+            elif hasattr(module, "operations_per_timestep") and module is not layer:
+                _mark_module(module, line, before="gate", after="gate")
+    for module in (moe, hierarchical_moe):
+        module.dispatch = _marking_gradient(module.dispatch, line, "dispatch, backward")
+    _mark_module(model.softmax, line, before="between", after="softmax")
+    _mark_gradients(model.softmax, line, output="losses", argument="softmax, backward")
+    update._micro_batch = _marking(update._micro_batch, line, "batch")
+    update.objective = _marking(update.objective, line, "losses")
+    update._gradients.finish = _marking(update._gradients.finish, line, "embedding, backward")
+    update._gradients.norm = _marking(update._gradients.norm, line, "norm")
+    update.optimizer.clip = _marking(update.optimizer.clip, line, "clip")
+    update.optimizer.step = _marking(update.optimizer.step, line, "optimizer")
+
+
+def _mark_module(module: torch.nn.Module, line: TimeLine, *, before: str, after: str) -> None:
+    module.register_forward_pre_hook(lambda *_: line.mark(before))
+    module.register_forward_hook(lambda *_: line.mark(after))
+
+
+def _mark_gradients(module: torch.nn.Module, line: TimeLine, *, output: str, argument: str) -> None:
+    """Mark when the gradient of a module's output is there, and when that of its first argument is."""
+
+    def enter(_, arguments: tuple) -> tuple:
+        return _Marked.apply(arguments[0], line, argument), *arguments[1:]
+
+    def leave(_, __, result: object) -> object:
+        if isinstance(result, Tensor):
+            return _Marked.apply(result, line, output)
+        return _Marked.apply(result[0], line, output), *result[1:]
+
+    module.register_forward_pre_hook(enter)
+    module.register_forward_hook(leave)
+
+
+def _marking_gradient(call, line: TimeLine, name: str):
+    return lambda x_TD, gating: call(_Marked.apply(x_TD, line, name), gating)
+
+
+def _marking(call, line: TimeLine, name: str):
+    def marked(*arguments, **options):
+        result = call(*arguments, **options)
+        line.mark(name)
+        return result
+
+    if hasattr(call, "balance"):
+        marked.balance = call.balance
+    return marked
+
+
+def _profiled(trainer: Trainer, on: torch.device, steps: int = 3) -> dict[str, object]:
+    """Return the shares of a step inside matrix products, LSTM kernels and the largest others."""
+    cuda = on.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    wait_for(on)
+    with profile(activities=activities) as watched:
+        whole = seconds_of(lambda: [made_up.step(trainer) for _ in range(steps)], on)
+    self_seconds = defaultdict(float)
+    for event in watched.key_averages():
+        self_seconds[event.key] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
+    names = {key: key.removeprefix("aten::").removeprefix("mkldnn::") for key in self_seconds}
+    kinds = {"matrix products": _PRODUCTS, "LSTM kernels": _LSTMS}
+    shares = {
+        kind: sum(took for key, took in self_seconds.items() if names[key] in of_kind) / whole
+        for kind, of_kind in kinds.items()
+    }
+    others = {k: took / whole for k, took in self_seconds.items() if names[k] not in _PRODUCTS + _LSTMS}
+    largest = dict(sorted(others.items(), key=lambda pair: -pair[1])[:25])
+    return {"seconds": whole / steps, "shares": shares, "others": largest}
+
+
+def _print(found: dict, profiled: dict | None) -> None:
+    total = sum(found["parts"].values())
+    for name, seconds in found["parts"].items():
+        print(f"{name:<22} {seconds:9.4f} s  {100 * seconds / total:5.1f} %")
+    share = found["flops_per_second"] / found["product_flops_per_second"]
+    print(
+        f"{'sum':<22} {total:9.4f} s  (a step: {found['seconds']:.4f} s, without marks "
+        f"{found['unmarked_seconds']:.4f} s)\n{found['words_per_second']:,.0f} words/s, "
+        f"{found['flops_per_second'] / 1e9:,.0f} GFLOP/s, {100 * share:.0f} % of what products of square matrices reach"
+    )
+    if profiled is not None:
+        for kind, of_step in profiled["shares"].items():
+            print(f"{kind:<22} {100 * of_step:5.1f} % of a step of {profiled['seconds']:.3f} s (profiled)")
+        for kind, of_step in list(profiled["others"].items())[:12]:
+            print(f"  {kind:<40} {100 * of_step:5.1f} %")
+
+
+if __name__ == "__main__":
+    main()

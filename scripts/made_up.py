@@ -1,0 +1,62 @@
+"""A training on made-up sentences, for measuring: real batches, model and optimizer, no text and no vocabulary file."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moe_lm.commands import build as make
+from moe_lm.commands.configuration import composed, resolved
+from moe_lm.commands.training import trainer_of
+from moe_lm.prepared import Prepared, Split
+from moe_lm.run import Run
+from moe_lm.trainer import Trainer
+from moe_lm.vocabulary.words import WordVocabulary
+
+
+def data(vocabulary_size: int, num_words: int) -> Prepared:
+    """Return a vocabulary of this size, and a split of about as many words three times."""
+    words = ["</S>", "<UNK>", *(f"w{i}" for i in range(vocabulary_size - 3)), "<S>"]
+    vocabulary = WordVocabulary(words=words, counts=None)
+    made = split(vocabulary_size, vocabulary.end, num_words)
+    return Prepared(vocabulary, dict.fromkeys(("train", "valid", "test"), made), "made up", {})
+
+
+def split(size: int, end: int, num_words: int) -> Split:
+    """Return sentences of log-normal lengths (mean 25) and log-uniform words."""
+    generator = np.random.default_rng(0)
+    length = np.clip(generator.lognormal(3.05, 0.6, num_words // 25), 2, 250).astype(np.int64)
+    starts = np.concatenate([[0], np.cumsum(length)])
+    tokens = (np.exp(generator.random(starts[-1]) * np.log(size - 1)) - 1).astype(np.int32)
+    tokens[starts[1:] - 1] = end
+    return Split(tokens=tokens, starts=starts, words=length.astype(np.uint32))
+
+
+def trainer(name: str, overrides: list[str], prepared: Prepared, folder: Path) -> Trainer:
+    """Return what `moe-lm train` with these overrides would train, with the made-up data."""
+    config = resolved(composed("train", [*overrides, f"runs={folder}", f"name={name}"]))
+    on = make.device(config["machine"]["device"])
+    make.be_deterministic(on)
+    run = Run(folder / name)
+    run.claim(config)
+    made, _ = trainer_of(config, prepared, run, on, say=_ignore)
+    made.model.train()
+    return made
+
+
+def step(of: Trainer) -> int:
+    """Make one update on the next batch and return its words."""
+    number = of.progress.step
+    batch = of.batches.step(number)
+    of.update(batch, number, of.peak_rate * of.schedule(number))
+    of.progress.step += 1
+    return batch.num_words
+
+
+def device_of(of: Trainer) -> torch.device:
+    """Return where a training runs."""
+    return of.model.embedding_VD.device
+
+
+def _ignore(line: str) -> None:
+    """Let no line of a training stand between the figures."""

@@ -1,0 +1,109 @@
+"""What benchmarks have in common: works timed in turn, ratios round by round, and a record of what measured them."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+Work = Callable[[], object]
+Seconds = dict[str, list[float]]
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(work: Work, device: torch.device) -> float:
+    """Return how long a work takes, on a GPU to its end there."""
+    wait_for(device)
+    started = time.perf_counter()
+    work()
+    wait_for(device)
+    return time.perf_counter() - started
+
+
+def in_turn(works: Mapping[str, Work], rounds: int, device: torch.device) -> Seconds:
+    """Return each work's seconds of every round; a first round, which also allocates, does not count.
+
+    Each round begins with another work, so that none always follows the same one.
+    """
+    names, seconds = list(works), {name: [] for name in works}
+    for round_ in range(rounds + 1):
+        first = round_ % len(names)
+        for name in names[first:] + names[:first]:
+            took = seconds_of(works[name], device)
+            if round_ > 0:
+                seconds[name].append(took)
+    return seconds
+
+
+def compared(seconds: Seconds, to: str) -> dict[str, dict[str, float]]:
+    """Return of each work the median seconds, and median, least and largest of its ratio to another, round by round."""
+    rows = {}
+    for name, times in seconds.items():
+        ratios = [time / other for time, other in zip(times, seconds[to], strict=True)]
+        rows[name] = {
+            "seconds": statistics.median(times),
+            "ratio": statistics.median(ratios),
+            "least_ratio": min(ratios),
+            "largest_ratio": max(ratios),
+        }
+    return rows
+
+
+def product_ceiling(device: torch.device, dtype: torch.dtype, size: int, rounds: int = 5) -> float:
+    """Return the FLOP/s of the fastest of some products of square matrices: what this machine can do."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds_of(lambda: a @ b, device)
+    return 2 * size**3 / min(seconds_of(lambda: a @ b, device) for _ in range(rounds))
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the most memory that this process has held so far, on its GPU or as Linux counts it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return 1024 * int(line.split()[1])
+
+
+def machine(device: torch.device) -> str:
+    """Return what measured."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
+
+
+def commit() -> str:
+    """Return the commit of this tree, or what the variable COMMIT says of a tree without git."""
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=here)
+    except FileNotFoundError:
+        return os.environ.get("COMMIT", "unknown")
+    return done.stdout.strip() or os.environ.get("COMMIT", "unknown")
+
+
+def write_record(path: Path | None, device: torch.device, content: Mapping[str, object]) -> None:
+    """Write what was found with the command and the machine that found it, where a path is given."""
+    if path is None:
+        return
+    record = {
+        **content,
+        "command": " ".join(["python", *(sys.argv[:1] or []), *sys.argv[1:]]),
+        "machine": machine(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
+    path.write_text(json.dumps(record, indent=1) + "\n")
