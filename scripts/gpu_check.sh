@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# What only a GPU can tell, in parts that end together within 24 minutes: docs/gpu-checklist.md says what each is for.
+#   scripts/gpu_check.sh pack [TEXT]    where packages can be had: fills build/gpu, which git ignores, for the other machine
+#   scripts/gpu_check.sh PART OUTDIR    there: PART is tests, bench, profile, study1 or study2; small json goes to OUTDIR
+# TEXT is a folder with *.train.*, *.valid.* and *.test.* of one sentence a line, plain or compressed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+packed=build/gpu
+
+usage() {
+    sed -n '2,5s/^# *//p' "$0" >&2
+    exit 2
+}
+
+pack() {
+    local build=${PYTHON:-python3} text=${1:-}
+    rm -rf $packed && mkdir -p $packed/wheels $packed/text
+    "$build" -m pip wheel -q --no-deps -w $packed/wheels antlr4-python3-runtime==4.9.3 # on PyPI as source alone
+    "$build" -m pip download -q --no-deps -d $packed/wheels hydra-core==1.3.7 omegaconf==2.3.1
+    "$build" -m pip download -q --no-deps -d $packed/wheels --only-binary=:all: --python-version "${GPU_PYTHON:-3.12}" \
+        --implementation cp --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+        --platform manylinux_2_28_x86_64 zstandard==0.25.0
+    if [ -n "$text" ]; then
+        cp "$text"/*.train.* "$text"/*.valid.* "$text"/*.test.* $packed/text/
+    fi
+    git rev-parse --short HEAD >$packed/commit
+    du -sh $packed
+}
+
+# The environment's Python where there is one, else the machine's own with the packed wheels beside it.
+python=.venv/bin/python
+prepare() {
+    [ -x $python ] && return
+    python=${PYTHON:-python3}
+    local site=${TMPDIR:-/tmp}/gpu-check-site
+    [ -d "$site" ] || "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" $packed/wheels/*.whl
+    export PYTHONPATH=$site:$PWD
+}
+
+tests() {
+    timeout 180 "$python" -m pytest -q -W default -p no:cacheprovider tests/gpu 2>&1 | tail -n 60 | tee "$out/tests.txt"
+}
+
+# Each within its own time: one that hangs must not cost the others theirs.
+bench() {
+    local peers=()
+    [ ! -d $packed/peers ] || peers=(--peers $packed/peers)
+    timeout 150 "$python" scripts/benchmark_layer.py --experts 4 32 256 1024 4096 --tokens 75000 --square 8192 \
+        "${peers[@]}" --json "$out/layer.json" || true
+    timeout 60 "$python" scripts/benchmark_step.py --model moe_256 --words 75000 --vocabulary 793471 --square 8192 \
+        --json "$out/step_256.json" || true
+    timeout 90 "$python" scripts/benchmark_training.py --words 75000 --vocabulary 793471 --experts 32 256 \
+        --hierarchical 256 --rounds 7 --json "$out/training.json" || true
+    timeout 60 "$python" scripts/benchmark_data.py --words 20000000 --json "$out/data.json" || true
+    timeout 60 "$python" scripts/benchmark_evaluation.py --square 8192 --json "$out/evaluation.json" || true
+}
+
+profile() {
+    timeout 120 "$python" scripts/benchmark_step.py --model moe_256 --words 75000 --vocabulary 793471 --square 8192 \
+        --profile --json "$out/profile_256.json"
+}
+
+# One model of the study, for as many words as all others; the best of what a GPU is for: 36 M words an epoch.
+train() {
+    local name=$1 seconds=$2 runs=${TMPDIR:-/tmp}/gpu-check-runs
+    shift 2
+    timeout "$seconds" "$python" -m moe_lm train "$@" name="$name" runs="$runs" corpus=text \
+        "corpus.train=$packed/text/*.train.*" "corpus.valid=$packed/text/*.valid.*" "corpus.test=$packed/text/*.test.*" \
+        batch.words=65536 training.num_words=72e6 training.log_every=50 training.valid_every=1000 \
+        checkpoint.every_seconds=100000 checkpoint.keep_last=1 || true
+    for file in result.json metrics.jsonl; do
+        [ ! -f "$runs/$name/$file" ] || cp "$runs/$name/$file" "$out/$name.$file"
+    done
+}
+
+study1() {
+    train moe_1_wide 140 model=moe_1_wide
+    train moe_4 140 model=moe_4
+    train moe_32 140 model=moe_32
+}
+
+study2() {
+    train moe_256 160 model=moe_256
+    train moe_4096_h 200 model=moe_4096_h optimizer.experts=factored machine.recompute=true
+}
+
+[ $# -ge 1 ] || usage
+part=$1
+case $part in
+pack)
+    pack "${2:-}"
+    exit
+    ;;
+tests | bench | profile | study1 | study2) [ $# -eq 2 ] || usage ;;
+*) usage ;;
+esac
+mkdir -p "$2"
+out=$(cd "$2" && pwd)
+prepare
+if [ -f $packed/commit ]; then
+    COMMIT=$(cat $packed/commit)
+    export COMMIT
+fi
+$part

@@ -1,0 +1,64 @@
+"""Grouped products, gates' sums and the blocked cross-entropy on a GPU against plain loops in float64.
+
+Shape suffixes: A assignments, D width, H hidden, E experts, T tokens, C candidates.
+"""
+
+import pytest
+import torch
+
+from moe_lm.cross_entropy import exact_nats, summed_nats
+from moe_lm.experts import Experts, recompute_hidden
+
+COUNTS = [[3, 0, 5, 1], [0, 0, 7, 0], [200, 17, 0, 64], [0, 4, 0, 9]]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_experts_in_bfloat16(gpu, counts, recompute):
+    """Outputs and gradients to bfloat16's rounding; an expert without tokens has gradients of zero."""
+    torch.manual_seed(0)
+    experts = Experts(width=32, hidden=64, num_experts=len(counts)).to(gpu)
+    recompute_hidden(torch.nn.ModuleList([experts]), recompute)
+    expert_A = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    x_AD = torch.randn(len(expert_A), 32)
+    grad_AD = torch.randn(len(expert_A), 32)
+    ours = x_AD.to(gpu, copy=True).requires_grad_()
+    with torch.autocast("cuda", torch.bfloat16):
+        y_AD = experts(ours, expert_A.to(gpu))
+    y_AD.backward(grad_AD.to(gpu, y_AD.dtype))
+    w1, w2 = (w.detach().cpu().double().requires_grad_() for w in (experts.w1_EDH, experts.w2_EHD))
+    theirs = x_AD.double().requires_grad_()
+    rows = [(theirs[i] @ w1[e]).relu() @ w2[e] for i, e in enumerate(expert_A.tolist())]
+    torch.stack(rows).backward(grad_AD.double())
+    for got, want in (
+        (y_AD, torch.stack(rows)),
+        (ours.grad, theirs.grad),
+        (experts.w1_EDH.grad, w1.grad),
+        (experts.w2_EHD.grad, w2.grad),
+    ):
+        got, want = got.detach().cpu().double(), want.detach()
+        assert got.isfinite().all()
+        assert (got - want).norm() <= 0.02 * want.norm() + 1e-6
+    assert (experts.w1_EDH.grad[[count == 0 for count in counts]] == 0).all()
+
+
+@pytest.mark.parametrize("max_logits", [64, 10_000])
+def test_cross_entropy(gpu, max_logits):
+    """The blocked sum and its gradients, and exact nats, as one float64 softmax on the CPU gives them."""
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((40, 16), (90, 16), (90,)))
+    target = torch.randint(90, (40,), generator=generator)
+    leaves = [x.to(gpu, copy=True).requires_grad_() for x in (hidden, weight, bias)]
+    none = torch.full((40,), -1, device=gpu)
+    apart = torch.full((40,), -1e9, device=gpu)
+    hit = target.to(gpu)
+    true = (leaves[0] * leaves[1][hit]).sum(dim=1) + leaves[2][hit]
+    total = summed_nats(*leaves, true, hit, max_logits)
+    wanted = [x.double().requires_grad_() for x in (hidden, weight, bias)]
+    nats = torch.nn.functional.cross_entropy(wanted[0] @ wanted[1].t() + wanted[2], target, reduction="none")
+    assert total.item() == pytest.approx(nats.sum().item(), rel=1e-5)
+    for got, want in zip(torch.autograd.grad(total, leaves), torch.autograd.grad(nats.sum(), wanted), strict=True):
+        torch.testing.assert_close(got.cpu().double(), want, rtol=1e-3, atol=1e-4)
+    exact = exact_nats(leaves[0].detach(), leaves[1].detach(), leaves[2].detach(), hit, max_logits)
+    torch.testing.assert_close(exact.cpu(), nats.detach(), rtol=1e-4, atol=1e-4)
+    assert summed_nats(*(x.detach() for x in leaves), apart, none, max_logits).item() > 1e9

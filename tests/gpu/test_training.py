@@ -1,0 +1,46 @@
+"""The commands on a GPU: train, stop, go on, evaluate there and on the CPU, and torchrun with NCCL."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_training import TRAINING, with_overrides
+
+ON_GPU = with_overrides(TRAINING, "machine.device=cuda", "model.width=16", "model.expert_hidden=32")
+
+
+def lines(run: str) -> list[dict]:
+    return [json.loads(line) for line in Path(f"runs/{run}/metrics.jsonl").read_text().splitlines()]
+
+
+def test_trains_and_evaluates_on_either_device(workspace, moe_lm):
+    """Perplexity falls; the checkpoint gives the same one on the CPU, to what bfloat16 is coarser."""
+    assert moe_lm("train", *ON_GPU).code == 0
+    found = [line["perplexity"] for line in lines("tiny") if line.get("split") == "valid"]
+    assert found[-1] < found[0]
+    on = [
+        json.loads(moe_lm("evaluate", "run=runs/tiny", "json=true", f"machine.device={device}").out)["perplexity"]
+        for device in ("cuda", "cpu")
+    ]
+    assert on[0] == pytest.approx(on[1], rel=0.01)
+
+
+def test_goes_on_where_it_stopped(workspace, moe_lm):
+    """A run in two parts makes the losses of one in one part, to a GPU's rounding."""
+    assert moe_lm("train", *with_overrides(ON_GPU, "name=whole")).code == 0
+    assert moe_lm("train", *with_overrides(ON_GPU, "training.num_words=1000")).code == 0
+    assert "resumed" in moe_lm("train", *ON_GPU).err
+    whole, parts = (
+        [line["nats_per_word"] for line in lines(run) if "nats_per_word" in line] for run in ("whole", "tiny")
+    )
+    assert parts == pytest.approx(whole, rel=0.02)
+
+
+def test_torchrun_of_one(workspace):
+    """NCCL begins and ends, whoever else there is."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "moe_lm"]
+    done = subprocess.run([*command, "train", *ON_GPU], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path("runs/tiny/result.json").is_file()
