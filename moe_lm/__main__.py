@@ -12,8 +12,8 @@ from moe_lm.commands import NAMES
 from moe_lm.mistake import Lost, Mistake, in_a_line, is_out_of_memory
 
 MISTAKE, FAILURE, BROKEN_PIPE = 2, 1, 141
-_PATIENCE = 2
-"""Seconds in which the launcher ends a process whose first one made the same mistake and told it."""
+_PATIENCE = 10
+"""Seconds in which, on a busy machine too, the first process tells the same mistake and the launcher ends the rest."""
 
 
 def main(arguments: list[str] | None = None) -> int:

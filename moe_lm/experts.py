@@ -55,12 +55,13 @@ class Experts(nn.Module):
         # Not bincount: on a GPU that waits for the counts.
         every_E = torch.arange(num_experts, device=expert_A.device)
         ends_E = torch.searchsorted(expert_A, every_E, right=True)
-        aligned = width % 8 == 0 and hidden % 8 == 0  # grouped GEMM wants rows of 16 bytes
-        if aligned and x_AD.is_cuda and torch.is_autocast_enabled("cuda"):
+        # Grouped GEMM wants rows of 16 bytes, and some: a process among several may be sent none.
+        fits = width % 8 == 0 and hidden % 8 == 0 and len(x_AD) > 0
+        if fits and x_AD.is_cuda and torch.is_autocast_enabled("cuda"):
             dtype = torch.get_autocast_dtype("cuda")
             return grouped_products(x_AD, ends_E, self.w1_EDH, self.w2_EHD, dtype, recompute=self.recompute)
         products = _RecomputedProducts if self.recompute else _LoopedProducts
-        return products.apply(x_AD, ends_E, self.w1_EDH, self.w2_EHD)
+        return products.apply(x_AD.to(self.w1_EDH.dtype), ends_E, self.w1_EDH, self.w2_EHD).to(x_AD.dtype)
 
 
 def recompute_hidden(model: nn.Module, on: bool) -> None:

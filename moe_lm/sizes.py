@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from moe_lm.distributed import expert_processes
 from moe_lm.mistake import Mistake
 
-FLOAT32, BFLOAT16, INT64 = 4, 2, 8
+FLOAT32, BFLOAT16, INT64, FLOAT64 = 4, 2, 8, 8
 
 
 @dataclass(frozen=True)

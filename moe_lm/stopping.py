@@ -13,6 +13,9 @@ INTERRUPTED = 130
 REQUEUE = 75
 """EX_TEMPFAIL: a machine is wanted back, or the time is up; the same command goes on later."""
 
+STOPPED_EARLY = 128 + signal.SIGTERM
+"""What SIGTERM makes of one process of several outside training: a mistake of another one may have sent it."""
+
 LAUNCHER = "MOE_LM_LAUNCHER"
 """The variable that tells processes the number of the one that started them."""
 
@@ -62,7 +65,7 @@ class Stop:
             signal.signal(number, signal.SIG_DFL)
         if not self._collecting:
             leave_in_peace()
-            sys.exit(128 + number if self._several and number == signal.SIGTERM else code_of(number))
+            sys.exit(STOPPED_EARLY if self._several and number == signal.SIGTERM else code_of(number))
 
 
 def leave_in_peace() -> None:

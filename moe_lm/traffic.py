@@ -5,10 +5,10 @@ Shape suffixes: D width, E experts, V vocabulary.
 
 from torch import nn
 
-from moe_lm.memory import num_candidates, parameters_of, share_of_experts
+from moe_lm.memory import num_candidates, parameters_of, samples, share_of_experts
 from moe_lm.model import LanguageModel
 from moe_lm.optimizer import EXPERTS, VOCABULARY, OptimizerRecipe
-from moe_lm.sizes import BFLOAT16, FLOAT32, INT64, Step
+from moe_lm.sizes import BFLOAT16, FLOAT32, FLOAT64, INT64, Step
 
 
 def bytes_sent(model: LanguageModel, recipe: OptimizerRecipe, step: Step) -> dict[str, int]:
@@ -25,6 +25,8 @@ def bytes_sent(model: LanguageModel, recipe: OptimizerRecipe, step: Step) -> dic
             gradients += _of_copies(model.layers[name.split(".")[1]], parameter, step)
         elif kind != VOCABULARY or not (step.divide_vocabulary or _by_rows(recipe, name, parameter)):
             gradients += _ring(step.num_processes) * parameter.numel() * parameter.element_size()
+        elif step.divide_vocabulary and name.startswith("softmax.") and not samples(model):
+            rows += _of_divided_softmax(parameter, step)
         else:
             rows += _of_rows(model, name, parameter, touched, step)
     return {"tokens": round(tokens), "gradients": round(gradients), "rows": round(rows)}
@@ -60,6 +62,19 @@ def _of_rows(model: LanguageModel, name: str, parameter: nn.Parameter, touched: 
         return away * step.turns * at_a_time * (INT64 + 2 * row + again)
     every = min(len(parameter), shared + step.num_processes * max(0, touched - shared))
     return (row + INT64) * (away * touched + others / step.num_processes * every)
+
+
+def _of_divided_softmax(parameter: nn.Parameter, step: Step) -> float:
+    """The exact softmax of a divided vocabulary moves no rows: its tokens go to all, and what each makes of them back.
+
+    A token's target, hidden state and the gradient of it; of all processes' tokens a sum of exponentials, in turn to
+    all, and the target's logit by a ring. (The bias, a vector, sends nothing beside its matrix.)
+    """
+    if parameter.dim() == 1 or step.num_processes == 1:
+        return 0
+    others = step.num_processes - 1
+    token = INT64 + 2 * parameter.shape[1] * FLOAT32 + step.num_processes * FLOAT64
+    return step.tokens * (others * token + _ring(step.num_processes) * step.num_processes * FLOAT64)
 
 
 def _by_rows(recipe: OptimizerRecipe, name: str, parameter: nn.Parameter) -> bool:

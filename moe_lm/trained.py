@@ -75,6 +75,7 @@ def load(folder: str | Path, which: str, on: torch.device) -> Trained:
     model = model.to_empty(device="cpu")
     checkpoint.load_model(path, model)
     fingerprint = checkpoint.load_state(path)["data"]
+    _refuse_not_finite(model, path)
     return Trained(model.to(on).eval(), vocabulary, config, int(path.name), fingerprint)
 
 
@@ -88,6 +89,7 @@ def _load_export(folder: Path, which: str, on: torch.device) -> Trained:
     model, vocabulary = _empty(config, run)
     model = model.to_empty(device="cpu")
     weights.load(folder, model)
+    _refuse_not_finite(model, folder)
     return Trained(model.to(on).eval(), vocabulary, config, step, record["data"])
 
 
@@ -103,9 +105,10 @@ def fill(model: LanguageModel, folder: Path, vocabulary: Path, processes: Proces
         exported.opened(folder)
     words = [{path.name: path.read_bytes() for path in each.glob("*")} for each in (vocabulary, source.vocabulary)]
     if words[0] != words[1]:
+        file = source.vocabulary / "vocabulary.txt"
         raise Mistake(
             f"init={folder} has another vocabulary than this training: the same corpus and vocabulary keys make the "
-            f"same one, or for words vocabulary.file={source.vocabulary}/vocabulary.txt"
+            "same one" + (f", or vocabulary.file={file}" if file.exists() else "")
         )
     if is_export:
         weights.load(folder, model)
@@ -130,6 +133,13 @@ def find(run: Run, which: str) -> Path:
     if not which.isdecimal() or int(which) not in steps:
         raise Mistake(f"{run.folder} has no checkpoint {which}: choose last, best or {', '.join(map(str, steps))}")
     return checkpoint.path_of(run.checkpoints, int(which))
+
+
+def _refuse_not_finite(model: LanguageModel, folder: Path) -> None:
+    """Raise for weights that training never leaves behind; their sum tells, without a second tensor as large."""
+    for name, parameter in model.named_parameters():
+        if not parameter.detach().sum().isfinite():
+            raise Mistake(f"{folder} is damaged: {name} holds numbers that are not finite")
 
 
 def _empty(config: dict, run: Run) -> tuple[LanguageModel, Vocabulary]:

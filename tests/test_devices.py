@@ -34,7 +34,7 @@ def told(tmp_path, monkeypatch):
     """Run jobs (name, GPUs, exit code) that take 0.4 s on GPUs of these names; return the code and what each saw."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(running, "PROGRAM", (sys.executable, "-c", PROGRAM))
+    monkeypatch.setattr(running, "program", lambda: (sys.executable, "-c", PROGRAM))
     monkeypatch.setattr(running.signal, "signal", lambda number, handler: None)
     begun = time.monotonic()
 

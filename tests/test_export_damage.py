@@ -241,6 +241,31 @@ def test_forged_tensors(there, what):
     refused("one", "does not fit the model", "more" if what == "additional" else "gate_DE")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_forged_numbers(there, value):
+    tensors = load_file("one/model.safetensors")
+    tensors["softmax.bias_V"][3] = value
+    save_file(tensors, "one/model.safetensors")
+    sign("one")
+    refused("one", "one is damaged", "softmax.bias_V holds numbers that are not finite")
+
+
+def test_a_forged_vocabulary(there, moe_lm):
+    """Of the same size, in another order: the token ids of the training's data would mean other words."""
+    file = Path("one/vocabulary/vocabulary.txt")
+    first, second, *rest = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([first, rest[0], second, *rest[1:]]))
+    sign("one")
+    assert_one_line(moe_lm("evaluate", "run=one"), "one has another vocabulary than the data")
+
+
+def test_a_forged_configuration_does_not_say_where_data_go(there, moe_lm):
+    change("data", value="elsewhere", file=Path("one/config.yaml"))
+    sign("one")
+    assert moe_lm("evaluate", "run=one").code == 0
+    assert not Path("elsewhere").exists()
+
+
 @pytest.mark.parametrize(
     "change",
     [

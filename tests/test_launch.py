@@ -1,12 +1,24 @@
 """How many processes, and what their exit codes become."""
 
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
 import pytest
 
+import moe_lm
+from moe_lm import launch
 from moe_lm.distributed import expert_processes
 from moe_lm.group import Group, divided
 from moe_lm.launch import _outcome, check_num_processes
 from moe_lm.mistake import Mistake
 from moe_lm.sizes import Step
+
+TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 
 
 @pytest.mark.parametrize(
@@ -24,9 +36,75 @@ from moe_lm.sizes import Step
     ],
 )
 def test_one_exit_code_of_several(capsys, codes, code, said):
-    assert _outcome(codes) == code
+    assert _outcome(codes, []) == code
     err = capsys.readouterr().err
     assert (said in err and len(err.splitlines()) == 1) if said else err == ""
+
+
+@pytest.mark.parametrize(
+    ("codes", "received", "code"),
+    [
+        ({0: 75, 1: 75}, [TERM], 75),
+        ({0: 143, 1: -15}, [TERM], 75),  # before there was anything to save
+        ({0: -10, 1: -10}, [USR1], 75),
+        ({0: 130, 1: 130}, [INT], 130),
+        ({0: 75, 1: 143}, [INT], 130),
+        ({0: 2, 1: 143}, [TERM], 2),  # one could not save
+        ({0: 2, 1: 2}, [TERM], 2),
+        ({0: 75, 1: -9}, [TERM], 1),
+        ({0: -10, 1: -10}, [TERM], 1),
+        ({0: 143, 1: 143}, [], 143),  # somebody else ended them
+    ],
+)
+def test_a_signal_counts_only_where_all_stopped_for_it(codes, received, code):
+    assert _outcome(codes, received) == code
+
+
+CHILD = """
+import pathlib, signal, sys, time
+def stop(number, frame):
+    time.sleep(1)
+    sys.exit(%d)
+signal.signal(%d, stop)
+pathlib.Path(f"ready-{time.monotonic_ns()}").touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "ends_with", "code"), [(TERM, 75, 75), (USR1, 75, 75), (INT, 130, 130), (TERM, 2, 2)]
+)
+def test_signals_are_passed_on_and_the_processes_say_what_came_of_it(tmp_path, monkeypatch, number, ends_with, code):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch, "program", lambda: (sys.executable, "-c", CHILD % (ends_with, number)))
+
+    def send():
+        while len(list(tmp_path.glob("ready-*"))) < 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    assert launch.launch([], 2) == code
+    thread.join()
+
+
+def test_processes_do_not_import_what_lies_in_the_working_directory(tmp_path, monkeypatch):
+    """Unless the package itself lies there, as in a tree that is not installed."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "moe_lm").mkdir()
+    (tmp_path / "moe_lm" / "__main__.py").write_text("raise SystemExit('a stranger')")
+    done = subprocess.run([*launch.program(), "--version"], capture_output=True, text=True)
+    assert done.stdout.strip() == moe_lm.__version__, done.stderr
+    monkeypatch.chdir(Path(moe_lm.__file__).parent.parent)
+    assert "-P" not in launch.program()
+
+
+def test_no_more_processes_than_memory_holds(monkeypatch):
+    monkeypatch.setattr(launch, "free_memory", lambda: 4 << 30)
+    check_num_processes(13, None)
+    with pytest.raises(Mistake, match=r"num_processes=14: .* 4.0 GiB of memory are free"):
+        check_num_processes(14, None)
 
 
 def test_as_many_processes_as_gpus():

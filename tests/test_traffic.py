@@ -12,6 +12,7 @@ from moe_lm.layer.moe import MoE
 from moe_lm.model import LanguageModel
 from moe_lm.optimizer.adam import Adam
 from moe_lm.sizes import Step
+from moe_lm.softmax.full import FullSoftmax
 from moe_lm.softmax.sampled import SampledSoftmax
 from moe_lm.traffic import bytes_sent
 
@@ -68,6 +69,17 @@ def test_a_divided_vocabulary(flat):
     found = bytes_sent(flat, recipe("lazy"), step(divide_vocabulary=True))
     assert found["rows"] == there_and_back
     assert found["gradients"] == 2 * WIDTH * 10 * 4
+
+
+def test_an_exact_softmax_over_a_divided_vocabulary():
+    """Tokens go to the rows: of 10 tokens targets, hidden states and their gradients; sums of all 20 there and back."""
+    layer, softmax = Lstm(width=WIDTH), partial(FullSoftmax, max_logits=1000)
+    with torch.device("meta"):
+        model = LanguageModel(width=WIDTH, vocabulary_size=SIZE, dropout=0.0, layers={"lower": layer}, softmax=softmax)
+    of_embedding = (8 + 2 * WIDTH * 4) * 10 / 2
+    of_softmax = 10 * 8 + 2 * 10 * WIDTH * 4 + 20 * 8 + 2 * 20 * 8 / 2
+    found = bytes_sent(model, recipe("lazy"), step(divide_vocabulary=True))
+    assert found["rows"] == of_embedding + of_softmax
 
 
 def test_alone_nothing_is_sent(flat):

@@ -8,9 +8,11 @@ from hashlib import blake2b
 from pathlib import Path
 
 from moe_lm.commands.build import build
+from moe_lm.exported import is_export
 from moe_lm.mistake import Mistake
 from moe_lm.prepared import Prepared, open_prepared, prepare
 from moe_lm.trained import Trained
+from moe_lm.vocabulary import Vocabulary
 
 
 def prepared_data(config: dict, say: Callable[[str], None]) -> Prepared:
@@ -34,9 +36,11 @@ def prepared_data(config: dict, say: Callable[[str], None]) -> Prepared:
 def data_of(trained: Trained, run: str, folder: str | None, say: Callable[[str], None]) -> Prepared:
     """Return the prepared text of a run's training, from `folder` or where the training had it.
 
-    It is prepared anew where it has gone; raises `Mistake` where the text is not what it was.
+    It is prepared anew where it has gone; raises `Mistake` where text or vocabulary are not what they were. An export,
+    which may be another's, does not say where data go.
     """
-    settings = trained.config | {"data": folder or str(trained.config.get("data", "data"))}
+    had = "data" if is_export(Path(run)) else str(trained.config.get("data", "data"))
+    settings = trained.config | {"data": folder or had}
     # The token ids it was trained on, if they are there: then the text itself may have gone or changed.
     data = existing_data(settings, trained.fingerprint)
     if data is None:
@@ -44,7 +48,13 @@ def data_of(trained: Trained, run: str, folder: str | None, say: Callable[[str],
         data = prepared_data(settings, say=say)
     if data.fingerprint != trained.fingerprint:
         raise Mistake(f"{run} was trained on other data than those in {settings['data']}: the text changed")
+    if _words(data.vocabulary) != _words(trained.vocabulary):
+        raise Mistake(f"{run} has another vocabulary than the data that it was trained on: it was altered")
     return data
+
+
+def _words(vocabulary: Vocabulary) -> list[str]:
+    return [vocabulary.token(index) for index in range(vocabulary.size)]
 
 
 def existing_data(config: dict, fingerprint: str) -> Prepared | None:

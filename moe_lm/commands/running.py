@@ -11,10 +11,10 @@ from pathlib import Path
 
 from moe_lm import stopping
 from moe_lm.commands.devices import Devices
+from moe_lm.launch import program
 from moe_lm.mistake import Mistake
 from moe_lm.report.results import read_audit, read_result
 
-PROGRAM = (sys.executable, "-m", "moe_lm")
 # A run that was told to stop has saved itself and says so by its code.
 INTERRUPTED = (stopping.INTERRUPTED, stopping.REQUEUE, -signal.SIGINT, -signal.SIGTERM)
 
@@ -101,7 +101,7 @@ def _stop(running: dict[Job, subprocess.Popen]) -> None:
 def _start(job: Job, environment: dict[str, str]) -> subprocess.Popen:
     with job.log.open("ab") as stream:
         return subprocess.Popen(
-            [*PROGRAM, job.command, *job.arguments],
+            [*program(), job.command, *job.arguments],
             stdout=stream,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

@@ -122,6 +122,7 @@ def _run(trainer: Trainer, stop: Stop, micro_words: int) -> int:
     if not stopped:
         return 0
     leave_in_peace()
+    trainer.processes.each(None)  # all leave together: when one has left, the launcher gives the others half a minute
     return INTERRUPTED if interrupted else REQUEUE
 
 

@@ -18,6 +18,10 @@ CASES = [
     Case("hierarchical", (*HIERARCHY, *BATCH, "model.num_groups=4", "batch.micro_words=240"), torch.float32),
     Case("dense", (*BATCH, "model=moe_1_wide", "batch.micro_words=240"), torch.float32),
 ]
+DIVIDED = [
+    Case(name, (*BATCH, "machine.divide_vocabulary=true", "batch.micro_words=240", *more), torch.float32)
+    for name, more in {"divided": ["softmax.num_sampled=8"], "divided_full": ["softmax=full"]}.items()
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +30,7 @@ def found(tmp_path_factory):
     write_corpus(folder / "text")
     with working_in(folder):
         assert call("train", *with_overrides(TRAINING, *SIZES, "training.num_words=1", "name=first")) == 0
-    cases = [(case, configuration(case)) for case in CASES]
+    cases = [(case, configuration(case)) for case in CASES + DIVIDED]
     return {size: run_several(size, "counting:sent_in_a_step", cases, folder) for size in (2, 4)}
 
 
@@ -43,18 +47,21 @@ def test_counted(found, case, size):
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+@pytest.mark.parametrize("case", CASES + DIVIDED, ids=[case.name for case in CASES + DIVIDED])
 def test_predicted(found, case, size):
     """What is said before anything runs: tokens to the noise of routing and batch size, dense gradients to the byte."""
     config = configuration(case)
     with torch.device("meta"):
         model = build_model(config, 53)
     sizes = {"words": config["batch"]["words"], "micro_words": config["batch"]["micro_words"]}
+    sizes["divide_vocabulary"] = config["machine"]["divide_vocabulary"]
     predicted = bytes_sent(model, build(config["optimizer"]), Step(**sizes, num_processes=size))
     mean = {key: sum(rank[case.name]["sent"].get(key, 0) for rank in found[size]) / size for key in KEYS}
     assert mean["tokens"] == pytest.approx(predicted["tokens"], rel=0.12)
     assert mean["gradients"] == pytest.approx(predicted["gradients"])
     assert 0 < mean["rows"] <= 1.1 * predicted["rows"]
+    if case.name == "divided_full":  # nearly all are of tokens, whatever the words are
+        assert mean["rows"] == pytest.approx(predicted["rows"], rel=0.2)
 
 
 KEYS = ("tokens", "gradients", "rows")
