@@ -60,8 +60,8 @@ class Experts(nn.Module):
         if fits and x_AD.is_cuda and torch.is_autocast_enabled("cuda"):
             dtype = torch.get_autocast_dtype("cuda")
             return grouped_products(x_AD, ends_E, self.w1_EDH, self.w2_EHD, dtype, recompute=self.recompute)
-        products = _RecomputedProducts if self.recompute else _LoopedProducts
-        return products.apply(x_AD.to(self.w1_EDH.dtype), ends_E, self.w1_EDH, self.w2_EHD).to(x_AD.dtype)
+        same = x_AD.to(self.w1_EDH.dtype)
+        return _LoopedProducts.apply(same, ends_E, self.w1_EDH, self.w2_EHD, self.recompute).to(x_AD.dtype)
 
 
 def recompute_hidden(model: nn.Module, on: bool) -> None:
@@ -92,20 +92,21 @@ def _grouped(x_AD: Tensor, ends_E: Tensor, w1_EDH: Tensor, w2_EHD: Tensor, dtype
 class _LoopedProducts(torch.autograd.Function):
     """Both products, expert by expert, into slices of one result: autograd sees one node, not thousands.
 
-    (Indexing the stacked weights inside autograd would cost a full-size gradient per expert.)
+    (Indexing the stacked weights inside autograd would cost a full-size gradient per expert.) What one expert makes of
+    its rows is used up while it is in the cache. With `recompute` h_AH is not kept: the same results bit for bit, and
+    one expert's hidden rows exist at a time.
     """
 
     @staticmethod
-    def forward(ctx, x_AD, ends_E, w1_EDH, w2_EHD):
-        sizes = _sizes(ends_E)
-        h_AH = x_AD.new_empty(x_AD.shape[0], w1_EDH.shape[2])
+    def forward(ctx, x_AD, ends_E, w1_EDH, w2_EHD, recompute):
+        sizes, hidden = _sizes(ends_E), w1_EDH.shape[2]
         y_AD = torch.empty_like(x_AD)
-        h_parts = h_AH.split(sizes)
-        for x, w, h in zip(x_AD.split(sizes), w1_EDH.unbind(), h_parts, strict=True):
-            torch.mm(x, w, out=h)
-        h_AH.relu_()
-        for h, w, y in zip(h_parts, w2_EHD.unbind(), y_AD.split(sizes), strict=True):
-            torch.mm(h, w, out=y)
+        h_AH = None if recompute else x_AD.new_empty(x_AD.shape[0], hidden)
+        h_parts = _parts_in_one_place(x_AD, sizes, hidden) if recompute else h_AH.split(sizes)
+        rows = zip(x_AD.split(sizes), h_parts, y_AD.split(sizes), strict=True)
+        for (x, h, y), w1, w2 in zip(rows, w1_EDH.unbind(), w2_EHD.unbind(), strict=True):
+            torch.mm(x, w1, out=h)
+            torch.mm(h.relu_(), w2, out=y)
         ctx.save_for_backward(x_AD, h_AH, w1_EDH, w2_EHD)
         ctx.sizes = sizes
         return y_AD
@@ -114,57 +115,24 @@ class _LoopedProducts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_AD):
         x_AD, h_AH, w1_EDH, w2_EHD = ctx.saved_tensors
-        sizes, grad_AD = ctx.sizes, grad_AD.contiguous()
-        grad_h_AH, grad_x_AD = torch.empty_like(h_AH), torch.empty_like(x_AD)
-        # An empty product writes zeros, so an expert without tokens gets a gradient of zero, not garbage.
-        grad_w1_EDH, grad_w2_EHD = torch.empty_like(w1_EDH), torch.empty_like(w2_EHD)
-        grad_parts, grad_h_parts = grad_AD.split(sizes), grad_h_AH.split(sizes)
-        for grad, w, grad_h in zip(grad_parts, w2_EHD.unbind(), grad_h_parts, strict=True):
-            torch.mm(grad, w.t(), out=grad_h)
-        for h, grad, grad_w in zip(h_AH.split(sizes), grad_parts, grad_w2_EHD.unbind(), strict=True):
-            torch.mm(h.t(), grad, out=grad_w)
-        torch.ops.aten.threshold_backward.grad_input(grad_h_AH, h_AH, 0, grad_input=grad_h_AH)
-        for grad_h, w, grad_x in zip(grad_h_parts, w1_EDH.unbind(), grad_x_AD.split(sizes), strict=True):
-            torch.mm(grad_h, w.t(), out=grad_x)
-        for x, grad_h, grad_w in zip(x_AD.split(sizes), grad_h_parts, grad_w1_EDH.unbind(), strict=True):
-            torch.mm(x.t(), grad_h, out=grad_w)
-        return grad_x_AD, None, grad_w1_EDH, grad_w2_EHD
-
-
-class _RecomputedProducts(torch.autograd.Function):
-    """The same results bit for bit without h_AH: only x_AD is kept, and one expert's hidden rows exist at a time."""
-
-    @staticmethod
-    def forward(ctx, x_AD, ends_E, w1_EDH, w2_EHD):
-        sizes = _sizes(ends_E)
-        y_AD = torch.empty_like(x_AD)
-        h_parts = _parts_in_one_place(x_AD, sizes, w1_EDH.shape[2])
-        weights = zip(w1_EDH.unbind(), w2_EHD.unbind(), strict=True)
-        for x, (w1, w2), h, y in zip(x_AD.split(sizes), weights, h_parts, y_AD.split(sizes), strict=True):
-            torch.mm(x, w1, out=h)
-            torch.mm(h.relu_(), w2, out=y)
-        ctx.save_for_backward(x_AD, w1_EDH, w2_EHD)
-        ctx.sizes = sizes
-        return y_AD
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_AD):
-        x_AD, w1_EDH, w2_EHD = ctx.saved_tensors
         sizes, hidden, grad_AD = ctx.sizes, w1_EDH.shape[2], grad_AD.contiguous()
         grad_x_AD = torch.empty_like(x_AD)
+        # An empty product writes zeros, so an expert without tokens gets a gradient of zero, not garbage.
         grad_w1_EDH, grad_w2_EHD = torch.empty_like(w1_EDH), torch.empty_like(w2_EHD)
-        rows = zip(x_AD.split(sizes), grad_AD.split(sizes), grad_x_AD.split(sizes), strict=True)
-        hidden_rows = zip(*(_parts_in_one_place(x_AD, sizes, hidden) for _ in range(2)), strict=True)
+        h_parts = _parts_in_one_place(x_AD, sizes, hidden) if h_AH is None else h_AH.split(sizes)
+        grad_h_parts = _parts_in_one_place(x_AD, sizes, hidden)
+        parts = (x_AD.split(sizes), h_parts, grad_AD.split(sizes), grad_h_parts, grad_x_AD.split(sizes))
         weights = zip(w1_EDH.unbind(), w2_EHD.unbind(), grad_w1_EDH.unbind(), grad_w2_EHD.unbind(), strict=True)
-        for (x, grad, grad_x), (h, grad_h), (w1, w2, grad_w1, grad_w2) in zip(rows, hidden_rows, weights, strict=True):
-            torch.mm(x, w1, out=h).relu_()
+        rows = zip(*parts, strict=True)
+        for (x, h, grad, grad_h, grad_x), (w1, w2, grad_w1, grad_w2) in zip(rows, weights, strict=True):
+            if h_AH is None:
+                torch.mm(x, w1, out=h).relu_()
             torch.mm(h.t(), grad, out=grad_w2)
             torch.mm(grad, w2.t(), out=grad_h)
             torch.ops.aten.threshold_backward.grad_input(grad_h, h, 0, grad_input=grad_h)
             torch.mm(grad_h, w1.t(), out=grad_x)
             torch.mm(x.t(), grad_h, out=grad_w1)
-        return grad_x_AD, None, grad_w1_EDH, grad_w2_EHD
+        return grad_x_AD, None, grad_w1_EDH, grad_w2_EHD, None
 
 
 def _parts_in_one_place(x_AD: Tensor, sizes: list[int], hidden: int) -> list[Tensor]:
