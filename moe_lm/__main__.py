@@ -10,6 +10,7 @@ import time
 from moe_lm import __version__
 from moe_lm.commands import NAMES
 from moe_lm.mistake import Lost, Mistake, in_a_line, is_out_of_memory
+from moe_lm.stopping import launcher_gone
 
 MISTAKE, FAILURE, BROKEN_PIPE = 2, 1, 141
 _PATIENCE = 10
@@ -71,7 +72,9 @@ def _tell(line: str, lost: bool = False) -> None:
     rank = os.environ.get("RANK", "0")
     if rank != "0" or lost:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(2 * _PATIENCE if lost else _PATIENCE)
+        until = time.monotonic() + (2 * _PATIENCE if lost else _PATIENCE)
+        while time.monotonic() < until and not launcher_gone():
+            time.sleep(0.1)
     if rank != "0":
         line = f"process {rank}: {line}"
     print(f"moe-lm: {line}", file=sys.stderr, flush=True)

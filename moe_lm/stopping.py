@@ -68,6 +68,11 @@ class Stop:
             sys.exit(STOPPED_EARLY if self._several and number == signal.SIGTERM else code_of(number))
 
 
+def launcher_gone() -> bool:
+    """Whether what started this process as one of several is there no more."""
+    return os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid())
+
+
 def leave_in_peace() -> None:
     """Ignore that the launcher now ends what is left of the processes: each ends by itself, with the code it has."""
     for number in _FROM_SCHEDULERS:
@@ -82,5 +87,5 @@ def end_with_parent() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError, OSError):
             ctypes.CDLL("libc.so.6").prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):
+    if launcher_gone():
         raise Lost("the process that started this one has gone: repeat the command")
