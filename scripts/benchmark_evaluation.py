@@ -31,7 +31,7 @@ def main() -> None:
     make.set_threads(options.threads)
     prepared = made_up.data(options.vocabulary, options.tokens)
     with tempfile.TemporaryDirectory() as folder:
-        overrides = [f"model={options.model}", "batch.micro_words=null", *options.overrides]
+        overrides = [f"model={options.model}", "batch.micro_words=1024", *options.overrides]
         trainer = made_up.trainer("evaluation", overrides, prepared, Path(folder))
     on, split = made_up.device_of(trainer), prepared.splits["test"]
     most = resolved(composed("evaluate", ["run=none"]))["batch"]

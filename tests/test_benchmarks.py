@@ -1,0 +1,59 @@
+"""The benchmarks run, at tiny sizes, and what they write can be read; how fast anything is they say elsewhere."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+SMALL = ["--threads", "1", "--square", "64"]
+TINY = ["--overrides", "model.width=16", "model.expert_hidden=16"]
+
+
+def ran(script: str, *arguments: str) -> dict:
+    """What a benchmark wrote."""
+    command = [sys.executable, SCRIPTS / f"benchmark_{script}.py", *arguments, "--json", "found.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(Path("found.json").read_text())
+
+
+@pytest.fixture(autouse=True)
+def somewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_layer():
+    found = ran("layer", "--experts", "4", "8", "--width=16", "--hidden=16", "--tokens=64", "--rounds=2", *SMALL)
+    assert set(found["layers"]["8"]) == {"dense", "moe", "balanced", "products", "grouped"}
+    for row in found["layers"]["8"].values():
+        assert 0 < row["least_ratio"] <= row["ratio"] <= row["largest_ratio"]
+    assert found["commit"] != "unknown"
+    assert found["threads"] == 1
+
+
+@pytest.mark.parametrize("model", ["moe_4", "moe_256_h", "moe_1_wide"])
+def test_the_parts_of_a_step_add_up(model):
+    experts = {"moe_256_h": ["model.num_experts=8", "model.num_groups=4"]}.get(model, [])
+    sizes = ["--words", "200", "--vocabulary", "300", "--steps", "3", "--profile"]
+    found = ran("step", "--model", model, *sizes, *SMALL, *TINY, *experts)
+    parts = found["parts"]
+    assert sum(parts.values()) == pytest.approx(found["seconds"], rel=0.3)  # medians, part by part
+    expected = {"batch", "embedding", "LSTM", "between", "softmax", "losses", "optimizer", "LSTM, backward"}
+    if model != "moe_1_wide":
+        expected |= {"gate", "dispatch", "experts", "combine"}
+        expected |= {f"{part}, backward" for part in ("gate", "dispatch", "experts", "combine")}
+    assert expected <= parts.keys()
+    assert 0 < found["profile"]["shares"]["matrix products"] < 1
+
+
+def test_training_data_and_evaluation():
+    sizes = ["--width=16", "--hidden=16", "--words=100", "--vocabulary=200", "--sampled=20", "--rounds=2"]
+    found = ran("training", *sizes, "--experts", "4", "--threads=1")
+    assert found["rows"]["moe_1_wide"]["of_dense"] == 1
+    found = ran("data", "--words=20000", "--files=2", "--vocabulary=500", "--batch-words=2000", "--micro-words=500")
+    assert min(found["words_per_second"].values()) > 0
+    found = ran("evaluation", "--tokens=300", "--vocabulary=500", *SMALL, *TINY)
+    assert found["words_per_second"] > 0
