@@ -4,7 +4,7 @@
 
 The parts are told apart by marks in the forward pass and in the backward pass, each between one part and the next, so
 that their times sum to the step's. --profile counts, with torch's profiler, the time inside matrix products and LSTM
-kernels alone. Prints medians of the steps, and with --json writes them.
+kernels alone. Prints the step of the median time, and with --json writes it.
 """
 
 import argparse
@@ -120,25 +120,21 @@ class _Marked(torch.autograd.Function):
 
 
 def _timed(trainer: Trainer, on: torch.device, steps: int) -> tuple[float, int, dict[str, float]]:
-    """Return the median step's seconds and tokens, and the parts' seconds in proportion to the medians."""
-    line, seen, wholes, counts = TimeLine(on), [], [], []
+    """Return seconds, tokens and parts of the step that took the median time: its parts are its time."""
+    line, seen = TimeLine(on), []
     _put_marks(trainer, line)
     for _ in range(steps):
         number = trainer.progress.step
         wait_for(on)
-        started = time.perf_counter()
         line.begin()
         batch = trainer.batches.step(number)
         trainer.update(batch, number, trainer.peak_rate)
         line.mark("rest")
         wait_for(on)
-        wholes.append(time.perf_counter() - started)
         trainer.progress.step += 1
-        counts.append(batch.num_tokens)
-        seen.append(line.parts())
-    names = dict.fromkeys(name for parts in seen for name in parts)
-    parts = {name: statistics.median(found.get(name, 0.0) for found in seen) for name in names}
-    return statistics.median(wholes), int(statistics.median(counts)), parts
+        parts = line.parts()
+        seen.append((sum(parts.values()), batch.num_tokens, parts))
+    return sorted(seen, key=lambda step: step[0])[len(seen) // 2]
 
 
 def _put_marks(trainer: Trainer, line: TimeLine) -> None:
@@ -232,8 +228,7 @@ def _print(found: dict, profiled: dict | None) -> None:
         print(f"{name:<22} {seconds:9.4f} s  {100 * seconds / total:5.1f} %")
     share = found["flops_per_second"] / found["product_flops_per_second"]
     print(
-        f"{'sum':<22} {total:9.4f} s  (a step: {found['seconds']:.4f} s, without marks "
-        f"{found['unmarked_seconds']:.4f} s)\n{found['words_per_second']:,.0f} words/s, "
+        f"{'the step':<22} {total:9.4f} s  (without marks {found['unmarked_seconds']:.4f} s)\n{found['words_per_second']:,.0f} words/s, "
         f"{found['flops_per_second'] / 1e9:,.0f} GFLOP/s, {100 * share:.0f} % of what products of square matrices reach"
     )
     if profiled is not None:

@@ -40,7 +40,7 @@ def test_the_parts_of_a_step_add_up(model):
     sizes = ["--words", "200", "--vocabulary", "300", "--steps", "3", "--profile"]
     found = ran("step", "--model", model, *sizes, *SMALL, *TINY, *experts)
     parts = found["parts"]
-    assert 0.3 < sum(parts.values()) / found["seconds"] < 3  # medians, part by part, on a machine that may be busy
+    assert sum(parts.values()) == pytest.approx(found["seconds"])
     expected = {"batch", "embedding", "LSTM", "between", "softmax", "losses", "optimizer", "LSTM, backward"}
     if model != "moe_1_wide":
         expected |= {"gate", "dispatch", "experts", "combine"}

@@ -144,8 +144,10 @@ def test_a_switch_behind_a_primary_gate_of_two_groups(workspace, moe_lm, trainin
 def test_the_audit_prints_and_keeps_what_it_found(own_trained, moe_lm):
     outcome = moe_lm("audit", "run=runs/tiny", "probes=8")
     assert outcome.code == 0, outcome.err
-    assert re.search(r"evaluation: causal, a prediction changes by at most (0.0e\+00|\d.\de-1\d) bits", outcome.out)
+    [largest] = re.findall(r"evaluation: causal, a prediction changes by at most (\S+) bits", outcome.out)
     kept = json.loads((own_trained / "runs/tiny/audit.json").read_text())
+    assert largest == f"{kept['evaluation']['largest_bits']:.1e}"
+    assert 0 <= float(largest) < 1e-9
     printed = json.loads(moe_lm("audit", "run=runs/tiny", "probes=8", "json=true").out)
     assert printed == kept
     assert kept["causal"] is True
