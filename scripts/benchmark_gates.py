@@ -8,15 +8,13 @@ them. Weights are as after some training: every expert is reached, no gate is ne
 """
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measuring import write_record
 from omegaconf import OmegaConf
 
 from moe_lm.commands.build import build, keep_memory
@@ -48,12 +46,8 @@ def main() -> None:
             f"{row['dispatch_seconds']:.3f}, combine {row['combine_seconds']:.3f} s)",
             flush=True,
         )
-    if options.json:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-        sizes = {key: value for key, value in vars(options).items() if key not in ("json", "gates")}
-        record = {"rows": rows, "options": sizes, "device": f"CPU {platform.machine()}"}
-        record |= {"torch": torch.__version__, "commit": commit.stdout.strip()}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    sizes = {key: value for key, value in vars(options).items() if key not in ("json", "gates")}
+    write_record(options.json, torch.device("cpu"), {"rows": rows, "options": sizes})
 
 
 def _options() -> argparse.Namespace:

@@ -227,9 +227,10 @@ def _print(found: dict, profiled: dict | None) -> None:
     for name, seconds in found["parts"].items():
         print(f"{name:<22} {seconds:9.4f} s  {100 * seconds / total:5.1f} %")
     share = found["flops_per_second"] / found["product_flops_per_second"]
+    print(f"{'the step':<22} {total:9.4f} s  (without marks {found['unmarked_seconds']:.4f} s)")
     print(
-        f"{'the step':<22} {total:9.4f} s  (without marks {found['unmarked_seconds']:.4f} s)\n{found['words_per_second']:,.0f} words/s, "
-        f"{found['flops_per_second'] / 1e9:,.0f} GFLOP/s, {100 * share:.0f} % of what products of square matrices reach"
+        f"{found['words_per_second']:,.0f} words/s, {found['flops_per_second'] / 1e9:,.0f} GFLOP/s, "
+        f"{100 * share:.0f} % of what products of square matrices reach"
     )
     if profiled is not None:
         for kind, of_step in profiled["shares"].items():
