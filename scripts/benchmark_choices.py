@@ -10,11 +10,9 @@ blocks: exact nats of 1,024 tokens over 793,471 words; in blocks of 1,024 tokens
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
+from measuring import Work, compared, in_turn
 from torch import nn
 
 from moe_lm import cross_entropy, grouped_product
@@ -39,17 +37,9 @@ def main() -> None:
         print(f"{choice.__name__:<10} {scale * ratio(this, other, options.rounds):.2f}", flush=True)
 
 
-def ratio(this: Callable[[], object], other: Callable[[], object], rounds: int) -> float:
+def ratio(this: Work, other: Work, rounds: int) -> float:
     """Return the median of the time ratios of interleaved rounds, the first left out."""
-    ratios = []
-    for _ in range(rounds + 1):
-        times = []
-        for work in (this, other):
-            started = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - started)
-        ratios.append(times[0] / times[1])
-    return statistics.median(ratios[1:])
+    return compared(in_turn({"this": this, "other": other}, rounds, torch.device("cpu")), "other")["this"]["ratio"]
 
 
 def factored():
