@@ -49,6 +49,11 @@ def test_the_parts_of_a_step_add_up(model):
     assert 0 < found["profile"]["shares"]["matrix products"] < 1
 
 
+def test_machine():
+    found = ran("machine", "--rows=4", "--width=8", "--hidden=8", "--matrices=3", "--copy-mib=1", *SMALL)
+    assert all(rate > 0 for name, rate in found.items() if name.endswith("per_second"))
+
+
 def test_training_data_and_evaluation():
     sizes = ["--width=16", "--hidden=16", "--words=100", "--vocabulary=200", "--sampled=20", "--rounds=2"]
     found = ran("training", *sizes, "--experts", "4", "--threads=1")
