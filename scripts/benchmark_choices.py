@@ -18,6 +18,7 @@ from torch import nn
 from moe_lm import cross_entropy, grouped_product
 from moe_lm.commands.build import keep_memory
 from moe_lm.experts import Experts
+from moe_lm.gate.choices import token_choice
 from moe_lm.layer.lstm import Lstm, ProjectedLstm
 from moe_lm.optimizer.factored import FactoredAdam
 from moe_lm.sentences import Sentences
@@ -52,12 +53,13 @@ def factored():
 
 def recompute():
     experts = Experts(width=512, hidden=1024, num_experts=32)
-    x_AD = torch.randn(4 * 8192, 512, requires_grad=True)
-    expert_A = torch.arange(32).repeat_interleave(1024)
+    x_TD = torch.randn(8192, 512, requires_grad=True)
+    expert_TK = torch.stack([torch.randperm(32)[:4] for _ in range(8192)])
+    gating = token_choice(expert_TK, torch.full((8192, 4), 0.25), 32)
 
     def run(again: bool) -> None:
         experts.recompute = again
-        experts(x_AD, expert_A).square().sum().backward()
+        experts(x_TD, gating).square().sum().backward()
 
     return lambda: run(True), lambda: run(False), 1.0
 

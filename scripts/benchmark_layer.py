@@ -4,8 +4,8 @@
 
 Forward and backward with all weight gradients and balance losses are timed in turn in one run; prints medians of the
 ratios to the dense layer, round by round, and with --json writes them. `moe` routes by gate matrices drawn at random
-(its noise on), `balanced` gives every expert equally many tokens, `products` is the experts' products alone, as
-balanced, `grouped` is a sort and torch's grouped product without any loss. --peers takes copies of others' layers
+(its noise on), `balanced` gives every expert equally many tokens, `products` is the experts alone, as balanced,
+`grouped` is a sort and torch's grouped product without any loss. --peers takes copies of others' layers
 (scripts/peers.py says which and whence). --memory measures each layer's peak in a process of its own.
 """
 
@@ -30,6 +30,7 @@ from moe_lm.experts import Experts
 from moe_lm.gate import Gating
 from moe_lm.gate.choices import token_choice
 from moe_lm.gate.noisy_top_k import NoisyTopK
+from moe_lm.gradient_memory import forget_gradient
 from moe_lm.layer.feed_forward import FeedForward
 from moe_lm.layer.moe import MoE
 from moe_lm.sentences import Sentences
@@ -129,7 +130,8 @@ def _work(module: nn.Module, passed: Passed, sizes: Sizes, on: torch.device) -> 
     grad_TD = torch.randn_like(x_TD)
 
     def work() -> None:
-        module.zero_grad(set_to_none=True)
+        for parameter in module.parameters():
+            forget_gradient(parameter)
         x_TD.grad = None
         with torch.autocast(on.type, torch.bfloat16, enabled=on.type == "cuda"):
             y_TD, losses = passed(x_TD)
@@ -187,15 +189,11 @@ def _balanced(sizes: Sizes, on: torch.device, gate_DE: Tensor) -> tuple[nn.Modul
 
 
 def _products(sizes: Sizes, on: torch.device) -> tuple[nn.Module, Passed]:
-    """The experts for rows that lie by expert already; each token's rows are those of x, k times."""
+    """The experts alone, of a gating that is given."""
     experts = Experts(width=sizes.width, hidden=sizes.hidden, num_experts=sizes.num_experts).to(on)
-    expert_A = balanced_choice(sizes.tokens, sizes.k, sizes.num_experts, on).view(-1).sort().values
-
-    def passed(x_TD: Tensor) -> tuple[Tensor, list[Tensor]]:
-        y_AD = experts(x_TD.repeat(sizes.k, 1), expert_A)
-        return y_AD.view(sizes.k, *x_TD.shape).sum(dim=0), []
-
-    return experts, passed
+    expert_TK = balanced_choice(sizes.tokens, sizes.k, sizes.num_experts, on)
+    gating = token_choice(expert_TK, torch.full(expert_TK.shape, 1 / sizes.k, device=on), sizes.num_experts)
+    return experts, lambda x_TD: (experts(x_TD, gating), [])
 
 
 def _grouped(sizes: Sizes, on: torch.device, gate_DE: Tensor) -> tuple[nn.Module, Passed]:

@@ -20,9 +20,8 @@ from measuring import product_ceiling, seconds_of, wait_for, write_record
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from moe_lm import experts, looped_mixture
 from moe_lm.commands import build as make
-from moe_lm.experts import Experts
-from moe_lm.layer import hierarchical_moe, moe
 from moe_lm.layer.lstm import Lstm, ProjectedLstm
 from moe_lm.operations import flops_per_word
 from moe_lm.trainer import Trainer
@@ -82,10 +81,12 @@ class TimeLine:
 
     def __init__(self, on: torch.device):
         self._cuda, self._moments = on.type == "cuda", []
+        self.backward = False
+        """Whether the backward pass has begun."""
 
     def begin(self) -> None:
         """Start anew."""
-        self._moments = []
+        self._moments, self.backward = [], False
         self.mark("")
 
     def mark(self, name: str) -> None:
@@ -149,15 +150,15 @@ def _put_marks(trainer: Trainer, line: TimeLine) -> None:
             continue
         _mark_gradients(layer, line, output="between, backward", argument="gate, backward")
         for module in layer.modules():
-            if isinstance(module, Experts):
-                _mark_module(module, line, before="dispatch", after="experts")
-                _mark_gradients(module, line, output="combine, backward", argument="experts, backward")
+            if isinstance(module, experts.Experts):
+                _mark_module(module, line, before="gate", after="experts")
+                _mark_gradients(module, line, output="combine, backward", argument="dispatch, backward")
             elif hasattr(module, "operations_per_timestep") and module is not layer:
                 _mark_module(module, line, before="gate", after="gate")
-    for module in (moe, hierarchical_moe):
-        module.dispatch = _marking_gradient(module.dispatch, line, "dispatch, backward")
+    _mark_way_to_experts(line)
     _mark_module(model.softmax, line, before="between", after="softmax")
     _mark_gradients(model.softmax, line, output="losses", argument="softmax, backward")
+    model.softmax.register_forward_hook(lambda *_: setattr(line, "backward", True))
     update._micro_batch = _marking(update._micro_batch, line, "batch")
     update.objective = _marking(update.objective, line, "losses")
     update._gradients.finish = _marking(update._gradients.finish, line, "embedding, backward")
@@ -186,8 +187,41 @@ def _mark_gradients(module: torch.nn.Module, line: TimeLine, *, output: str, arg
     module.register_forward_hook(leave)
 
 
-def _marking_gradient(call, line: TimeLine, name: str):
-    return lambda x_TD, gating: call(_Marked.apply(x_TD, line, name), gating)
+_BACK = "experts, backward"
+
+
+def _mark_way_to_experts(line: TimeLine) -> None:
+    """Tell dispatch and combine from products: operators of their own on a GPU, inside the experts' loop on a CPU.
+
+    In the loop's backward pass what is gathered are the gradients of the answers, and the tokens once more.
+    """
+    dispatch, combine = experts.dispatch, experts.combine
+
+    def dispatched(x_TD: Tensor, gating: object) -> Tensor:
+        return _Marked.apply(_marking(dispatch, line, "dispatch")(x_TD, gating), line, _BACK)
+
+    def combined(y_AD: Tensor, gating: object) -> Tensor:
+        line.mark("experts")
+        return _marking(combine, line, "combine")(_Marked.apply(y_AD, line, "combine, backward"), gating)
+
+    experts.dispatch, experts.combine = dispatched, combined
+    for name, forward, backward in (
+        ("gathered", "dispatch", "combine, backward"),
+        ("add_", "combine", "dispatch, backward"),
+    ):
+        setattr(looped_mixture, name, _apart(getattr(looped_mixture, name), line, forward, backward))
+
+
+def _apart(call, line: TimeLine, forward: str, backward: str):
+    """Mark a call inside the experts' loop: what is before it are products."""
+
+    def apart(*arguments):
+        line.mark(_BACK if line.backward else "experts")
+        result = call(*arguments)
+        line.mark(backward if line.backward else forward)
+        return result
+
+    return apart
 
 
 def _marking(call, line: TimeLine, name: str):

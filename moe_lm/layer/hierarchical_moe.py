@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from moe_lm.dispatch import combine, dispatch
+from moe_lm.dispatch import dispatch
 from moe_lm.distributed import ALONE, Processes
 from moe_lm.experts import Experts
 from moe_lm.gate import Gate, Gating, offers_of
@@ -54,8 +54,7 @@ class HierarchicalMoE(nn.Module):
         """Return the mixture's output and the gating of both levels; a group's gate sees only what it is sent."""
         primary = self.primary_gate(x_TD)
         gating = joined(primary, self.gate(dispatch(x_TD, primary), primary.expert_A), self.k)
-        y_AD = self.experts(dispatch(x_TD, gating), gating.expert_A)
-        return combine(y_AD, gating).sigmoid(), gating
+        return self.experts(x_TD, gating).sigmoid(), gating
 
     def operations_per_timestep(self) -> int:
         """The primary gate, and for each group a token is sent to the secondary gate and its experts."""

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from moe_lm.dispatch import combine, dispatch
 from moe_lm.distributed import ALONE, Processes
 from moe_lm.experts import Experts
 from moe_lm.gate import Gate, Gating, offers_of
@@ -40,8 +39,7 @@ class MoE(nn.Module):
     def forward(self, x_TD: Tensor, sentences: Sentences) -> tuple[Tensor, Gating]:  # noqa: ARG002
         """Return the mixture's output and the gating that made it."""
         gating = self.gate(x_TD)
-        y_AD = self.experts(dispatch(x_TD, gating), gating.expert_A)
-        return combine(y_AD, gating).sigmoid(), gating
+        return self.experts(x_TD, gating).sigmoid(), gating
 
     def operations_per_timestep(self) -> int:
         """k experts, or as many as the gate sends a token to on average, and the gate."""

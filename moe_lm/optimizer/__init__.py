@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from moe_lm.gradient_memory import forget_gradient
 from moe_lm.rows import row_gradient
 
 EXPERTS, VOCABULARY, REST = KINDS = ("experts", "vocabulary", "rest")
@@ -94,5 +95,7 @@ class Together:
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
+        for parameter in self.parameters:
+            forget_gradient(parameter)
         for part in self.parts:
             part.zero_grad(set_to_none=True)

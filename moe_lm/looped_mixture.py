@@ -1,0 +1,126 @@
+"""The weighted sum of experts (eq. 1) as a loop of matrix products inside one autograd node: for CPUs, and float32.
+
+Indexing stacked weights inside autograd would cost a full-size gradient per expert. What is made of an expert's rows,
+from the gather of its tokens to the sum of its answers, is used up while it is in the cache, and of it the hidden
+activations alone are kept. The gradient of a gate value, grad . E(x), is (grad W2^T) . h, so that no answer is.
+
+Shape suffixes: T tokens, D width, H expert hidden, E experts, A assignments.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_lm.dispatch import add_, gathered
+from moe_lm.gradient_memory import new_gradient
+
+_BYTES = 4 << 20
+"""Of hidden activations that are worked on together, where an expert's own are not more: few enough for a core's cache,
+and so many that small experts do not pay for each operation on a few rows."""
+
+
+def looped_mixture(
+    x_TD: Tensor,
+    token_A: Tensor,
+    gate_A: Tensor,
+    ends_E: Tensor,
+    w1_EDH: Tensor,
+    w2_EHD: Tensor,
+    *,
+    recompute: bool = False,
+) -> Tensor:
+    """Return y_TD, of each token the sum over its assignments of gate * ReLU(x W1) W2, zeros where there are none.
+
+    Assignments are sorted by expert, those of expert e end at `ends_E[e]` (int64). `recompute` makes the hidden
+    activations anew in the backward pass, an expert's at a time and with the same bits.
+    """
+    return _LoopedMixture.apply(x_TD, token_A, gate_A, ends_E, w1_EDH, w2_EHD, recompute)
+
+
+class _LoopedMixture(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD, token_A, gate_A, ends_E, w1_EDH, w2_EHD, recompute):
+        ctx.blocks = _blocks(ends_E.tolist(), w1_EDH.shape[2] * w1_EDH.element_size())
+        h_AH = None if recompute else x_TD.new_empty(len(token_A), w1_EDH.shape[2])
+        y_TD = torch.zeros_like(x_TD)
+        for block, h in _with_hidden(ctx.blocks, h_AH, w1_EDH):
+            token = token_A[block.rows]
+            _products(block, gathered(x_TD, token), w1_EDH, h)
+            y = _products(block, h.relu_(), w2_EHD, x_TD.new_empty(len(token), x_TD.shape[1]))
+            add_(y_TD, token, y.mul_(gate_A[block.rows].unsqueeze(1)))
+        ctx.save_for_backward(x_TD, token_A, gate_A, h_AH, w1_EDH, w2_EHD)
+        return y_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_TD):
+        x_TD, token_A, gate_A, h_AH, w1_EDH, w2_EHD = ctx.saved_tensors
+        grad_x_TD, grad_gate_A = torch.zeros_like(x_TD), torch.empty_like(gate_A)
+        grad_w1_EDH, grad_w2_EHD = new_gradient(w1_EDH), new_gradient(w2_EHD)
+        hidden = _with_hidden(ctx.blocks, h_AH, w1_EDH), _with_hidden(ctx.blocks, None, w1_EDH)
+        for (block, h), (_, grad_h) in zip(*hidden, strict=True):
+            token, gate = token_A[block.rows], gate_A[block.rows].unsqueeze(1)
+            x, grad = gathered(x_TD, token), gathered(grad_TD, token)
+            if h_AH is None:
+                _products(block, x, w1_EDH, h).relu_()
+            _products(block, grad, w2_EHD.mT, grad_h)
+            torch.linalg.vecdot(grad_h, h, out=grad_gate_A[block.rows])
+            grad.mul_(gate)
+            torch.ops.aten.threshold_backward.grad_input(grad_h, h, 0, grad_input=grad_h).mul_(gate)
+            _outer_products(block, h, grad, grad_w2_EHD)
+            _outer_products(block, x, grad_h, grad_w1_EDH)
+            add_(grad_x_TD, token, _products(block, grad_h, w1_EDH.mT, x))
+        return grad_x_TD, None, grad_gate_A, None, grad_w1_EDH, grad_w2_EHD, None
+
+
+class _Block(NamedTuple):
+    """Experts that are worked on together, and their rows among all assignments."""
+
+    experts: slice
+    rows: slice
+    sizes: list[int]
+
+
+def _blocks(ends: list[int], row_bytes: int) -> list[_Block]:
+    """Cut the experts into blocks of as many as fit, but at least one."""
+    most, blocks, first, start = _BYTES // row_bytes, [], 0, 0
+    sizes = [end - begin for begin, end in itertools.pairwise([0, *ends])]
+    for expert, end in enumerate(ends, start=1):
+        if expert == len(ends) or ends[expert] - start > most:
+            blocks.append(_Block(slice(first, expert), slice(start, end), sizes[first:expert]))
+            first, start = expert, end
+    return blocks
+
+
+def _with_hidden(blocks: list[_Block], h_AH: Tensor | None, w1_EDH: Tensor) -> Iterator[tuple[_Block, Tensor]]:
+    """Yield each block with its rows of h_AH or, without one, a view of memory as large as the largest block's.
+
+    A product's last bits depend on how its memory is aligned, so each view lies as far behind a multiple of 64 bytes
+    (a cache line, at which torch's memory begins) as the block's slice of a whole h_AH would.
+    """
+    if h_AH is not None:
+        yield from ((block, h_AH[block.rows]) for block in blocks)
+        return
+    hidden, line = w1_EDH.shape[2], 64 // w1_EDH.element_size()
+    memory = w1_EDH.new_empty(max(sum(block.sizes) for block in blocks) * hidden + line)
+    for block in blocks:
+        yield block, memory.as_strided((sum(block.sizes), hidden), (hidden, 1), block.rows.start * hidden % line)
+
+
+def _products(block: _Block, x: Tensor, weights: Tensor, out: Tensor) -> Tensor:
+    """Fill each expert's rows of `out` with the product of its rows of x and its matrix."""
+    parts = zip(x.split(block.sizes), weights[block.experts].unbind(), out.split(block.sizes), strict=True)
+    for part, weight, into in parts:
+        torch.mm(part, weight, out=into)
+    return out
+
+
+def _outer_products(block: _Block, x: Tensor, grad: Tensor, out: Tensor) -> None:
+    """Fill each expert's matrix of `out`; one of no rows with zeros, as an empty product is."""
+    parts = zip(x.split(block.sizes), grad.split(block.sizes), out[block.experts].unbind(), strict=True)
+    for part, grad_part, into in parts:
+        torch.mm(part.t(), grad_part, out=into)
