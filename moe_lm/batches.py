@@ -8,8 +8,8 @@ Shape suffixes: L timesteps, B sentences, T tokens, D width, N sentences of a po
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -44,15 +44,20 @@ class MicroBatch:
         if device.type == "cpu":
             return self
 
-        def move(x):
-            return None if x is None else x.pin_memory().to(device, non_blocking=True)
+        return self.pinned()._changed(lambda x: x.to(device, non_blocking=True))
 
+    def pinned(self) -> "MicroBatch":
+        """Return a copy in memory from which a GPU reads by itself; the same where it lies there already."""
+        return self._changed(lambda x: x.pin_memory())
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
         place = self.sentences
+        position_T = None if place.position_T is None else change(place.position_T)
         return MicroBatch(
-            move(self.input_T),
-            move(self.target_T),
-            Sentences(place.num_steps, place.num_sentences, move(place.position_T)),
-            move(self.sentence_T),
+            change(self.input_T),
+            change(self.target_T),
+            Sentences(place.num_steps, place.num_sentences, position_T),
+            change(self.sentence_T),
             self.num_words,
         )
 
@@ -65,6 +70,8 @@ class GlobalBatch(Sequence[MicroBatch]):
     start: int
     cuts: list[np.ndarray]
     """The sentences of each micro-batch."""
+    ready: dict[int | None, MicroBatch] = field(default_factory=dict, compare=False, repr=False)
+    """Micro-batches that were laid out ahead, by number, the idle one as None; each is handed out once."""
 
     @cached_property
     def num_words(self) -> int:
@@ -80,7 +87,8 @@ class GlobalBatch(Sequence[MicroBatch]):
         return len(self.cuts)
 
     def __getitem__(self, number: int) -> MicroBatch:
-        return micro_batch(self.split, self.cuts[number], self.start)
+        laid_out = self.ready.pop(number, None)
+        return micro_batch(self.split, self.cuts[number], self.start) if laid_out is None else laid_out
 
     def idle(self) -> MicroBatch:
         """Return the first micro-batch's shortest sentence, for a process without a micro-batch.
@@ -88,7 +96,8 @@ class GlobalBatch(Sequence[MicroBatch]):
         It must go through the model beside the others, because experts wait for all processes; its result counts for
         nothing.
         """
-        return idle(self.split, self.cuts[0], self.start)
+        laid_out = self.ready.pop(None, None)
+        return idle(self.split, self.cuts[0], self.start) if laid_out is None else laid_out
 
 
 class Batches:

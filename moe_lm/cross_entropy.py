@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_lm.kernels import by_triton
+
 _LEAST_ROWS = 1024
 """Tokens a block of exact evaluation, where there are as many: enough for a product to be worth its reading."""
 
@@ -73,10 +75,11 @@ class _SummedNats(torch.autograd.Function):
         for first in range(0, hidden_TD.shape[0], rows):
             block = slice(first, first + rows)
             hidden = hidden_TD[block].to(product)
-            probability, true_probability, nats = _probabilities(hidden, weight, bias_C, true_T[block], hit_T[block])
+            logits_TC = torch.mm(hidden, weight.t())
+            probability, true_probability, nats = _probabilities(logits_TC, bias_C, true_T[block], hit_T[block])
             total += nats.sum(dtype=torch.float64)
             if needed:
-                grads[2].add_(probability.sum(dim=0))
+                grads[2].add_(probability.sum(dim=0, dtype=bias_C.dtype))
                 grads[3][block] = true_probability - 1
                 probability = probability.to(product)
                 grads[0][block] = probability @ weight
@@ -97,9 +100,13 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.add_(a @ b)
 
 
-def _probabilities(hidden_TD, weight_CD, bias_C, true_T, hit_T):
-    """Return the candidates' probabilities, the true word's, and -log of the latter."""
-    logits_TC = torch.mm(hidden_TD, weight_CD.t()).to(bias_C.dtype).add_(bias_C)
+def _probabilities(logits_TC: Tensor, bias_C: Tensor, true_T: Tensor, hit_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the candidates' probabilities, in the logits' memory, the true word's, and -log of the latter."""
+    if by_triton(logits_TC):
+        from moe_lm.triton_softmax import probabilities_  # Triton is not everywhere, and slow to import
+
+        return logits_TC, *probabilities_(logits_TC, bias_C, true_T, hit_T)
+    logits_TC = logits_TC.to(bias_C.dtype).add_(bias_C)
     hit_T1 = hit_T.unsqueeze(1)
     column_T1 = hit_T1.clamp(min=0)
     kept_T1 = logits_TC.gather(1, column_T1).masked_fill(hit_T1 >= 0, -torch.inf)

@@ -15,16 +15,6 @@ def dispatch(x_TD: Tensor, gating: Gating) -> Tensor:
     return x_TD.index_select(0, gating.token_A)
 
 
-def gathered(x_TD: Tensor, token_R: Tensor) -> Tensor:
-    """Return the rows of these tokens, as `dispatch` does for some assignments and without a gradient."""
-    return x_TD.index_select(0, token_R)
-
-
-def add_(y_TD: Tensor, token_R: Tensor, y_RD: Tensor) -> None:
-    """Add rows to those of their tokens, as `combine` does for some assignments and without a gradient."""
-    y_TD.index_add_(0, token_R, y_RD)
-
-
 def combine(y_AD: Tensor, gating: Gating) -> Tensor:
     """Return y_TD = sum over a token's assignments of G(x)_i E_i(x) (eq. 1); a token without any gets zeros."""
     return _Combine.apply(y_AD, gating.gate_A, gating.token_A, gating.num_tokens)

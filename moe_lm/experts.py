@@ -15,6 +15,7 @@ from moe_lm.distributed import ALONE, Processes
 from moe_lm.expert_parallel import at_their_experts
 from moe_lm.gate import Gating
 from moe_lm.group import Share, divided
+from moe_lm.grouped_mixture import grouped_mixture
 from moe_lm.initial import initialize_experts_
 from moe_lm.looped_mixture import looped_mixture
 
@@ -39,12 +40,13 @@ class Experts(nn.Module):
 
     def forward(self, x_TD: Tensor, gating: Gating) -> Tensor:
         """Return y_TD = sum over a token's assignments of G(x)_i E_i(x) (eq. 1); a token without any gets zeros."""
-        alone = self.share.group.size == 1
-        if alone and self._product_type(x_TD) is None:
+        if self.share.group.size > 1:
+            return combine(self._exchanged(dispatch(x_TD, gating), gating.expert_A), gating)
+        dtype = self._product_type(x_TD, len(gating.token_A))
+        if dtype is None:
             return self._looped(x_TD, gating.token_A, gating.expert_A, gating.gate_A)
-        x_AD = dispatch(x_TD, gating)
-        y_AD = self._answers(x_AD, gating.expert_A) if alone else self._exchanged(x_AD, gating.expert_A)
-        return combine(y_AD, gating)
+        assignments = gating.token_A, gating.gate_A, self._ends(gating.expert_A)
+        return grouped_mixture(x_TD, *assignments, self.w1_EDH, self.w2_EHD, dtype, recompute=self.recompute)
 
     def operations_per_row(self) -> int:
         """Multiply-adds one expert costs for one token."""
@@ -60,7 +62,7 @@ class Experts(nn.Module):
         """Return the answers of the experts here, unweighted; `expert_A` (int64, ascending) says whose row each is."""
         if self.share.size == 0:
             return x_AD  # no rows: more processes than experts
-        dtype = self._product_type(x_AD)
+        dtype = self._product_type(x_AD, len(x_AD))
         if dtype is None:
             every_A = torch.arange(len(x_AD), device=x_AD.device)
             return self._looped(x_AD, every_A, expert_A, self.w1_EDH.new_ones(len(x_AD)))
@@ -72,12 +74,12 @@ class Experts(nn.Module):
         y_TD = looped_mixture(same, token_A, gate_A, self._ends(expert_A), *weights, recompute=self.recompute)
         return y_TD.to(x_TD.dtype)
 
-    def _product_type(self, x_AD: Tensor) -> torch.dtype | None:
+    def _product_type(self, x: Tensor, num_rows: int) -> torch.dtype | None:
         """Return the type of grouped products, None where they are looped."""
-        # Grouped GEMM wants rows of 16 bytes, and some: a process among several may be sent none.
+        # Grouped GEMM wants rows of 16 bytes, and some: all may be dropped, a process among several be sent none.
         _, width, hidden = self.w1_EDH.shape
-        fits = width % 8 == 0 and hidden % 8 == 0 and len(x_AD) > 0
-        grouped = fits and x_AD.is_cuda and torch.is_autocast_enabled("cuda")
+        fits = width % 8 == 0 and hidden % 8 == 0 and num_rows > 0
+        grouped = fits and x.is_cuda and torch.is_autocast_enabled("cuda")
         return torch.get_autocast_dtype("cuda") if grouped else None
 
     def _ends(self, expert_A: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_lm.dispatch import add_, gathered
+from moe_lm.fused_rows import gathered
 from moe_lm.gradient_memory import new_gradient
 
 _BYTES = 4 << 20
@@ -109,6 +109,11 @@ def _with_hidden(blocks: list[_Block], h_AH: Tensor | None, w1_EDH: Tensor) -> I
     memory = w1_EDH.new_empty(max(sum(block.sizes) for block in blocks) * hidden + line)
     for block in blocks:
         yield block, memory.as_strided((sum(block.sizes), hidden), (hidden, 1), block.rows.start * hidden % line)
+
+
+def add_(y_TD: Tensor, token_R: Tensor, y_RD: Tensor) -> None:
+    """Add rows to those of their tokens."""
+    y_TD.index_add_(0, token_R, y_RD)
 
 
 def _products(block: _Block, x: Tensor, weights: Tensor, out: Tensor) -> Tensor:

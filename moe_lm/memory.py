@@ -158,9 +158,9 @@ def _kept_by_mixture(layer: nn.Module, step: Step, kept: int) -> int:
     """Of each assignment the hidden layer, elsewhere input and output too; the sigmoid's output; the gates."""
     _, width, hidden = layer.experts.w1_EDH.shape
     rows = layer.assignments_per_token
-    # A loop over experts that are all here keeps neither their inputs nor their answers.
-    looped_here = not step.bfloat16 and step.expert_processes_of(layer.experts.share.total) == 1
-    of_experts = rows * ((0 if looped_here else 2 * width) + (0 if step.recompute else hidden)) + width
+    # Of experts that are all here neither inputs nor answers are kept.
+    all_here = step.expert_processes_of(layer.experts.share.total) == 1
+    of_experts = rows * ((0 if all_here else 2 * width) + (0 if step.recompute else hidden)) + width
     # A gate keeps some 5 numbers an expert it chooses among (clean, noise, deviation, ...), 12 an assignment.
     of_gates = 5 * layer.gate.num_experts
     if hasattr(layer, "primary_gate"):

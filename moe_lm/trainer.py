@@ -9,6 +9,7 @@ from dataclasses import asdict
 from tqdm import tqdm
 
 from moe_lm import checkpoint
+from moe_lm.ahead import Ahead
 from moe_lm.batches import Batches
 from moe_lm.distributed import ALONE, Processes
 from moe_lm.metrics import Interval, MetricsLog, balance_figures
@@ -44,6 +45,7 @@ class Trainer:
         self.peak_rate, self.schedule = peak_rate, schedule
         self.batches, self.validate, self.run, self.log, self.saver = batches, validate, run, log, saver
         self.fingerprint, self.settings, self.processes, self._say = fingerprint, settings, processes, say
+        self.ahead = Ahead(batches, processes.turns, pinned=self.model.embedding_VD.is_cuda)
         self.progress = Progress()
         self._interval = Interval()
         self._flops_per_token = flops_per_word(self.model)
@@ -91,7 +93,7 @@ class Trainer:
 
     def _step(self, bar: tqdm) -> None:
         progress, started = self.progress, time.perf_counter()
-        batch = self.batches.step(progress.step)
+        batch = self.ahead.step(progress.step)
         done = self.update(batch, progress.step, self.peak_rate * self.schedule(progress.step))
         progress.step += 1
         progress.words += batch.num_words

@@ -5,8 +5,9 @@
 Forward and backward with all weight gradients and balance losses are timed in turn in one run; prints medians of the
 ratios to the dense layer, round by round, and with --json writes them. `moe` routes by gate matrices drawn at random
 (its noise on), `balanced` gives every expert equally many tokens, `products` is the experts alone, as balanced,
-`grouped` is a sort and torch's grouped product without any loss. --peers takes copies of others' layers
-(scripts/peers.py says which and whence). --memory measures each layer's peak in a process of its own.
+`grouped` is a sort and torch's grouped product without any loss; on a GPU `moe_plain` is `moe` without our own kernels.
+--peers takes copies of others' layers (scripts/peers.py says which and whence). --memory measures each layer's peak in
+a process of its own.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from peers import Passed, Sizes, peers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe_lm import kernels
 from moe_lm.balance.importance import Importance
 from moe_lm.balance.load import Load
 from moe_lm.commands.build import device, keep_memory
@@ -35,7 +37,7 @@ from moe_lm.layer.feed_forward import FeedForward
 from moe_lm.layer.moe import MoE
 from moe_lm.sentences import Sentences
 
-DENSE = "dense"
+DENSE, PLAIN = "dense", "moe_plain"
 _BYTES = 4 * 2
 """Of a parameter and its gradient."""
 
@@ -56,7 +58,7 @@ def main() -> None:
         if not _fits(sizes, on, 1 + options.room):
             print(f"{num_experts} experts: not measured, their parameters and gradients need more memory than there is")
             continue
-        works = {name: _work(*layer, sizes, on) for name, layer in _layers(options, sizes, on).items()}
+        works = {name: _work(name, *layer, sizes, on) for name, layer in _layers(options, sizes, on).items()}
         rows = compared(in_turn(works, options.rounds, on), DENSE)
         flops = 3 * 2 * 2 * sizes.tokens * sizes.width * sizes.k * sizes.hidden
         for name, row in rows.items():
@@ -114,22 +116,25 @@ def _layers(options: argparse.Namespace, sizes: Sizes, on: torch.device) -> dict
         "products": lambda: _products(sizes, on),
         "grouped": lambda: _grouped(sizes, on, gate_DE),
     }
+    if on.type == "cuda":
+        makers[PLAIN] = makers["moe"]
     wanted = options.layers or [*makers, *(() if options.peers is None else _NAMES_OF_PEERS)]
     found = {name: make() for name, make in makers.items() if name == DENSE or name in wanted}
     if options.peers is not None:
-        found |= {name: peer for name, peer in peers(options.peers, sizes, gate_DE).items() if name in wanted}
+        found |= peers(options.peers, sizes, gate_DE, wanted)
     return found
 
 
 _NAMES_OF_PEERS = ("davidmrau", "lucidrains", "scattermoe")
 
 
-def _work(module: nn.Module, passed: Passed, sizes: Sizes, on: torch.device) -> Work:
+def _work(name: str, module: nn.Module, passed: Passed, sizes: Sizes, on: torch.device) -> Work:
     """Forward and backward, from a gradient of the output, with fresh gradients as after an update."""
     x_TD = torch.randn(sizes.tokens, sizes.width, device=on, requires_grad=True)
     grad_TD = torch.randn_like(x_TD)
 
     def work() -> None:
+        kernels.plain = name == PLAIN
         for parameter in module.parameters():
             forget_gradient(parameter)
         x_TD.grad = None
@@ -222,7 +227,7 @@ def _print_peak(options: argparse.Namespace, on: torch.device) -> None:
     layers = _layers(options, sizes, on)
     if options.peak != DENSE:
         layers.pop(DENSE)
-    work = _work(*layers[options.peak], sizes, on)
+    work = _work(options.peak, *layers[options.peak], sizes, on)
     work()
     work()
     print(json.dumps((peak_bytes(on) - before) / 2**20))

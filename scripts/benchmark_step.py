@@ -20,8 +20,9 @@ from measuring import product_ceiling, seconds_of, wait_for, write_record
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from moe_lm import experts, looped_mixture
+from moe_lm import grouped_mixture, looped_mixture
 from moe_lm.commands import build as make
+from moe_lm.experts import Experts
 from moe_lm.layer.lstm import Lstm, ProjectedLstm
 from moe_lm.operations import flops_per_word
 from moe_lm.trainer import Trainer
@@ -128,7 +129,7 @@ def _timed(trainer: Trainer, on: torch.device, steps: int) -> tuple[float, int, 
         number = trainer.progress.step
         wait_for(on)
         line.begin()
-        batch = trainer.batches.step(number)
+        batch = trainer.ahead.step(number)
         trainer.update(batch, number, trainer.peak_rate)
         line.mark("rest")
         wait_for(on)
@@ -150,7 +151,7 @@ def _put_marks(trainer: Trainer, line: TimeLine) -> None:
             continue
         _mark_gradients(layer, line, output="between, backward", argument="gate, backward")
         for module in layer.modules():
-            if isinstance(module, experts.Experts):
+            if isinstance(module, Experts):
                 _mark_module(module, line, before="gate", after="experts")
                 _mark_gradients(module, line, output="combine, backward", argument="dispatch, backward")
             elif hasattr(module, "operations_per_timestep") and module is not layer:
@@ -187,36 +188,21 @@ def _mark_gradients(module: torch.nn.Module, line: TimeLine, *, output: str, arg
     module.register_forward_hook(leave)
 
 
-_BACK = "experts, backward"
-
-
 def _mark_way_to_experts(line: TimeLine) -> None:
-    """Tell dispatch and combine from products: operators of their own on a GPU, inside the experts' loop on a CPU.
+    """Tell dispatch and combine from products, which are one autograd node.
 
-    In the loop's backward pass what is gathered are the gradients of the answers, and the tokens once more.
+    In its backward pass what is gathered are the gradients of the answers, and the tokens once more.
     """
-    dispatch, combine = experts.dispatch, experts.combine
-
-    def dispatched(x_TD: Tensor, gating: object) -> Tensor:
-        return _Marked.apply(_marking(dispatch, line, "dispatch")(x_TD, gating), line, _BACK)
-
-    def combined(y_AD: Tensor, gating: object) -> Tensor:
-        line.mark("experts")
-        return _marking(combine, line, "combine")(_Marked.apply(y_AD, line, "combine, backward"), gating)
-
-    experts.dispatch, experts.combine = dispatched, combined
-    for name, forward, backward in (
-        ("gathered", "dispatch", "combine, backward"),
-        ("add_", "combine", "dispatch, backward"),
-    ):
-        setattr(looped_mixture, name, _apart(getattr(looped_mixture, name), line, forward, backward))
+    for module, adds in ((looped_mixture, "add_"), (grouped_mixture, "summed_by_token")):
+        module.gathered = _apart(module.gathered, line, "dispatch", "combine, backward")
+        setattr(module, adds, _apart(getattr(module, adds), line, "combine", "dispatch, backward"))
 
 
 def _apart(call, line: TimeLine, forward: str, backward: str):
-    """Mark a call inside the experts' loop: what is before it are products."""
+    """Mark a call: what is before it are products."""
 
-    def apart(*arguments):
-        line.mark(_BACK if line.backward else "experts")
+    def apart(*arguments: object):
+        line.mark("experts, backward" if line.backward else "experts")
         result = call(*arguments)
         line.mark(backward if line.backward else forward)
         return result

@@ -2,13 +2,14 @@
 # What only a GPU can tell, in parts that end together within 24 minutes: docs/gpu-checklist.md says what each is for.
 #   scripts/gpu_check.sh pack [TEXT]    where packages can be had: fills build/gpu, which git ignores, for the other machine
 #   scripts/gpu_check.sh PART OUTDIR    there: PART is tests, bench, profile, study1 or study2; small json goes to OUTDIR
+#   REHEARSE=1 scripts/gpu_check.sh PART OUTDIR    the same commands at tiny sizes, to see on any machine that they run
 # TEXT is a folder with *.train.*, *.valid.* and *.test.* of one sentence a line, plain or compressed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 packed=build/gpu
 
 usage() {
-    sed -n '2,5s/^# *//p' "$0" >&2
+    sed -n '2,6s/^# *//p' "$0" >&2
     exit 2
 }
 
@@ -27,6 +28,15 @@ pack() {
     du -sh $packed
 }
 
+# Tokens of a layer, words of a step, of the vocabulary and of a study, ...
+tokens=75000 words=75000 vocabulary=793471 square=8192 data=20000000 shard=159658
+experts=(4 32 256 1024 4096) flat=(32 256) hierarchical=256 small=() study=(batch.words=65536 training.num_words=72e6)
+if [ -n "${REHEARSE:-}" ]; then
+    tokens=256 words=512 vocabulary=3000 square=128 data=20000 shard=2000 experts=(4 8) flat=(4 8) hierarchical=32
+    small=(model.width=16 model.expert_hidden=16)
+    study=(batch.words=1000 training.num_words=20000 softmax.num_sampled=64 vocabulary.size=2000 "${small[@]}")
+fi
+
 # The environment's Python where there is one, else the machine's own with the packed wheels beside it.
 python=.venv/bin/python
 prepare() {
@@ -42,32 +52,38 @@ tests() {
 }
 
 # Each within its own time: one that hangs must not cost the others theirs.
+run() {
+    local name=$1 seconds=$2 script=$3
+    shift 3
+    timeout "$seconds" "$python" "scripts/$script" "$@" --json "$out/$name.json" || echo "$name: no result ($?)" >&2
+}
+
 bench() {
     local peers=()
     [ ! -d $packed/peers ] || peers=(--peers $packed/peers)
-    timeout 150 "$python" scripts/benchmark_layer.py --experts 4 32 256 1024 4096 --tokens 75000 --square 8192 \
-        "${peers[@]}" --json "$out/layer.json" || true
-    timeout 60 "$python" scripts/benchmark_step.py --model moe_256 --words 75000 --vocabulary 793471 --square 8192 \
-        --json "$out/step_256.json" || true
-    timeout 90 "$python" scripts/benchmark_training.py --words 75000 --vocabulary 793471 --experts 32 256 \
-        --hierarchical 256 --rounds 7 --json "$out/training.json" || true
-    timeout 60 "$python" scripts/benchmark_data.py --words 20000000 --json "$out/data.json" || true
-    timeout 60 "$python" scripts/benchmark_evaluation.py --square 8192 --json "$out/evaluation.json" || true
+    run layer 150 benchmark_layer.py --experts "${experts[@]}" --tokens $tokens --square $square "${peers[@]}"
+    run step_256 60 benchmark_step.py --model moe_256 --words $words --vocabulary $vocabulary --square $square \
+        --overrides "${small[@]}"
+    run training 90 benchmark_training.py --words $words --vocabulary $vocabulary --experts "${flat[@]}" \
+        --hierarchical $hierarchical --rounds 7 --overrides "${small[@]}"
+    run data 60 benchmark_data.py --words $data
+    run evaluation 60 benchmark_evaluation.py --tokens $shard --vocabulary $vocabulary --square $square \
+        --overrides "${small[@]}"
 }
 
 profile() {
-    timeout 120 "$python" scripts/benchmark_step.py --model moe_256 --words 75000 --vocabulary 793471 --square 8192 \
-        --profile --json "$out/profile_256.json"
+    run profile_256 120 benchmark_step.py --model moe_256 --words $words --vocabulary $vocabulary --square $square \
+        --profile --overrides "${small[@]}"
 }
 
 # One model of the study, for as many words as all others; the best of what a GPU is for: 36 M words an epoch.
 train() {
     local name=$1 seconds=$2 runs=${TMPDIR:-/tmp}/gpu-check-runs
     shift 2
-    timeout "$seconds" "$python" -m moe_lm train "$@" name="$name" runs="$runs" corpus=text \
+    timeout "$seconds" "$python" -m moe_lm train "$@" "${study[@]}" name="$name" runs="$runs" corpus=text \
         "corpus.train=$packed/text/*.train.*" "corpus.valid=$packed/text/*.valid.*" "corpus.test=$packed/text/*.test.*" \
-        batch.words=65536 training.num_words=72e6 training.log_every=50 training.valid_every=1000 \
-        checkpoint.every_seconds=100000 checkpoint.keep_last=1 || true
+        training.log_every=50 training.valid_every=1000 checkpoint.every_seconds=100000 checkpoint.keep_last=1 ||
+        echo "$name: stopped ($?)" >&2
     for file in result.json metrics.jsonl; do
         [ ! -f "$runs/$name/$file" ] || cp "$runs/$name/$file" "$out/$name.$file"
     done

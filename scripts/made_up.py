@@ -47,7 +47,7 @@ def trainer(name: str, overrides: list[str], prepared: Prepared, folder: Path) -
 def step(of: Trainer) -> int:
     """Make one update on the next batch and return its words."""
     number = of.progress.step
-    batch = of.batches.step(number)
+    batch = of.ahead.step(number)
     of.update(batch, number, of.peak_rate * of.schedule(number))
     of.progress.step += 1
     return batch.num_words

@@ -8,7 +8,7 @@ Nothing of them is here but how they are called. What the folder may hold, and h
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -36,14 +36,14 @@ Passed = Callable[[Tensor], tuple[Tensor, list[Tensor]]]
 """A layer's forward pass: tokens (T, D) to its output and the losses to add."""
 
 
-def peers(folder: Path, sizes: Sizes, gate_DE: Tensor) -> dict[str, tuple[nn.Module, Passed]]:
-    """Return the layers found in the folder, by name; where they have a gate like ours it gets this matrix."""
+def peers(folder: Path, sizes: Sizes, gate_DE: Tensor, wanted: Collection[str]) -> dict[str, tuple[nn.Module, Passed]]:
+    """Return the wanted layers found in the folder, by name; where they have a gate like ours it gets this matrix."""
     makers = {"davidmrau": _davidmrau, "lucidrains": _lucidrains}
     if gate_DE.is_cuda:
         makers["scattermoe"] = _scattermoe
     found = {}
     for name, make in makers.items():
-        if (folder / name).is_dir():
+        if name in wanted and (folder / name).is_dir():
             sys.path.insert(0, str(folder / name))
             found[name] = make(sizes, gate_DE)
     return found

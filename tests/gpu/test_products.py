@@ -3,9 +3,13 @@
 Shape suffixes: A assignments, D width, H hidden, E experts, T tokens, C candidates.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
+from mixture_by_hand import make
 
+from moe_lm import kernels
 from moe_lm.cross_entropy import exact_nats, summed_nats
 from moe_lm.experts import Experts, recompute_hidden
 from moe_lm.gate import Gating
@@ -34,8 +38,10 @@ def test_experts_in_bfloat16(gpu, counts, recompute):
     experts = Experts(width=32, hidden=64, num_experts=len(counts)).to(gpu)
     recompute_hidden(torch.nn.ModuleList([experts]), recompute)
     expert_A = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    x_AD = torch.randn(len(expert_A), 32)
-    grad_AD = torch.randn(len(expert_A), 32)
+    # Exact in bfloat16, or hidden units near 0 would change sides.
+    x_AD, grad_AD = (torch.randn(len(expert_A), 32).bfloat16().float() for _ in range(2))
+    for weight in experts.parameters():
+        weight.data = weight.data.bfloat16().float()
     ours = x_AD.to(gpu, copy=True).requires_grad_()
     with torch.autocast("cuda", torch.bfloat16):
         y_AD = experts(ours, one_each(expert_A.to(gpu)))
@@ -54,6 +60,23 @@ def test_experts_in_bfloat16(gpu, counts, recompute):
         assert got.isfinite().all()
         assert (got - want).norm() <= 0.02 * want.norm() + 1e-6
     assert (experts.w1_EDH.grad[[count == 0 for count in counts]] == 0).all()
+
+
+def test_kernels_are_torchs_operators(gpu, monkeypatch):
+    """With our kernels the mixture and all its gradients are those without, to bfloat16's rounding."""
+    experts, x_TD, gating = make([30, 0, 50, 9], torch.float32, width=32, hidden=64)
+    experts, x_TD = experts.to(gpu), x_TD.detach().to(gpu).requires_grad_()
+    on_gpu = {name: getattr(gating, name).detach().to(gpu) for name in ("token_A", "expert_A", "gate_A")}
+    gating = replace(gating, **on_gpu | {"gate_A": on_gpu["gate_A"].requires_grad_()})
+    results = []
+    for plain in (False, True):
+        monkeypatch.setattr(kernels, "plain", plain)
+        with torch.autocast("cuda", torch.bfloat16):
+            y_TD = experts(x_TD, gating)
+        inputs = (x_TD, gating.gate_A, experts.w1_EDH, experts.w2_EHD)
+        results.append([y_TD, *torch.autograd.grad(y_TD.square().sum(), inputs)])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).norm() <= 0.01 * theirs.norm()
 
 
 @pytest.mark.parametrize("max_logits", [64, 10_000])

@@ -1,0 +1,91 @@
+"""The kernels of `moe_lm.fused_rows`: sums in float32 whatever the rows' type, no atomic additions.
+
+Shape suffixes: T tokens, D width, H expert hidden, A assignments.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LARGEST_BLOCK = 1024
+"""Columns that one program holds at a time."""
+
+
+def gathered(x_TD: Tensor, token_A: Tensor, gate_A: Tensor) -> Tensor:
+    """Return gate * x of each assignment's token, in the type of x."""
+    width = x_TD.shape[1]
+    out_AD = x_TD.new_empty(len(token_A), width)
+    block = _block(width)
+    if out_AD.numel():
+        grid = len(token_A), triton.cdiv(width, block)
+        _gather[grid](x_TD.contiguous(), token_A, gate_A, out_AD, width, BLOCK=block)
+    return out_AD
+
+
+def summed_by_token(y_AD: Tensor, order_A: Tensor, ends_T: Tensor, gate_A: Tensor | None) -> Tensor:
+    """Return the sum of each token's rows in float32; those of token t end at `ends_T[t]` in `order_A`."""
+    num_tokens, width = len(ends_T), y_AD.shape[1]
+    out_TD = y_AD.new_empty(num_tokens, width, dtype=torch.float32)
+    block = _block(width)
+    if out_TD.numel():
+        weights = y_AD if gate_A is None else gate_A  # never read without gates
+        grid = num_tokens, triton.cdiv(width, block)
+        _sum[grid](y_AD.contiguous(), weights, order_A, ends_T, out_TD, width, WEIGHTED=gate_A is not None, BLOCK=block)
+    return out_TD
+
+
+def hidden_gradient_(grad_AH: Tensor, h_AH: Tensor, gate_A: Tensor) -> Tensor:
+    """Return grad . h of each row in float32, and mask and weigh the gradient where it is."""
+    grad_gate_A = gate_A.new_empty(len(gate_A), dtype=torch.float32)
+    if len(gate_A):
+        hidden = h_AH.shape[1]
+        _mask_and_dot[(len(gate_A),)](grad_AH, h_AH, gate_A, grad_gate_A, hidden, BLOCK=_block(hidden))
+    return grad_gate_A
+
+
+def _block(width: int) -> int:
+    return min(_LARGEST_BLOCK, triton.next_power_of_2(width))
+
+
+@triton.jit
+def _gather(x, token, gate, out, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)  # rows times width may pass 2^31
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    value = tl.load(x + tl.load(token + row) * width + column, mask=inside, other=0.0).to(tl.float32)
+    value *= tl.load(gate + row).to(tl.float32)
+    tl.store(out + row * width + column, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sum(y, gate, order, ends, out, width, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    first = tl.load(ends + token - 1, mask=token > 0, other=0)
+    last = tl.load(ends + token)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for place in range(first, last):
+        row = tl.load(order + place)
+        value = tl.load(y + row * width + column, mask=inside, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            value *= tl.load(gate + row).to(tl.float32)
+        total += value
+    tl.store(out + token * width + column, total, mask=inside)
+
+
+@triton.jit
+def _mask_and_dot(grad, h, gate, grad_gate, hidden, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    weight = tl.load(gate + row).to(tl.float32)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(0, hidden, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        inside = column < hidden
+        at = row * hidden + column
+        slope = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
+        total += slope * value
+        tl.store(grad + at, tl.where(value > 0, weight * slope, 0.0).to(grad.dtype.element_ty), mask=inside)
+    tl.store(grad_gate + row, tl.sum(total, axis=0))

@@ -1,0 +1,60 @@
+"""The mixture by grouped GEMM, run in float32 on the CPU, against one assignment at a time.
+
+Shape suffixes: T tokens, A assignments, E experts.
+"""
+
+import pytest
+import torch
+from mixture_by_hand import COUNTS, by_assignment, gradients, make
+
+from moe_lm.grouped_mixture import grouped_mixture
+
+
+def mixture(experts, x_TD, gating, counts, dtype, recompute=False):
+    ends_E = torch.tensor(counts).cumsum(0)
+    assignments = gating.token_A, gating.gate_A, ends_E
+    return grouped_mixture(x_TD, *assignments, experts.w1_EDH, experts.w2_EHD, dtype, recompute=recompute)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_equals_one_assignment_at_a_time(counts, recompute):
+    """Outputs and all gradients, gates' too; a token without any gets zeros, an expert without any a gradient of 0."""
+    experts, x_TD, gating = make(counts, torch.float32)
+    inputs = (x_TD, gating.gate_A, experts.w1_EDH, experts.w2_EHD)
+    got_TD = mixture(experts, x_TD, gating, counts, torch.float32, recompute)
+    want_TD = by_assignment(x_TD, gating, *inputs[1:])
+    torch.testing.assert_close(got_TD, want_TD, rtol=1e-5, atol=1e-5)
+    got, want = gradients(got_TD, inputs), gradients(want_TD, inputs)
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    for e, count in enumerate(counts):
+        if count == 0:
+            assert (got[2][e] == 0).all()
+            assert (got[3][e] == 0).all()
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_bfloat16_products_and_float32_sums(recompute):
+    """Near the float32 result to bfloat16's rounding; each gradient has its argument's type."""
+    counts = [30, 0, 50, 9]
+    experts, x_TD, gating = make(counts, torch.float32, width=16, hidden=24)  # rows of 16 bytes
+    for argument in (x_TD, *experts.parameters()):
+        argument.data = argument.data.bfloat16().float()  # or hidden units near 0 would change sides
+    inputs = (x_TD, gating.gate_A, experts.w1_EDH, experts.w2_EHD)
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        y_TD = mixture(experts, x_TD, gating, counts, dtype, recompute)
+        results.append([y_TD, *gradients(y_TD, inputs)])
+    for low, full in zip(*results, strict=True):
+        assert low.dtype == torch.float32
+        assert (low - full).norm() < 0.02 * full.norm()
+        assert not torch.equal(low, full)
+
+
+def test_two_backward_passes_are_equal():
+    """The kept activations are not used up."""
+    experts, x_TD, gating = make([3, 4], torch.float32)
+    y_TD = mixture(experts, x_TD, gating, [3, 4], torch.float32)
+    once, again = (torch.autograd.grad(y_TD.sum(), gating.gate_A, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(once, again)

@@ -1,0 +1,75 @@
+"""The GPU's kernels, run by Triton's interpreter on the CPU, against torch's operators in float64.
+
+Shape suffixes: T tokens, D width, A assignments.
+"""
+
+import os
+
+import pytest
+import torch
+
+os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are made
+pytest.importorskip("triton")
+
+from moe_lm import fused_rows, triton_rows
+
+TYPES = [torch.float32, torch.bfloat16]
+SIZES = [(5, 8, 11), (7, 24, 16), (1, 3, 4), (4, 1100, 6), (3, 16, 0)]
+"""Tokens, width (not a power of two, wider than a block), assignments (none at all)."""
+
+
+def rows_of(num_tokens, width, num_rows, dtype):
+    """Rows of tokens, of which the first gets none where there are several; their gates, one of them 0."""
+    generator = torch.Generator().manual_seed(num_rows)
+    token_A = torch.randint(min(1, num_tokens - 1), num_tokens, (num_rows,), generator=generator)
+    gate_A = torch.randn(num_rows, generator=generator)
+    gate_A[1:2] = 0
+    return token_A, gate_A, torch.randn(num_rows, width, generator=generator).to(dtype)
+
+
+def near(got, want, dtype):
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_gathered(sizes, dtype):
+    """gate * x of the assignment's token, in the type of x."""
+    token_A, gate_A, _ = rows_of(*sizes, dtype)
+    x_TD = torch.randn(sizes[0], sizes[1]).to(dtype)
+    got = triton_rows.gathered(x_TD, token_A, gate_A)
+    assert got.dtype == dtype
+    near(got, x_TD.double()[token_A] * gate_A.double().unsqueeze(1), dtype)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_summed_by_token(sizes, dtype, weighted):
+    """A loop over assignments; float32 whatever the type; a token without rows gets zeros."""
+    token_A, gate_A, y_AD = rows_of(*sizes, dtype)
+    places = fused_rows.places(token_A, sizes[0])
+    got = triton_rows.summed_by_token(y_AD, *places, gate_A if weighted else None)
+    want = torch.zeros(sizes[0], sizes[1], dtype=torch.float64)
+    for token, gate, y in zip(token_A.tolist(), gate_A.double(), y_AD.double(), strict=True):
+        want[token] += (gate if weighted else 1) * y
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fused_rows.summed_by_token(y_AD, token_A, places, gate_A if weighted else None), got)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_hidden_gradient(sizes, dtype):
+    """Dots with the gradient as it came, then the gradient masked and weighted, in its place."""
+    _, gate_A, grad_AH = rows_of(*sizes, dtype)
+    h_AH = torch.randn(grad_AH.shape).relu().to(dtype)
+    want_gate = (grad_AH.double() * h_AH.double()).sum(dim=1)
+    want_AH = grad_AH.double() * (h_AH > 0) * gate_A.double().unsqueeze(1)
+    by_torch = grad_AH.clone()
+    got_gate = triton_rows.hidden_gradient_(grad_AH, h_AH, gate_A)
+    near(got_gate, want_gate, torch.float32)
+    near(grad_AH, want_AH, dtype)
+    near(fused_rows.hidden_gradient_(by_torch, h_AH, gate_A), want_gate, torch.float32)
+    torch.testing.assert_close(by_torch, grad_AH)
