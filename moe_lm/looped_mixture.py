@@ -22,6 +22,9 @@ _BYTES = 4 << 20
 """Of hidden activations that are worked on together, where an expert's own are not more: few enough for a core's cache,
 and so many that small experts do not pay for each operation on a few rows."""
 
+_HOT_BYTES = 1 << 19
+"""Of hidden activations that several passes go over: with their gradients and products within a core's own cache."""
+
 
 def looped_mixture(
     x_TD: Tensor,
@@ -36,7 +39,7 @@ def looped_mixture(
     """Return y_TD, of each token the sum over its assignments of gate * ReLU(x W1) W2, zeros where there are none.
 
     Assignments are sorted by expert, those of expert e end at `ends_E[e]` (int64). `recompute` makes the hidden
-    activations anew in the backward pass, an expert's at a time and with the same bits.
+    activations anew in the backward pass, a block of experts at a time and with the same bits.
     """
     return _LoopedMixture.apply(x_TD, token_A, gate_A, ends_E, w1_EDH, w2_EHD, recompute)
 
@@ -68,13 +71,21 @@ class _LoopedMixture(torch.autograd.Function):
             if h_AH is None:
                 _products(block, x, w1_EDH, h).relu_()
             _products(block, grad, w2_EHD.mT, grad_h)
-            torch.linalg.vecdot(grad_h, h, out=grad_gate_A[block.rows])
+            _hidden_gradient_(grad_h, h, gate, grad_gate_A[block.rows])
             grad.mul_(gate)
-            torch.ops.aten.threshold_backward.grad_input(grad_h, h, 0, grad_input=grad_h).mul_(gate)
             _outer_products(block, h, grad, grad_w2_EHD)
             _outer_products(block, x, grad_h, grad_w1_EDH)
             add_(grad_x_TD, token, _products(block, grad_h, w1_EDH.mT, x))
         return grad_x_TD, None, grad_gate_A, None, grad_w1_EDH, grad_w2_EHD, None
+
+
+def _hidden_gradient_(grad_h: Tensor, h: Tensor, gate: Tensor, grad_gate: Tensor) -> None:
+    """Fill each gate's gradient, grad . h; make the hidden gradient gate * grad where h > 0, some rows at a time."""
+    rows = max(1, _HOT_BYTES // (h.shape[1] * h.element_size()))
+    for some in zip(*(x.split(rows) for x in (grad_h, h, gate, grad_gate)), strict=True):
+        grad_some, h_some, gate_some, grad_gate_some = some
+        torch.linalg.vecdot(grad_some, h_some, out=grad_gate_some)
+        torch.ops.aten.threshold_backward.grad_input(grad_some, h_some, 0, grad_input=grad_some).mul_(gate_some)
 
 
 class _Block(NamedTuple):

@@ -63,6 +63,7 @@ class Made(TorchDispatchMode):
 def block_bytes(request, monkeypatch):
     """As many experts as are worked on together."""
     monkeypatch.setattr(looped_mixture, "_BYTES", request.param)
+    monkeypatch.setattr(looped_mixture, "_HOT_BYTES", request.param)
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
