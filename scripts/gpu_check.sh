@@ -34,7 +34,7 @@ experts=(4 32 256 1024 4096) flat=(32 256) hierarchical=256 small=() study=(batc
 if [ -n "${REHEARSE:-}" ]; then
     tokens=256 words=512 vocabulary=3000 square=128 data=20000 shard=2000 experts=(4 8) flat=(4 8) hierarchical=32
     small=(model.width=16 model.expert_hidden=16)
-    study=(batch.words=1000 training.num_words=20000 softmax.num_sampled=64 vocabulary.size=2000 "${small[@]}")
+    study=(batch.words=1000 training.num_words=20000 softmax.num_sampled=64 vocabulary.max_size=2000 "${small[@]}")
 fi
 
 # The environment's Python where there is one, else the machine's own with the packed wheels beside it.
