@@ -19,9 +19,9 @@ SIZES = [(5, 8, 11), (7, 24, 16), (1, 3, 4), (4, 1100, 6), (3, 16, 0)]
 
 
 def rows_of(num_tokens, width, num_rows, dtype):
-    """Rows of tokens, of which the first gets none where there are several; their gates, one of them 0."""
+    """Rows of tokens, of which the last gets none where there are several; their gates, one of them 0."""
     generator = torch.Generator().manual_seed(num_rows)
-    token_A = torch.randint(min(1, num_tokens - 1), num_tokens, (num_rows,), generator=generator)
+    token_A = torch.randint(max(1, num_tokens - 1), (num_rows,), generator=generator)
     gate_A = torch.randn(num_rows, generator=generator)
     gate_A[1:2] = 0
     return token_A, gate_A, torch.randn(num_rows, width, generator=generator).to(dtype)
