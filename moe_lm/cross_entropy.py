@@ -61,7 +61,8 @@ def _block_nats(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor, target_T: 
 class _SummedNats(torch.autograd.Function):
     """The gradients are made in the forward pass, while a block's probabilities are at hand.
 
-    The three products run in the type `product`; sums, exponentials and gradients keep the arguments' types.
+    The three products, and with our kernel the probabilities, have the type `product`; sums, exponentials and gradients
+    keep the arguments' types.
     """
 
     @staticmethod

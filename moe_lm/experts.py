@@ -7,7 +7,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from moe_lm.dispatch import combine, dispatch
@@ -15,7 +14,7 @@ from moe_lm.distributed import ALONE, Processes
 from moe_lm.expert_parallel import at_their_experts
 from moe_lm.gate import Gating
 from moe_lm.group import Share, divided
-from moe_lm.grouped_mixture import grouped_mixture
+from moe_lm.grouped_mixture import grouped, grouped_mixture, parts_of
 from moe_lm.initial import initialize_experts_
 from moe_lm.looped_mixture import looped_mixture
 
@@ -109,5 +108,6 @@ def grouped_products(
 
 
 def _grouped(x_AD: Tensor, ends_E: Tensor, w1_EDH: Tensor, w2_EHD: Tensor, dtype: torch.dtype) -> Tensor:
-    h_AH = F.grouped_mm(x_AD.to(dtype), w1_EDH.to(dtype), offs=ends_E).relu()
-    return F.grouped_mm(h_AH, w2_EHD.to(dtype), offs=ends_E)
+    parts = parts_of(ends_E, len(x_AD))
+    h_AH = grouped(x_AD.to(dtype), w1_EDH.to(dtype), ends_E, parts).relu()
+    return grouped(h_AH, w2_EHD.to(dtype), ends_E, parts)

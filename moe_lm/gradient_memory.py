@@ -16,7 +16,7 @@ def new_gradient(parameter: Tensor) -> Tensor:
     spare = getattr(parameter, "spare_gradient", None)
     if parameter.device.type == "cpu":
         parameter.spare_gradient = None  # from now on it has one
-    fits = spare is not None and (spare.shape, spare.dtype) == (parameter.shape, parameter.dtype)
+    fits = spare is not None and _form(spare) == _form(parameter)
     return spare if fits else torch.empty_like(parameter, requires_grad=False)
 
 
@@ -26,6 +26,10 @@ def forget_gradient(parameter: nn.Parameter) -> None:
     if grad is not None and hasattr(parameter, "spare_gradient") and _alone(grad):
         parameter.spare_gradient = grad
     parameter.grad = None
+
+
+def _form(tensor: Tensor) -> tuple:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def _alone(tensor: Tensor) -> bool:

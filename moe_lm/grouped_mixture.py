@@ -1,7 +1,7 @@
 """The weighted sum of experts (eq. 1) by grouped GEMM inside one autograd node: for GPUs under autocast.
 
-No launch per expert and no wait for the counts. As in the loop for CPUs, neither the experts' inputs nor their answers
-are kept for the backward pass.
+No launch per expert and, up to 1,023 experts, no wait for the counts. As in the loop for CPUs, neither the experts'
+inputs nor their answers are kept for the backward pass.
 
 Shape suffixes: T tokens, D width, H expert hidden, E experts, A assignments.
 """
@@ -12,6 +12,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moe_lm.fused_rows import Places, gathered, hidden_gradient_, places, summed_by_token
+
+_MOST_GROUPS = 1023
+"""Of one grouped product: torch's for Hopper takes fewer than 1,024."""
+
+Parts = list[tuple[slice, slice, int]]
+"""Experts, their rows, and the first of these, of products that are made apart."""
 
 
 def grouped_mixture(
@@ -33,13 +39,56 @@ def grouped_mixture(
     return _GroupedMixture.apply(x_TD, token_A, gate_A, ends_E.to(torch.int32), w1_EDH, w2_EHD, dtype, recompute)
 
 
+def parts_of(ends_E: Tensor, num_rows: int) -> Parts:
+    """Return what one grouped product can take; of very many experts the host waits for where their parts end."""
+    num_experts = len(ends_E)
+    if num_experts <= _MOST_GROUPS:
+        return [(slice(0, num_experts), slice(0, num_rows), 0)]
+    firsts = range(0, num_experts, _MOST_GROUPS)
+    lasts = [min(first + _MOST_GROUPS, num_experts) for first in firsts]
+    stops = ends_E[[last - 1 for last in lasts]].tolist()
+    starts = [0, *stops[:-1]]
+    return [
+        (slice(first, last), slice(start, stop), start)
+        for first, last, start, stop in zip(firsts, lasts, starts, stops, strict=True)
+    ]
+
+
+def grouped(x_AD: Tensor, weight_EDH: Tensor, ends_E: Tensor, parts: Parts) -> Tensor:
+    """Return each row times the matrix of its expert (A, H); differentiable."""
+    made = [
+        F.grouped_mm(x_AD[rows], weight_EDH[experts], offs=_offsets(ends_E[experts], start))
+        for experts, rows, start in parts
+        if rows.stop > rows.start or len(parts) == 1
+    ]
+    if not made:
+        return x_AD.new_empty(0, weight_EDH.shape[2])
+    return made[0] if len(made) == 1 else torch.cat(made)
+
+
+def _offsets(ends_E: Tensor, start: int) -> Tensor:
+    return ends_E - start if start else ends_E
+
+
+def _outer(x_AD: Tensor, grad_AH: Tensor, ends_E: Tensor, parts: Parts) -> Tensor:
+    """Return each expert's x^T grad (E, D, H)."""
+    made = [
+        F.grouped_mm(x_AD[rows].t(), grad_AH[rows], offs=_offsets(ends_E[experts], start))
+        if rows.stop > rows.start
+        else x_AD.new_zeros(experts.stop - experts.start, x_AD.shape[1], grad_AH.shape[1])
+        for experts, rows, start in parts
+    ]
+    return made[0] if len(made) == 1 else torch.cat(made)
+
+
 class _GroupedMixture(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, token_A, gate_A, ends_E, w1_EDH, w2_EHD, dtype, recompute):
         of_tokens = places(token_A, len(x_TD))
         x, w1, w2 = (tensor.to(dtype) for tensor in (x_TD, w1_EDH, w2_EHD))
-        h_AH = F.grouped_mm(gathered(x, token_A), w1, offs=ends_E).relu_()
-        y_AD = F.grouped_mm(h_AH, w2, offs=ends_E)
+        ctx.parts = parts_of(ends_E, len(token_A))
+        h_AH = grouped(gathered(x, token_A), w1, ends_E, ctx.parts).relu_()
+        y_AD = grouped(h_AH, w2, ends_E, ctx.parts)
         kept = (x_TD, w1_EDH, w2_EHD, None) if recompute else (x, w1, w2, h_AH)
         ctx.save_for_backward(token_A, gate_A, ends_E, *of_tokens, *kept)
         ctx.dtype, ctx.types = dtype, (x_TD.dtype, w1_EDH.dtype, w2_EHD.dtype)
@@ -52,12 +101,12 @@ class _GroupedMixture(torch.autograd.Function):
         x_TD, w1_EDH, w2_EHD, grad_TD = (tensor.to(ctx.dtype) for tensor in (*kept, grad_TD))
         x_AD = gathered(x_TD, token_A)
         if h_AH is None:
-            h_AH = F.grouped_mm(x_AD, w1_EDH, offs=ends_E).relu_()
-        grad_h_AH = F.grouped_mm(gathered(grad_TD, token_A), w2_EHD.mT, offs=ends_E)
+            h_AH = grouped(x_AD, w1_EDH, ends_E, ctx.parts).relu_()
+        grad_h_AH = grouped(gathered(grad_TD, token_A), w2_EHD.mT, ends_E, ctx.parts)
         grad_gate_A = hidden_gradient_(grad_h_AH, h_AH, gate_A)
-        grad_w2_EHD = F.grouped_mm(h_AH.t(), gathered(grad_TD, token_A, gate_A), offs=ends_E)
-        grad_w1_EDH = F.grouped_mm(x_AD.t(), grad_h_AH, offs=ends_E)
-        grad_x_AD = F.grouped_mm(grad_h_AH, w1_EDH.mT, offs=ends_E)
+        grad_w2_EHD = _outer(h_AH, gathered(grad_TD, token_A, gate_A), ends_E, ctx.parts)
+        grad_w1_EDH = _outer(x_AD, grad_h_AH, ends_E, ctx.parts)
+        grad_x_AD = grouped(grad_h_AH, w1_EDH.mT, ends_E, ctx.parts)
         grad_x_TD = summed_by_token(grad_x_AD, token_A, Places(order_A, ends_T))
         grads = zip((grad_x_TD, grad_w1_EDH, grad_w2_EHD), ctx.types, strict=True)
         grad_x_TD, grad_w1_EDH, grad_w2_EHD = (grad.to(kind) for grad, kind in grads)

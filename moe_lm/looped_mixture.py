@@ -81,7 +81,7 @@ class _LoopedMixture(torch.autograd.Function):
 
 def _hidden_gradient_(grad_h: Tensor, h: Tensor, gate: Tensor, grad_gate: Tensor) -> None:
     """Fill each gate's gradient, grad . h; make the hidden gradient gate * grad where h > 0, some rows at a time."""
-    rows = max(1, _HOT_BYTES // (h.shape[1] * h.element_size()))
+    rows = max(1, len(h) if h.is_cuda else _HOT_BYTES // (h.shape[1] * h.element_size()))
     for some in zip(*(x.split(rows) for x in (grad_h, h, gate, grad_gate)), strict=True):
         grad_some, h_some, gate_some, grad_gate_some = some
         torch.linalg.vecdot(grad_some, h_some, out=grad_gate_some)

@@ -19,7 +19,7 @@ def gathered(x_TD: Tensor, token_A: Tensor, gate_A: Tensor) -> Tensor:
     block = _block(width)
     if out_AD.numel():
         grid = len(token_A), triton.cdiv(width, block)
-        _gather[grid](x_TD.contiguous(), token_A, gate_A, out_AD, width, BLOCK=block)
+        _gather[grid](*_rows(x_TD, token_A, gate_A), out_AD, width, BLOCK=block)
     return out_AD
 
 
@@ -29,9 +29,9 @@ def summed_by_token(y_AD: Tensor, order_A: Tensor, ends_T: Tensor, gate_A: Tenso
     out_TD = y_AD.new_empty(num_tokens, width, dtype=torch.float32)
     block = _block(width)
     if out_TD.numel():
-        weights = y_AD if gate_A is None else gate_A  # never read without gates
+        rows = _rows(y_AD, y_AD if gate_A is None else gate_A, order_A, ends_T)  # without gates the second is not read
         grid = num_tokens, triton.cdiv(width, block)
-        _sum[grid](y_AD.contiguous(), weights, order_A, ends_T, out_TD, width, WEIGHTED=gate_A is not None, BLOCK=block)
+        _sum[grid](*rows, out_TD, width, WEIGHTED=gate_A is not None, BLOCK=block)
     return out_TD
 
 
@@ -40,8 +40,14 @@ def hidden_gradient_(grad_AH: Tensor, h_AH: Tensor, gate_A: Tensor) -> Tensor:
     grad_gate_A = gate_A.new_empty(len(gate_A), dtype=torch.float32)
     if len(gate_A):
         hidden = h_AH.shape[1]
-        _mask_and_dot[(len(gate_A),)](grad_AH, h_AH, gate_A, grad_gate_A, hidden, BLOCK=_block(hidden))
+        assert grad_AH.is_contiguous()  # it is changed where it is
+        _mask_and_dot[(len(gate_A),)](grad_AH, *_rows(h_AH, gate_A), grad_gate_A, hidden, BLOCK=_block(hidden))
     return grad_gate_A
+
+
+def _rows(*tensors: Tensor) -> list[Tensor]:
+    """Return the tensors as the kernels read them, without gaps."""
+    return [tensor.contiguous() for tensor in tensors]
 
 
 def _block(width: int) -> int:

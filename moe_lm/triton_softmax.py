@@ -23,7 +23,9 @@ def probabilities_(logits_TC: Tensor, bias_C: Tensor, true_T: Tensor, hit_T: Ten
     true_probability_T, nats_T = (true_T.new_empty(num_tokens, dtype=torch.float32) for _ in range(2))
     if num_tokens:
         block = min(_LARGEST_BLOCK, triton.next_power_of_2(num_candidates))
-        rows = logits_TC, bias_C, true_T, hit_T, true_probability_T, nats_T
+        assert logits_TC.is_contiguous()  # they are changed where they are
+        given = [tensor.contiguous() for tensor in (bias_C, true_T, hit_T)]
+        rows = logits_TC, *given, true_probability_T, nats_T
         _probabilities[(num_tokens,)](*rows, num_candidates, BLOCK=block)
     return true_probability_T, nats_T
 

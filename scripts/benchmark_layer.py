@@ -52,6 +52,9 @@ def main() -> None:
     if options.peak:
         _print_peak(options, on)
         return
+    ceiling = product_ceiling(on, torch.bfloat16 if on.type == "cuda" else torch.float32, options.square)
+    print(f"products of square matrices of {options.square}: {ceiling / 1e9:,.0f} GFLOP/s")
+    asked = {key: getattr(options, key) for key in ("width", "hidden", "k", "tokens", "rounds")}
     found = {}
     for num_experts in options.experts:
         sizes = _sizes(options, num_experts)
@@ -68,10 +71,8 @@ def main() -> None:
             _print(num_experts, name, row)
         found[num_experts] = rows
         del works
-    ceiling = product_ceiling(on, torch.bfloat16 if on.type == "cuda" else torch.float32, options.square)
-    print(f"products of square matrices of {options.square}: {ceiling / 1e9:,.0f} GFLOP/s")
-    sizes = {key: getattr(options, key) for key in ("width", "hidden", "k", "tokens", "rounds")}
-    write_record(options.json, on, {"layers": found, "options": sizes, "product_flops_per_second": ceiling})
+        # After each, as the next may need more memory than there is.
+        write_record(options.json, on, {"layers": found, "options": asked, "product_flops_per_second": ceiling})
 
 
 def _options() -> argparse.Namespace:

@@ -30,9 +30,9 @@ pack() {
 
 # Tokens of a layer, words of a step, of the vocabulary and of a study, ...
 tokens=75000 words=75000 vocabulary=793471 square=8192 data=20000000 shard=159658
-experts=(4 32 256 1024 4096) flat=(32 256) hierarchical=256 small=() study=(batch.words=65536 training.num_words=72e6)
+experts=(4 32 256 1024) most=4096 flat=(32 256) hierarchical=256 small=() study=(batch.words=65536 training.num_words=72e6)
 if [ -n "${REHEARSE:-}" ]; then
-    tokens=256 words=512 vocabulary=3000 square=128 data=20000 shard=2000 experts=(4 8) flat=(4 8) hierarchical=32
+    tokens=256 words=512 vocabulary=3000 square=128 data=20000 shard=2000 experts=(4 8) most=16 flat=(4 8) hierarchical=32
     small=(model.width=16 model.expert_hidden=16)
     study=(batch.words=1000 training.num_words=20000 softmax.num_sampled=64 vocabulary.max_size=2000 "${small[@]}")
 fi
@@ -62,6 +62,7 @@ bench() {
     local peers=()
     [ ! -d $packed/peers ] || peers=(--peers $packed/peers)
     run layer 150 benchmark_layer.py --experts "${experts[@]}" --tokens $tokens --square $square "${peers[@]}"
+    run layer_4096 60 benchmark_layer.py --experts $most --tokens $tokens --square $square --layers moe --room 0
     run step_256 60 benchmark_step.py --model moe_256 --words $words --vocabulary $vocabulary --square $square \
         --overrides "${small[@]}"
     run training 90 benchmark_training.py --words $words --vocabulary $vocabulary --experts "${flat[@]}" \

@@ -7,6 +7,7 @@ import pytest
 import torch
 from mixture_by_hand import COUNTS, by_assignment, gradients, make
 
+from moe_lm import grouped_mixture as module
 from moe_lm.grouped_mixture import grouped_mixture
 
 
@@ -16,10 +17,15 @@ def mixture(experts, x_TD, gating, counts, dtype, recompute=False):
     return grouped_mixture(x_TD, *assignments, experts.w1_EDH, experts.w2_EHD, dtype, recompute=recompute)
 
 
+@pytest.mark.parametrize("most", [1, 3, 1023])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
-def test_equals_one_assignment_at_a_time(counts, recompute):
-    """Outputs and all gradients, gates' too; a token without any gets zeros, an expert without any a gradient of 0."""
+def test_equals_one_assignment_at_a_time(counts, recompute, most, monkeypatch):
+    """Outputs and all gradients, gates' too; a token without any gets zeros, an expert without any a gradient of 0.
+
+    Also where there are more experts than one grouped product takes.
+    """
+    monkeypatch.setattr(module, "_MOST_GROUPS", most)
     experts, x_TD, gating = make(counts, torch.float32)
     inputs = (x_TD, gating.gate_A, experts.w1_EDH, experts.w2_EHD)
     got_TD = mixture(experts, x_TD, gating, counts, torch.float32, recompute)
