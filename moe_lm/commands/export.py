@@ -1,9 +1,7 @@
 """moe-lm export: a trained model as one folder that opens anywhere, with a model card and checksums."""
 
-import platform
 import sys
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -12,7 +10,7 @@ import yaml
 from moe_lm import checkpoint, exported, weights
 from moe_lm.commands.configuration import composed, resolved
 from moe_lm.commands.describe import size
-from moe_lm.commands.result import counts_of
+from moe_lm.commands.result import counts_of, versions
 from moe_lm.mistake import Mistake
 from moe_lm.model_card import card
 from moe_lm.run import IDENTITY, Run
@@ -58,8 +56,7 @@ def record_of(run: Run, trained: Trained) -> dict:
         "data": trained.fingerprint,
         "vocabulary": {"kind": config["vocabulary"]["_target_"].split(".")[-2], "size": trained.vocabulary.size},
         **asdict(counts_of(trained.model)),
-        "versions": {name: version(name) for name in ("moe-lm", "torch", "safetensors")}
-        | {"python": platform.python_version()},
+        "versions": versions("torch", "safetensors"),
     }
     if result is not None and "preset" in result:
         record["preset"] = result["preset"]

@@ -10,6 +10,7 @@ from importlib.metadata import version
 import torch
 from tqdm import tqdm
 
+from moe_lm import __version__
 from moe_lm.distributed import ALONE, Processes
 from moe_lm.mistake import Mistake
 from moe_lm.model import LanguageModel
@@ -21,6 +22,11 @@ from moe_lm.operations import (
 from moe_lm.perplexity import Measured, measure
 from moe_lm.prepared import Prepared
 from moe_lm.trainer import Trainer
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the versions of these packages, of Python and of moe-lm, which may lie there without being installed."""
+    return {"moe-lm": __version__, **{name: version(name) for name in packages}, "python": platform.python_version()}
 
 
 def measure_split(
@@ -102,8 +108,7 @@ def result_of(config: dict, preset: str, data: Prepared, trainer: Trainer, count
         "perplexity": {split: m.perplexity for split, m in measured.items()},
         "predicted_words": {split: m.words for split, m in measured.items()},
         "unigram_perplexity": {split: data.statistics[split]["unigram_perplexity"] for split in measured},
-        "versions": {name: version(name) for name in ("moe-lm", "torch", "numpy", "hydra-core")}
-        | {"python": platform.python_version()},
+        "versions": versions("torch", "numpy", "hydra-core"),
     }
 
 
