@@ -1,9 +1,16 @@
 """Fixtures: a folder with the small corpus, one with a finished run, and the command line."""
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+
+if not Path("/dev/nvidia0").exists():
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # before anything imports Triton: without a GPU its interpreter runs the kernels
+    )
+
 from tiny_training import TRAINING, Outcome, call, signal_handlers, working_in, write_corpus
 
 

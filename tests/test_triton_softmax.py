@@ -8,8 +8,9 @@ import os
 import pytest
 import torch
 
-os.environ["TRITON_INTERPRET"] = "1"  # before the kernel is made
 pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("tests/gpu runs the kernels themselves", allow_module_level=True)
 
 from moe_lm import cross_entropy, triton_softmax
 

@@ -1,10 +1,14 @@
 """The built wheel stands alone: configs travel in it, it trains in an empty folder, and Python opens the run."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import moe_lm
+from moe_lm.commands import result
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,3 +40,16 @@ def test_wheel_trains_in_an_empty_folder(tmp_path):
     assert opened.returncode == 0, opened.stderr
     result = json.loads((empty / "runs/tiny/result.json").read_text())
     assert abs(float(opened.stdout) / result["perplexity"]["test"] - 1) < 1e-6
+
+
+def test_versions_of_a_tree_that_is_not_installed(monkeypatch):
+    """A result says its version also where moe-lm lies as files beside the packages: a GPU lent for half an hour."""
+
+    def of_installed(name):
+        if name == "moe-lm":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(result, "version", of_installed)
+    found = result.versions("torch")
+    assert (found["moe-lm"], found["torch"]) == (moe_lm.__version__, "1")
