@@ -16,8 +16,8 @@ from moe_lm.fused_rows import Places, gathered, hidden_gradient_, places, summed
 _MOST_GROUPS = 1023
 """Of one grouped product: torch's for Hopper takes fewer than 1,024."""
 
-Parts = list[tuple[slice, slice, int]]
-"""Experts, their rows, and the first of these, of products that are made apart."""
+Parts = list[tuple[slice, slice]]
+"""Experts and their rows, of products that are made apart."""
 
 
 def grouped_mixture(
@@ -43,22 +43,19 @@ def parts_of(ends_E: Tensor, num_rows: int) -> Parts:
     """Return what one grouped product can take; of very many experts the host waits for where their parts end."""
     num_experts = len(ends_E)
     if num_experts <= _MOST_GROUPS:
-        return [(slice(0, num_experts), slice(0, num_rows), 0)]
+        return [(slice(0, num_experts), slice(0, num_rows))]
     firsts = range(0, num_experts, _MOST_GROUPS)
     lasts = [min(first + _MOST_GROUPS, num_experts) for first in firsts]
     stops = ends_E[[last - 1 for last in lasts]].tolist()
-    starts = [0, *stops[:-1]]
-    return [
-        (slice(first, last), slice(start, stop), start)
-        for first, last, start, stop in zip(firsts, lasts, starts, stops, strict=True)
-    ]
+    experts, rows = map(slice, firsts, lasts), map(slice, [0, *stops[:-1]], stops)
+    return list(zip(experts, rows, strict=True))
 
 
 def grouped(x_AD: Tensor, weight_EDH: Tensor, ends_E: Tensor, parts: Parts) -> Tensor:
     """Return each row times the matrix of its expert (A, H); differentiable."""
     made = [
-        F.grouped_mm(x_AD[rows], weight_EDH[experts], offs=_offsets(ends_E[experts], start))
-        for experts, rows, start in parts
+        F.grouped_mm(x_AD[rows], weight_EDH[experts], offs=_offsets(ends_E[experts], rows.start))
+        for experts, rows in parts
         if rows.stop > rows.start or len(parts) == 1
     ]
     if not made:
@@ -73,10 +70,10 @@ def _offsets(ends_E: Tensor, start: int) -> Tensor:
 def _outer(x_AD: Tensor, grad_AH: Tensor, ends_E: Tensor, parts: Parts) -> Tensor:
     """Return each expert's x^T grad (E, D, H)."""
     made = [
-        F.grouped_mm(x_AD[rows].t(), grad_AH[rows], offs=_offsets(ends_E[experts], start))
+        F.grouped_mm(x_AD[rows].t(), grad_AH[rows], offs=_offsets(ends_E[experts], rows.start))
         if rows.stop > rows.start
         else x_AD.new_zeros(experts.stop - experts.start, x_AD.shape[1], grad_AH.shape[1])
-        for experts, rows, start in parts
+        for experts, rows in parts
     ]
     return made[0] if len(made) == 1 else torch.cat(made)
 

@@ -61,13 +61,13 @@ run() {
 bench() {
     local peers=()
     [ ! -d $packed/peers ] || peers=(--peers $packed/peers)
-    run layer 150 benchmark_layer.py --experts "${experts[@]}" --tokens $tokens --square $square "${peers[@]}"
-    run layer_4096 60 benchmark_layer.py --experts $most --tokens $tokens --square $square --layers moe --room 0
+    run layer 100 benchmark_layer.py --experts "${experts[@]}" --tokens $tokens --square $square "${peers[@]}"
+    run layer_4096 80 benchmark_layer.py --experts $most --tokens $tokens --square $square --layers moe --room 0
     run step_256 60 benchmark_step.py --model moe_256 --words $words --vocabulary $vocabulary --square $square \
         --overrides "${small[@]}"
-    run training 90 benchmark_training.py --words $words --vocabulary $vocabulary --experts "${flat[@]}" \
+    run training 70 benchmark_training.py --words $words --vocabulary $vocabulary --experts "${flat[@]}" \
         --hierarchical $hierarchical --rounds 7 --overrides "${small[@]}"
-    run data 60 benchmark_data.py --words $data
+    run data 50 benchmark_data.py --words $data
     run evaluation 60 benchmark_evaluation.py --tokens $shard --vocabulary $vocabulary --square $square \
         --overrides "${small[@]}"
 }
