@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_lm.expert_products import outer_products, products
 from moe_lm.fused_rows import gathered
 from moe_lm.gradient_memory import new_gradient
 
@@ -52,8 +53,9 @@ class _LoopedMixture(torch.autograd.Function):
         y_TD = torch.zeros_like(x_TD)
         for block, h in _with_hidden(ctx.blocks, h_AH, w1_EDH):
             token = token_A[block.rows]
-            _products(block, gathered(x_TD, token), w1_EDH, h)
-            y = _products(block, h.relu_(), w2_EHD, x_TD.new_empty(len(token), x_TD.shape[1]))
+            products(gathered(x_TD, token), block.sizes, w1_EDH[block.experts], h)
+            y = x_TD.new_empty(len(token), x_TD.shape[1])
+            products(h.relu_(), block.sizes, w2_EHD[block.experts], y)
             add_(y_TD, token, y.mul_(gate_A[block.rows].unsqueeze(1)))
         ctx.save_for_backward(x_TD, token_A, gate_A, h_AH, w1_EDH, w2_EHD)
         return y_TD
@@ -66,16 +68,17 @@ class _LoopedMixture(torch.autograd.Function):
         grad_w1_EDH, grad_w2_EHD = new_gradient(w1_EDH), new_gradient(w2_EHD)
         hidden = _with_hidden(ctx.blocks, h_AH, w1_EDH), _with_hidden(ctx.blocks, None, w1_EDH)
         for (block, h), (_, grad_h) in zip(*hidden, strict=True):
+            sizes, w1, w2 = block.sizes, w1_EDH[block.experts], w2_EHD[block.experts]
             token, gate = token_A[block.rows], gate_A[block.rows].unsqueeze(1)
             x, grad = gathered(x_TD, token), gathered(grad_TD, token)
             if h_AH is None:
-                _products(block, x, w1_EDH, h).relu_()
-            _products(block, grad, w2_EHD.mT, grad_h)
+                products(x, sizes, w1, h).relu_()
+            products(grad, sizes, w2.mT, grad_h)
             _hidden_gradient_(grad_h, h, gate, grad_gate_A[block.rows])
             grad.mul_(gate)
-            _outer_products(block, h, grad, grad_w2_EHD)
-            _outer_products(block, x, grad_h, grad_w1_EDH)
-            add_(grad_x_TD, token, _products(block, grad_h, w1_EDH.mT, x))
+            outer_products(h, sizes, grad, grad_w2_EHD[block.experts])
+            outer_products(x, sizes, grad_h, grad_w1_EDH[block.experts])
+            add_(grad_x_TD, token, products(grad_h, sizes, w1.mT, x))
         return grad_x_TD, None, grad_gate_A, None, grad_w1_EDH, grad_w2_EHD, None
 
 
@@ -125,18 +128,3 @@ def _with_hidden(blocks: list[_Block], h_AH: Tensor | None, w1_EDH: Tensor) -> I
 def add_(y_TD: Tensor, token_R: Tensor, y_RD: Tensor) -> None:
     """Add rows to those of their tokens."""
     y_TD.index_add_(0, token_R, y_RD)
-
-
-def _products(block: _Block, x: Tensor, weights: Tensor, out: Tensor) -> Tensor:
-    """Fill each expert's rows of `out` with the product of its rows of x and its matrix."""
-    parts = zip(x.split(block.sizes), weights[block.experts].unbind(), out.split(block.sizes), strict=True)
-    for part, weight, into in parts:
-        torch.mm(part, weight, out=into)
-    return out
-
-
-def _outer_products(block: _Block, x: Tensor, grad: Tensor, out: Tensor) -> None:
-    """Fill each expert's matrix of `out`; one of no rows with zeros, as an empty product is."""
-    parts = zip(x.split(block.sizes), grad.split(block.sizes), out[block.experts].unbind(), strict=True)
-    for part, grad_part, into in parts:
-        torch.mm(part.t(), grad_part, out=into)

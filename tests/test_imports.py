@@ -29,7 +29,7 @@ ORDER = [
     ["softmax", "experts"],
     ["divided_vocabulary", "dispatch"],
     ["gate", "cross_entropy", "looped_mixture", "grouped_mixture"],
-    ["fused_rows"],
+    ["expert_products", "fused_rows"],
     ["kernels"],
     ["triton_rows", "triton_softmax"],
     ["expert_parallel", "gradient_memory", "grouped_product", "rows"],
