@@ -76,7 +76,7 @@ class Update:
         nats_per_word, length = torch.stack([seen.nats / batch.num_words, norm.double()]).tolist()
         made = math.isfinite(length) and nats_per_word <= self._largest_loss
         if made:
-            self.optimizer.clip(self._clip_norm, norm)
+            self.optimizer.clip(self._clip_norm, length)
             self.optimizer.step()
             self.model.adapt({layer: gating.statistics() for layer, gating in seen.gatings.items()})
         self.optimizer.zero_grad()

@@ -15,6 +15,9 @@ import torch
 Work = Callable[[], object]
 Seconds = dict[str, list[float]]
 
+_WARM_ROUNDS = 3
+"""Where works take and free memory in turn, it takes some rounds until none needs more from the system."""
+
 
 def wait_for(device: torch.device) -> None:
     """Wait until a GPU has done all that it was given."""
@@ -32,16 +35,16 @@ def seconds_of(work: Work, device: torch.device) -> float:
 
 
 def in_turn(works: Mapping[str, Work], rounds: int, device: torch.device) -> Seconds:
-    """Return each work's seconds of every round; a first round, which also allocates, does not count.
+    """Return each work's seconds of every round, without the first rounds, until which memory is being faulted in.
 
     Each round begins with another work, so that none always follows the same one.
     """
     names, seconds = list(works), {name: [] for name in works}
-    for round_ in range(rounds + 1):
+    for round_ in range(_WARM_ROUNDS + rounds):
         first = round_ % len(names)
         for name in names[first:] + names[:first]:
             took = seconds_of(works[name], device)
-            if round_ > 0:
+            if round_ >= _WARM_ROUNDS:
                 seconds[name].append(took)
     return seconds
 

@@ -73,20 +73,14 @@ class Together:
     @torch.no_grad()
     def norm(self, parameters: Iterable[nn.Parameter] | None = None) -> Tensor:
         """Return the norm of the gradient of these parameters (of all)."""
-        parameters = self.parameters if parameters is None else list(parameters)
-        rows = [touched.value_UD for parameter in parameters if (touched := row_gradient(parameter)) is not None]
-        whole = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        return nn.utils.get_total_norm([*whole, *rows], foreach=True)
+        return nn.utils.get_total_norm(_gradients(self.parameters if parameters is None else parameters), foreach=True)
 
     @torch.no_grad()
-    def clip(self, limit: float, had: Tensor) -> None:
+    def clip(self, limit: float, had: float) -> None:
         """Scale the whole gradient down to the norm `limit` if the one that it had is longer."""
-        parameters = self.parameters
-        whole = [parameter for parameter in parameters if parameter.grad is not None]
-        nn.utils.clip_grads_with_norm_(whole, limit, had, foreach=True)
-        for parameter in parameters:
-            if (touched := row_gradient(parameter)) is not None:
-                touched.value_UD.mul_((limit / (had + 1e-6)).clamp(max=1.0))  # as clip_grads_with_norm_ does
+        if had <= limit:
+            return  # not times 1: a pass over all gradients
+        torch._foreach_mul_(_gradients(self.parameters), limit / had)
 
     def step(self) -> None:
         """Update every parameter."""
@@ -99,3 +93,9 @@ class Together:
             forget_gradient(parameter)
         for part in self.parts:
             part.zero_grad(set_to_none=True)
+
+
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Return what there is of gradients, of whole parameters and of touched rows."""
+    both = ((parameter.grad, row_gradient(parameter)) for parameter in parameters)
+    return [grad for whole, rows in both for grad in (whole, rows and rows.value_UD) if grad is not None]
