@@ -8,7 +8,8 @@ Shape suffixes: T tokens, D width, H expert hidden, E experts, A assignments.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from moe_lm.expert_products import outer_products, products
 from moe_lm.fused_rows import gathered
 from moe_lm.gradient_memory import new_gradient
+from moe_lm.threads import at_once
 
 _BYTES = 4 << 20
 """Of hidden activations that are worked on together, where an expert's own are not more: few enough for a core's cache,
@@ -25,6 +27,24 @@ and so many that small experts do not pay for each operation on a few rows."""
 
 _HOT_BYTES = 1 << 19
 """Of hidden activations that several passes go over: with their gradients and products within a core's own cache."""
+
+_WORTHWHILE = 1 << 29
+"""Multiply-adds of a product, some milliseconds, from which on threads take experts of their own."""
+
+_UNEQUAL = 1.25
+"""Of an equal share, what one thread may have."""
+
+
+class _Block(NamedTuple):
+    """Experts that are worked on together, and their rows among all assignments."""
+
+    experts: slice
+    rows: slice
+    sizes: list[int]
+
+
+Part = list[_Block]
+"""What one thread works on."""
 
 
 def looped_mixture(
@@ -48,38 +68,59 @@ def looped_mixture(
 class _LoopedMixture(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, token_A, gate_A, ends_E, w1_EDH, w2_EHD, recompute):
-        ctx.blocks = _blocks(ends_E.tolist(), w1_EDH.shape[2] * w1_EDH.element_size())
+        ctx.parts = _parts(ends_E.tolist(), w1_EDH)
         h_AH = None if recompute else x_TD.new_empty(len(token_A), w1_EDH.shape[2])
-        y_TD = torch.zeros_like(x_TD)
-        for block, h in _with_hidden(ctx.blocks, h_AH, w1_EDH):
-            token = token_A[block.rows]
-            products(gathered(x_TD, token), block.sizes, w1_EDH[block.experts], h)
-            y = x_TD.new_empty(len(token), x_TD.shape[1])
-            products(h.relu_(), block.sizes, w2_EHD[block.experts], y)
-            add_(y_TD, token, y.mul_(gate_A[block.rows].unsqueeze(1)))
-        ctx.save_for_backward(x_TD, token_A, gate_A, h_AH, w1_EDH, w2_EHD)
+        kept = x_TD, token_A, gate_A, h_AH, w1_EDH, w2_EHD
+        y_TD = _summed(partial(_add_answers_, kept), ctx.parts, x_TD)
+        ctx.save_for_backward(*kept)
         return y_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_TD):
-        x_TD, token_A, gate_A, h_AH, w1_EDH, w2_EHD = ctx.saved_tensors
-        grad_x_TD, grad_gate_A = torch.zeros_like(x_TD), torch.empty_like(gate_A)
-        grad_w1_EDH, grad_w2_EHD = new_gradient(w1_EDH), new_gradient(w2_EHD)
-        hidden = _with_hidden(ctx.blocks, h_AH, w1_EDH), _with_hidden(ctx.blocks, None, w1_EDH)
-        for (block, h), (_, grad_h) in zip(*hidden, strict=True):
-            sizes, w1, w2 = block.sizes, w1_EDH[block.experts], w2_EHD[block.experts]
-            token, gate = token_A[block.rows], gate_A[block.rows].unsqueeze(1)
-            x, grad = gathered(x_TD, token), gathered(grad_TD, token)
-            if h_AH is None:
-                products(x, sizes, w1, h).relu_()
-            products(grad, sizes, w2.mT, grad_h)
-            _hidden_gradient_(grad_h, h, gate, grad_gate_A[block.rows])
-            grad.mul_(gate)
-            outer_products(h, sizes, grad, grad_w2_EHD[block.experts])
-            outer_products(x, sizes, grad_h, grad_w1_EDH[block.experts])
-            add_(grad_x_TD, token, products(grad_h, sizes, w1.mT, x))
-        return grad_x_TD, None, grad_gate_A, None, grad_w1_EDH, grad_w2_EHD, None
+        x_TD, _, gate_A, _, *weights = ctx.saved_tensors
+        grads = torch.empty_like(gate_A), *(new_gradient(weight) for weight in weights)
+        grad_x_TD = _summed(partial(_add_gradients_, ctx.saved_tensors, grad_TD, grads), ctx.parts, x_TD)
+        return grad_x_TD, None, grads[0], None, *grads[1:], None
+
+
+def _summed(add_of_: Callable[[Part, Tensor], None], parts: list[Part], like_TD: Tensor) -> Tensor:
+    """Return the sum of what all parts add to zeros, at the same time."""
+    sums = [torch.zeros_like(like_TD) for _ in parts]
+    at_once([partial(add_of_, part, sum_TD) for part, sum_TD in zip(parts, sums, strict=True)])
+    for sum_TD in sums[1:]:
+        sums[0].add_(sum_TD)
+    return sums[0]
+
+
+def _add_answers_(kept: Sequence[Tensor], part: Part, y_TD: Tensor) -> None:
+    x_TD, token_A, gate_A, h_AH, w1_EDH, w2_EHD = kept
+    for block, h in _with_hidden(part, h_AH, w1_EDH):
+        token = token_A[block.rows]
+        products(gathered(x_TD, token), block.sizes, w1_EDH[block.experts], h)
+        y = x_TD.new_empty(len(token), x_TD.shape[1])
+        products(h.relu_(), block.sizes, w2_EHD[block.experts], y)
+        add_(y_TD, token, y.mul_(gate_A[block.rows].unsqueeze(1)))
+
+
+def _add_gradients_(
+    kept: Sequence[Tensor], grad_TD: Tensor, grads: Sequence[Tensor], part: Part, grad_x_TD: Tensor
+) -> None:
+    x_TD, token_A, gate_A, h_AH, w1_EDH, w2_EHD = kept
+    grad_gate_A, grad_w1_EDH, grad_w2_EHD = grads
+    hidden = _with_hidden(part, h_AH, w1_EDH), _with_hidden(part, None, w1_EDH)
+    for (block, h), (_, grad_h) in zip(*hidden, strict=True):
+        sizes, w1, w2 = block.sizes, w1_EDH[block.experts], w2_EHD[block.experts]
+        token, gate = token_A[block.rows], gate_A[block.rows].unsqueeze(1)
+        x, grad = gathered(x_TD, token), gathered(grad_TD, token)
+        if h_AH is None:
+            products(x, sizes, w1, h).relu_()
+        products(grad, sizes, w2.mT, grad_h)
+        _hidden_gradient_(grad_h, h, gate, grad_gate_A[block.rows])
+        grad.mul_(gate)
+        outer_products(h, sizes, grad, grad_w2_EHD[block.experts])
+        outer_products(x, sizes, grad_h, grad_w1_EDH[block.experts])
+        add_(grad_x_TD, token, products(grad_h, sizes, w1.mT, x))
 
 
 def _hidden_gradient_(grad_h: Tensor, h: Tensor, gate: Tensor, grad_gate: Tensor) -> None:
@@ -91,17 +132,24 @@ def _hidden_gradient_(grad_h: Tensor, h: Tensor, gate: Tensor, grad_gate: Tensor
         torch.ops.aten.threshold_backward.grad_input(grad_some, h_some, 0, grad_input=grad_some).mul_(gate_some)
 
 
-class _Block(NamedTuple):
-    """Experts that are worked on together, and their rows among all assignments."""
+def _parts(ends: list[int], w1_EDH: Tensor) -> list[Part]:
+    """Share the experts out among threads: one part where that would not be faster."""
+    threads, row_bytes = torch.get_num_threads(), w1_EDH.shape[2] * w1_EDH.element_size()
+    if w1_EDH.is_cuda or threads == 1 or ends[-1] * w1_EDH[0].numel() < _WORTHWHILE:
+        return [_blocks(ends, _BYTES // row_bytes)]
+    blocks = _blocks(ends, min(_BYTES // row_bytes, ends[-1] // (4 * threads)))
+    parts: list[Part] = [[] for _ in range(threads)]
+    for block in blocks:
+        middle = (block.rows.start + block.rows.stop) // 2
+        parts[min(middle * threads // ends[-1], threads - 1)].append(block)
+    largest = max(sum(sum(block.sizes) for block in part) for part in parts)
+    # All wait for the largest: with few experts, or most rows for one, all threads had better work on each.
+    return [part for part in parts if part] if largest * threads <= _UNEQUAL * ends[-1] else [blocks]
 
-    experts: slice
-    rows: slice
-    sizes: list[int]
 
-
-def _blocks(ends: list[int], row_bytes: int) -> list[_Block]:
-    """Cut the experts into blocks of as many as fit, but at least one."""
-    most, blocks, first, start = _BYTES // row_bytes, [], 0, 0
+def _blocks(ends: list[int], most: int) -> Part:
+    """Cut the experts into blocks of as many as have no more rows than `most`, but at least one."""
+    blocks, first, start = [], 0, 0
     sizes = [end - begin for begin, end in itertools.pairwise([0, *ends])]
     for expert, end in enumerate(ends, start=1):
         if expert == len(ends) or ends[expert] - start > most:

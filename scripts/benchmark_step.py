@@ -10,6 +10,7 @@ kernels alone. Prints the step of the median time, and with --json writes it.
 import argparse
 import statistics
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -18,7 +19,8 @@ import made_up
 import torch
 from measuring import product_ceiling, seconds_of, wait_for, write_record
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch._C._profiler import _ExperimentalConfig
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from moe_lm import grouped_mixture, looped_mixture
 from moe_lm.commands import build as make
@@ -29,6 +31,9 @@ from moe_lm.trainer import Trainer
 
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addmm_", "_grouped_mm", "mv", "addmv", "linear", "mkldnn_linear")
 _LSTMS = ("mkldnn_rnn_layer", "mkldnn_rnn_layer_backward", "_cudnn_rnn", "_cudnn_rnn_backward", "_thnn_fused_lstm_cell")
+
+_HERE = "the steps"
+"""Name of what the profiled thread does."""
 
 
 def main() -> None:
@@ -81,13 +86,13 @@ class TimeLine:
     """Moments by the name of the part that ends there."""
 
     def __init__(self, on: torch.device):
-        self._cuda, self._moments = on.type == "cuda", []
+        self._cuda, self._moments, self._aside = on.type == "cuda", [], []
         self.backward = False
         """Whether the backward pass has begun."""
 
     def begin(self) -> None:
         """Start anew."""
-        self._moments, self.backward = [], False
+        self._moments, self._aside, self.backward = [], [], False
         self.mark("")
 
     def mark(self, name: str) -> None:
@@ -99,11 +104,18 @@ class TimeLine:
         else:
             self._moments.append((name, time.perf_counter()))
 
+    def aside(self, name: str, seconds: float, of: str) -> None:
+        """Of a part that all threads work on one of them spent so long on what this names."""
+        self._aside.append((name, seconds / torch.get_num_threads(), of))
+
     def parts(self) -> dict[str, float]:
         """Return each part's seconds, in the order of its first end."""
         found = defaultdict(float)
         for (_, before), (name, after) in zip(self._moments, self._moments[1:], strict=False):
             found[name] += before.elapsed_time(after) / 1000 if self._cuda else after - before
+        for name, seconds, of in self._aside:
+            found[name] += seconds
+            found[of] -= seconds
         return dict(found)
 
 
@@ -196,15 +208,32 @@ def _mark_way_to_experts(line: TimeLine) -> None:
     for module, adds in ((looped_mixture, "add_"), (grouped_mixture, "summed_by_token")):
         module.gathered = _apart(module.gathered, line, "dispatch", "combine, backward")
         setattr(module, adds, _apart(getattr(module, adds), line, "combine", "dispatch, backward"))
+    at_once = looped_mixture.at_once
+
+    def marked(works: list) -> None:
+        at_once(works)
+        line.mark(_experts(line))
+
+    looped_mixture.at_once = marked
+
+
+def _experts(line: TimeLine) -> str:
+    return "experts, backward" if line.backward else "experts"
 
 
 def _apart(call, line: TimeLine, forward: str, backward: str):
-    """Mark a call: what is before it are products."""
+    """Mark a call: what is before it are products. In another thread than the time line's only how long it took."""
 
     def apart(*arguments: object):
-        line.mark("experts, backward" if line.backward else "experts")
+        name, here = backward if line.backward else forward, threading.current_thread() is threading.main_thread()
+        if here:
+            line.mark(_experts(line))
+        started = time.perf_counter()
         result = call(*arguments)
-        line.mark(backward if line.backward else forward)
+        if here:
+            line.mark(name)
+        else:
+            line.aside(name, time.perf_counter() - started, _experts(line))
         return result
 
     return apart
@@ -226,11 +255,10 @@ def _profiled(trainer: Trainer, on: torch.device, steps: int = 3) -> dict[str, o
     cuda = on.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     wait_for(on)
-    with profile(activities=activities) as watched:
+    every_thread = _ExperimentalConfig(profile_all_threads=not cuda)
+    with profile(activities=activities, experimental_config=every_thread) as seen, record_function(_HERE):
         whole = seconds_of(lambda: [made_up.step(trainer) for _ in range(steps)], on)
-    self_seconds = defaultdict(float)
-    for event in watched.key_averages():
-        self_seconds[event.key] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
+    self_seconds = _device_seconds(seen) if cuda else _thread_seconds(seen)
     names = {key: key.removeprefix("aten::").removeprefix("mkldnn::") for key in self_seconds}
     kinds = {"matrix products": _PRODUCTS, "LSTM kernels": _LSTMS}
     shares = {
@@ -240,6 +268,24 @@ def _profiled(trainer: Trainer, on: torch.device, steps: int = 3) -> dict[str, o
     others = {k: took / whole for k, took in self_seconds.items() if names[k] not in _PRODUCTS + _LSTMS}
     largest = dict(sorted(others.items(), key=lambda pair: -pair[1])[:25])
     return {"seconds": whole / steps, "shares": shares, "others": largest}
+
+
+def _device_seconds(seen: profile) -> dict[str, float]:
+    return {event.key: event.self_device_time_total / 1e6 for event in seen.key_averages()}
+
+
+def _thread_seconds(seen: profile) -> dict[str, float]:
+    """Return each operation's own time; where threads work at the same time, a thread's counts by their number."""
+    events = seen.events()
+    [here] = [event.thread for event in events if event.name == _HERE]
+    # Batches are laid out by a thread of their own, beside the step.
+    others = {event.thread for event in events if event.name == "aten::mm"} - {here}
+    found = defaultdict(float)
+    for event in events:
+        if event.thread == here or event.thread in others:
+            found[event.name] += event.self_cpu_time_total / 1e6 / (1 if event.thread == here else len(others))
+    waiting = [name for name in found if name.startswith("_LoopedMixture")] if others else []
+    return {name: seconds for name, seconds in found.items() if name not in (_HERE, *waiting)}
 
 
 def _print(found: dict, profiled: dict | None) -> None:

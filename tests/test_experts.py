@@ -59,11 +59,19 @@ class Made(TorchDispatchMode):
         return sum(nbytes for storage, nbytes in self._bytes if not storage.expired())
 
 
-@pytest.fixture(params=[1, 200, 1 << 20], ids=["an expert", "a few experts", "all experts"])
+@pytest.fixture(params=[(1, 1), (200, 1), (1 << 20, 1), (200, 3)], ids=str)
 def block_bytes(request, monkeypatch):
-    """As many experts as are worked on together."""
-    monkeypatch.setattr(looped_mixture, "_BYTES", request.param)
-    monkeypatch.setattr(looped_mixture, "_HOT_BYTES", request.param)
+    """Of as many experts as are worked on together, and in how many threads."""
+    some, threads = request.param
+    monkeypatch.setattr(looped_mixture, "_BYTES", some)
+    monkeypatch.setattr(looped_mixture, "_HOT_BYTES", some)
+    before = torch.get_num_threads()
+    if threads > 1:
+        monkeypatch.setattr(looped_mixture, "_WORTHWHILE", 1)
+        monkeypatch.setattr(looped_mixture, "_UNEQUAL", threads)
+        torch.set_num_threads(threads)
+    yield some
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
@@ -95,6 +103,28 @@ def test_gradients_by_differences(block_bytes):
 
     weights = (w.detach().clone().requires_grad_() for w in experts.parameters())
     assert torch.autograd.gradcheck(mixture, (x_TD, gating.gate_A, *weights))
+
+
+@pytest.mark.parametrize(
+    ("counts", "wanted"),
+    [
+        ([8] * 6, [16, 16, 16]),
+        ([5, 6, 7, 0, 6, 5, 8, 4, 7], [18, 11, 19]),  # 19 of 48: within a quarter of a third
+        ([5, 6, 30, 0, 6, 5], [52]),  # two would wait for one
+        ([0, 0], [0]),
+    ],
+    ids=str,
+)
+def test_threads_get_equal_shares(counts, wanted, monkeypatch):
+    """All experts, in order, each in one part; all in one where the shares would differ by too much."""
+    monkeypatch.setattr(looped_mixture, "_WORTHWHILE", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    ends = torch.tensor(counts).cumsum(0).tolist()
+    parts = looped_mixture._parts(ends, torch.empty(len(counts), 2, 4))
+    assert [sum(sum(block.sizes) for block in part) for part in parts] == wanted
+    blocks = [block for part in parts for block in part]
+    assert [size for block in blocks for size in block.sizes] == counts
+    assert [block.rows.stop for block in blocks] == [ends[block.experts.stop - 1] for block in blocks]
 
 
 def test_gradients_lie_where_the_forgotten_ones_lay():

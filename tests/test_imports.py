@@ -30,6 +30,7 @@ ORDER = [
     ["divided_vocabulary", "dispatch"],
     ["gate", "cross_entropy", "looped_mixture", "grouped_mixture"],
     ["expert_products", "fused_rows"],
+    ["threads"],
     ["kernels"],
     ["triton_rows", "triton_softmax"],
     ["expert_parallel", "gradient_memory", "grouped_product", "rows"],

@@ -1,0 +1,84 @@
+"""Works at the same time: each once, with one thread, and nothing lost of what they raise."""
+
+import multiprocessing
+import threading
+
+import pytest
+import torch
+
+from moe_lm.threads import at_once
+
+
+@pytest.fixture
+def two_threads():
+    """As on two cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_all_run_at_the_same_time(two_threads):
+    """Each waits for the others; each has one thread and no autograd, and who asked keeps what it had."""
+    together, seen = threading.Barrier(3, timeout=60), []
+
+    def work():
+        together.wait()
+        seen.append((torch.get_num_threads(), torch.is_grad_enabled(), threading.current_thread().name))
+
+    for _ in range(2):
+        at_once([work] * 3)
+    assert {state[:2] for state in seen} == {(1, False)}
+    assert len(seen) == 6
+    assert len({name for *_, name in seen}) == 3
+    assert torch.get_num_threads() == 2
+    assert torch.is_grad_enabled()
+    later = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert later == [2]
+
+
+def test_one_runs_here():
+    """A single work needs no thread."""
+    seen = []
+    at_once([lambda: seen.append(threading.current_thread())])
+    assert seen == [threading.current_thread()]
+
+
+def test_an_error_comes_when_all_have_ended(two_threads):
+    """What one raises is raised here, and the others are not left running."""
+    done = []
+
+    def fails():
+        raise MemoryError("no room")
+
+    def slow():
+        torch.randn(400, 400) @ torch.randn(400, 400)
+        done.append(True)
+
+    with pytest.raises(MemoryError, match="no room"):
+        at_once([fails, slow])
+    assert done == [True]
+
+
+def _in_child(queue):
+    seen = []
+    at_once([lambda: seen.append(1), lambda: seen.append(2)])
+    queue.put(sorted(seen))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_has_threads_of_its_own(two_threads):
+    """A fork has none of its parent's threads."""
+    at_once([lambda: None, lambda: None])
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_in_child, args=(queue,))
+    child.start()
+    try:
+        assert queue.get(timeout=60) == [1, 2]
+    finally:
+        child.kill()
+        child.join()
