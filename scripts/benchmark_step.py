@@ -10,7 +10,6 @@ kernels alone. Prints the step of the median time, and with --json writes it.
 import argparse
 import statistics
 import tempfile
-import threading
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -89,6 +88,8 @@ class TimeLine:
         self._cuda, self._moments, self._aside = on.type == "cuda", [], []
         self.backward = False
         """Whether the backward pass has begun."""
+        self.side_by_side = 1
+        """Threads that work at the same time now."""
 
     def begin(self) -> None:
         """Start anew."""
@@ -105,8 +106,8 @@ class TimeLine:
             self._moments.append((name, time.perf_counter()))
 
     def aside(self, name: str, seconds: float, of: str) -> None:
-        """Of a part that all threads work on one of them spent so long on what this names."""
-        self._aside.append((name, seconds / torch.get_num_threads(), of))
+        """Of a part that several threads work on one of them spent so long on what this names."""
+        self._aside.append((name, seconds / self.side_by_side, of))
 
     def parts(self) -> dict[str, float]:
         """Return each part's seconds, in the order of its first end."""
@@ -211,7 +212,9 @@ def _mark_way_to_experts(line: TimeLine) -> None:
     at_once = looped_mixture.at_once
 
     def marked(works: list) -> None:
+        line.side_by_side = len(works)
         at_once(works)
+        line.side_by_side = 1
         line.mark(_experts(line))
 
     looped_mixture.at_once = marked
@@ -222,18 +225,18 @@ def _experts(line: TimeLine) -> str:
 
 
 def _apart(call, line: TimeLine, forward: str, backward: str):
-    """Mark a call: what is before it are products. In another thread than the time line's only how long it took."""
+    """Mark a call: what is before it are products. Of one of several threads note how long it took."""
 
     def apart(*arguments: object):
-        name, here = backward if line.backward else forward, threading.current_thread() is threading.main_thread()
-        if here:
-            line.mark(_experts(line))
-        started = time.perf_counter()
-        result = call(*arguments)
-        if here:
-            line.mark(name)
-        else:
+        name = backward if line.backward else forward
+        if line.side_by_side > 1:
+            started = time.perf_counter()
+            result = call(*arguments)
             line.aside(name, time.perf_counter() - started, _experts(line))
+        else:
+            line.mark(_experts(line))
+            result = call(*arguments)
+            line.mark(name)
         return result
 
     return apart

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+# Before anything imports Triton: without a GPU its interpreter runs the kernels.
 if not Path("/dev/nvidia0").exists():
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # before anything imports Triton: without a GPU its interpreter runs the kernels
-    )
+    os.environ["TRITON_INTERPRET"] = "1"
 
+import torch
 from tiny_training import TRAINING, Outcome, call, signal_handlers, working_in, write_corpus
 
 
@@ -20,6 +20,14 @@ def same_signals():
     before = signal_handlers()
     yield
     assert signal_handlers() == before
+
+
+@pytest.fixture
+def set_threads():
+    """Sets by how many threads torch works, until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -3,36 +3,20 @@
 Shape suffixes: R rows, D width, H hidden, E experts.
 """
 
-from collections import Counter
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from made import Made
 
 from moe_lm.expert_products import outer_products, products
 
 SIZES = [0, 1, 23, 24, 43, 44, 100, 176, 177, 192, 193]
 
 
-class Calls(TorchDispatchMode):
-    """Counts the operations within."""
-
-    def __init__(self):
-        super().__init__()
-        self.number = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.number[str(func)] += 1
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
-def threads(request):
+def threads(request, set_threads):
     """How many threads torch multiplies by."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    set_threads(request.param)
+    return request.param
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["as stored", "transposed"])
@@ -41,13 +25,13 @@ def test_products(width, hidden, turned, threads):
     """Of every number of rows at which the way changes; a width that pieces do not divide."""
     x_RD, out_RH = torch.randn(sum(SIZES), width), torch.full((sum(SIZES), hidden), torch.nan)
     w_EDH = torch.randn(len(SIZES), hidden, width).mT if turned else torch.randn(len(SIZES), width, hidden)
-    with Calls() as calls:
+    with Made() as made:
         assert products(x_RD, SIZES, w_EDH, out_RH) is out_RH
     parts = zip(x_RD.double().split(SIZES), w_EDH.double(), strict=True)
     torch.testing.assert_close(out_RH.double(), torch.cat([x @ w for x, w in parts]), rtol=0, atol=1e-4)
     cut = threads == 1 and (width, hidden) == (130, 1024) and not turned
     # 24, 43, 44, 100 and 176 rows: after the first of three pieces two are added.
-    assert calls.number["aten.addmm_.default"] == (2 * 5 if cut else 0)
+    assert made.calls[torch.ops.aten.addmm_.default] == (2 * 5 if cut else 0)
 
 
 @pytest.mark.parametrize(("width", "hidden"), [(300, 1024), (128, 40), (12, 8)])
@@ -55,10 +39,10 @@ def test_outer_products(width, hidden, threads):
     """An expert of no rows gets zeros."""
     x_RD, grad_RH = torch.randn(sum(SIZES), width), torch.randn(sum(SIZES), hidden)
     out_EDH = torch.full((len(SIZES), width, hidden), torch.nan)
-    with Calls() as calls:
+    with Made() as made:
         outer_products(x_RD, SIZES, grad_RH, out_EDH)
     parts = zip(x_RD.double().split(SIZES), grad_RH.double().split(SIZES), strict=True)
     torch.testing.assert_close(out_EDH.double(), torch.stack([x.t() @ g for x, g in parts]), rtol=0, atol=1e-4)
     # 44, 100, 176, 177 and 192 rows: three pieces each.
     cut = threads == 1 and width == 300
-    assert calls.number["aten.mm.out"] == len(SIZES) + (2 * 5 if cut else 0)
+    assert made.calls[torch.ops.aten.mm.out] == len(SIZES) + (2 * 5 if cut else 0)

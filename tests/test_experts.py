@@ -4,17 +4,14 @@ Shape suffixes: T tokens, A assignments, D width, H hidden, E experts.
 """
 
 import math
-from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from made import Made
 from mixture_by_hand import COUNTS, HIDDEN, WIDTH, by_assignment, by_row, gradients, make
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from moe_lm import looped_mixture
 from moe_lm.experts import Experts, grouped_products, recompute_hidden
@@ -33,45 +30,15 @@ def nan_memory():
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
-class Made(TorchDispatchMode):
-    """Counts the operations within and notes the memory behind every tensor that they make."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls, self._bytes = Counter(), []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls[func] += 1
-        result = func(*args, **(kwargs or {}))
-        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in known:
-                storage = tensor.untyped_storage()
-                self._bytes.append((StorageWeakRef(storage), storage.nbytes()))
-        return result
-
-    def largest(self):
-        """The most bytes that any had."""
-        return max(nbytes for _, nbytes in self._bytes)
-
-    def alive(self):
-        """The bytes of those that are still there."""
-        return sum(nbytes for storage, nbytes in self._bytes if not storage.expired())
-
-
 @pytest.fixture(params=[(1, 1), (200, 1), (1 << 20, 1), (200, 3)], ids=str)
-def block_bytes(request, monkeypatch):
+def block_bytes(request, monkeypatch, set_threads):
     """Of as many experts as are worked on together, and in how many threads."""
     some, threads = request.param
     monkeypatch.setattr(looped_mixture, "_BYTES", some)
     monkeypatch.setattr(looped_mixture, "_HOT_BYTES", some)
-    before = torch.get_num_threads()
-    if threads > 1:
-        monkeypatch.setattr(looped_mixture, "_WORTHWHILE", 1)
-        monkeypatch.setattr(looped_mixture, "_UNEQUAL", threads)
-        torch.set_num_threads(threads)
-    yield some
-    torch.set_num_threads(before)
+    monkeypatch.setattr(looped_mixture, "_WORTHWHILE", 1)
+    monkeypatch.setattr(looped_mixture, "_UNEQUAL", threads)
+    set_threads(threads)
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])

@@ -9,16 +9,13 @@ import torch
 from moe_lm.threads import at_once
 
 
-@pytest.fixture
-def two_threads():
+@pytest.fixture(autouse=True)
+def two_threads(set_threads):
     """As on two cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    set_threads(2)
 
 
-def test_all_run_at_the_same_time(two_threads):
+def test_all_run_at_the_same_time():
     """Each waits for the others; each has one thread and no autograd, and who asked keeps what it had."""
     together, seen = threading.Barrier(3, timeout=60), []
 
@@ -26,6 +23,7 @@ def test_all_run_at_the_same_time(two_threads):
         together.wait()
         seen.append((torch.get_num_threads(), torch.is_grad_enabled(), threading.current_thread().name))
 
+    at_once([together.wait] * 3)  # nothing that asks for the number
     for _ in range(2):
         at_once([work] * 3)
     assert {state[:2] for state in seen} == {(1, False)}
@@ -47,7 +45,7 @@ def test_one_runs_here():
     assert seen == [threading.current_thread()]
 
 
-def test_an_error_comes_when_all_have_ended(two_threads):
+def test_an_error_comes_when_all_have_ended():
     """What one raises is raised here, and the others are not left running."""
     done = []
 
@@ -70,7 +68,7 @@ def _in_child(queue):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_process_has_threads_of_its_own(two_threads):
+def test_a_forked_process_has_threads_of_its_own():
     """A fork has none of its parent's threads."""
     at_once([lambda: None, lambda: None])
     context = multiprocessing.get_context("fork")

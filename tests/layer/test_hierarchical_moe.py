@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from made import Made
 from omegaconf import OmegaConf
 from tiny_training import TRAINING, assert_one_line, with_overrides
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_lm.balance.batchwise import Batchwise
 from moe_lm.commands.build import build
@@ -252,18 +252,6 @@ def test_a_groups_gate_sees_only_what_it_is_sent(secondary):
         assert grad_TD[received].any()
 
 
-class Operators(TorchDispatchMode):
-    """Counts what is dispatched."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.counts[str(function)] += 1
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("gate", [GATE, StrictlyBalanced], ids=["noisy", "balanced"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["unpadded", "padded"])
 def test_gating_takes_as_many_operators_for_64_groups_as_for_4(dtype, gate):
@@ -271,13 +259,13 @@ def test_gating_takes_as_many_operators_for_64_groups_as_for_4(dtype, gate):
     counts = []
     for groups in (4, 64):
         layer, x_TD = make(groups, 4, 2, dtype=dtype, gate=gate), tokens(100, dtype).requires_grad_()
-        with Operators() as operators:
+        with Made() as made:
             primary = layer.primary_gate(x_TD)
             gating = joined(primary, layer.gate(dispatch(x_TD, primary), primary.expert_A), 2)
             parts = (gating.gate_A, gating.importance_E, gating.load_E)
             sum(part.square().sum() for part in parts).backward()
         assert layer.gate.gate_DE.grad.any()
-        counts.append(operators.counts)
+        counts.append(made.calls)
     assert counts[0] == counts[1]
     assert sum(counts[0].values()) < 400
 
