@@ -1,4 +1,4 @@
-"""Whether our own kernels run: where there is a GPU and a Triton that can build them."""
+"""Whether our own kernels run: Triton's on a GPU, where it can build them, Numba's on one thread of a CPU."""
 
 import functools
 import warnings
@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 plain = False
-"""Whether GPUs, too, take torch's operators: to measure what the kernels are worth."""
+"""Whether all work is torch's operators': to measure what the kernels are worth."""
+
+_WORTHWHILE = 1 << 18
+"""Numbers, some tenths of a millisecond, from which on a loop pays for being compiled within some thousand calls."""
 
 
 def by_triton(x: Tensor) -> bool:
@@ -28,5 +31,26 @@ def _builds() -> bool:
         gathered(one, torch.zeros(1, dtype=torch.int64, device="cuda"), one[0])
     except Exception as error:  # whatever the compiler says
         warnings.warn(f"no kernels of our own, torch's operators instead: {error}", stacklevel=2)
+        return False
+    return True
+
+
+def by_numba(x: Tensor) -> bool:
+    """Return whether passes over this tensor are a compiled loop's: of many numbers, on one thread of a CPU."""
+    fits = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.numel() >= _WORTHWHILE
+    return fits and torch.get_num_threads() == 1 and not plain and _compiles()
+
+
+@functools.cache
+def _compiles() -> bool:
+    """Try one loop: Numba refuses a NumPy that it does not know."""
+    if find_spec("numba") is None:
+        return False
+    try:
+        from moe_lm.numba_rows import add_  # not everywhere, and slow to import
+
+        add_(torch.ones(1, 1), torch.zeros(1, dtype=torch.int64), torch.ones(1, 1), None)
+    except Exception as error:  # whatever it says
+        warnings.warn(f"no compiled loops, torch's operators instead: {error}", stacklevel=2)
         return False
     return True

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_lm.cached_rows import add_, hidden_gradient_
 from moe_lm.expert_products import outer_products, products
 from moe_lm.fused_rows import gathered
 from moe_lm.gradient_memory import new_gradient
@@ -24,9 +25,6 @@ from moe_lm.threads import at_once
 _BYTES = 4 << 20
 """Of hidden activations that are worked on together, where an expert's own are not more: few enough for a core's cache,
 and so many that small experts do not pay for each operation on a few rows."""
-
-_HOT_BYTES = 1 << 19
-"""Of hidden activations that several passes go over: with their gradients and products within a core's own cache."""
 
 _WORTHWHILE = 1 << 29
 """Multiply-adds of a product, some milliseconds, from which on threads take experts of their own."""
@@ -100,7 +98,7 @@ def _add_answers_(kept: Sequence[Tensor], part: Part, y_TD: Tensor) -> None:
         products(gathered(x_TD, token), block.sizes, w1_EDH[block.experts], h)
         y = x_TD.new_empty(len(token), x_TD.shape[1])
         products(h.relu_(), block.sizes, w2_EHD[block.experts], y)
-        add_(y_TD, token, y.mul_(gate_A[block.rows].unsqueeze(1)))
+        add_(y_TD, token, y, gate_A[block.rows])
 
 
 def _add_gradients_(
@@ -111,25 +109,16 @@ def _add_gradients_(
     hidden = _with_hidden(part, h_AH, w1_EDH), _with_hidden(part, None, w1_EDH)
     for (block, h), (_, grad_h) in zip(*hidden, strict=True):
         sizes, w1, w2 = block.sizes, w1_EDH[block.experts], w2_EHD[block.experts]
-        token, gate = token_A[block.rows], gate_A[block.rows].unsqueeze(1)
+        token, gate = token_A[block.rows], gate_A[block.rows]
         x, grad = gathered(x_TD, token), gathered(grad_TD, token)
         if h_AH is None:
             products(x, sizes, w1, h).relu_()
         products(grad, sizes, w2.mT, grad_h)
-        _hidden_gradient_(grad_h, h, gate, grad_gate_A[block.rows])
-        grad.mul_(gate)
+        hidden_gradient_(grad_h, h, gate, grad_gate_A[block.rows])
+        grad.mul_(gate.unsqueeze(1))
         outer_products(h, sizes, grad, grad_w2_EHD[block.experts])
         outer_products(x, sizes, grad_h, grad_w1_EDH[block.experts])
         add_(grad_x_TD, token, products(grad_h, sizes, w1.mT, x))
-
-
-def _hidden_gradient_(grad_h: Tensor, h: Tensor, gate: Tensor, grad_gate: Tensor) -> None:
-    """Fill each gate's gradient, grad . h; make the hidden gradient gate * grad where h > 0, some rows at a time."""
-    rows = max(1, len(h) if h.is_cuda else _HOT_BYTES // (h.shape[1] * h.element_size()))
-    for some in zip(*(x.split(rows) for x in (grad_h, h, gate, grad_gate)), strict=True):
-        grad_some, h_some, gate_some, grad_gate_some = some
-        torch.linalg.vecdot(grad_some, h_some, out=grad_gate_some)
-        torch.ops.aten.threshold_backward.grad_input(grad_some, h_some, 0, grad_input=grad_some).mul_(gate_some)
 
 
 def _parts(ends: list[int], w1_EDH: Tensor) -> list[Part]:
@@ -171,8 +160,3 @@ def _with_hidden(blocks: list[_Block], h_AH: Tensor | None, w1_EDH: Tensor) -> I
     memory = w1_EDH.new_empty(max(sum(block.sizes) for block in blocks) * hidden + line)
     for block in blocks:
         yield block, memory.as_strided((sum(block.sizes), hidden), (hidden, 1), block.rows.start * hidden % line)
-
-
-def add_(y_TD: Tensor, token_R: Tensor, y_RD: Tensor) -> None:
-    """Add rows to those of their tokens."""
-    y_TD.index_add_(0, token_R, y_RD)

