@@ -14,6 +14,11 @@ _HOT_BYTES = 1 << 19
 """Of hidden activations that several of torch's operators go over: within a core's own cache with their gradients."""
 
 
+def gathered(x_TD: Tensor, token_R: Tensor, out_RD: Tensor) -> Tensor:
+    """Fill `out_RD` with the rows of these tokens; return it."""
+    return torch.index_select(x_TD, 0, token_R, out=out_RD)
+
+
 def add_(y_TD: Tensor, token_R: Tensor, y_RD: Tensor, gate_R: Tensor | None = None) -> None:
     """Add rows to those of their tokens, weighted where there are gates; `y_RD` is used up."""
     if by_numba(y_RD):

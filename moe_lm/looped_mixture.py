@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_lm.cached_rows import add_, hidden_gradient_
+from moe_lm.cached_rows import add_, gathered, hidden_gradient_
 from moe_lm.expert_products import outer_products, products
-from moe_lm.fused_rows import gathered
 from moe_lm.gradient_memory import new_gradient
 from moe_lm.threads import at_once
 
@@ -93,10 +92,11 @@ def _summed(add_of_: Callable[[Part, Tensor], None], parts: list[Part], like_TD:
 
 def _add_answers_(kept: Sequence[Tensor], part: Part, y_TD: Tensor) -> None:
     x_TD, token_A, gate_A, h_AH, w1_EDH, w2_EHD = kept
+    rows_RD = _room(part, x_TD)
     for block, h in _with_hidden(part, h_AH, w1_EDH):
         token = token_A[block.rows]
-        products(gathered(x_TD, token), block.sizes, w1_EDH[block.experts], h)
-        y = x_TD.new_empty(len(token), x_TD.shape[1])
+        x = y = rows_RD[: len(token)]
+        products(gathered(x_TD, token, x), block.sizes, w1_EDH[block.experts], h)
         products(h.relu_(), block.sizes, w2_EHD[block.experts], y)
         add_(y_TD, token, y, gate_A[block.rows])
 
@@ -106,11 +106,12 @@ def _add_gradients_(
 ) -> None:
     x_TD, token_A, gate_A, h_AH, w1_EDH, w2_EHD = kept
     grad_gate_A, grad_w1_EDH, grad_w2_EHD = grads
+    x_RD, grad_RD = _room(part, x_TD), _room(part, x_TD)
     hidden = _with_hidden(part, h_AH, w1_EDH), _with_hidden(part, None, w1_EDH)
     for (block, h), (_, grad_h) in zip(*hidden, strict=True):
         sizes, w1, w2 = block.sizes, w1_EDH[block.experts], w2_EHD[block.experts]
         token, gate = token_A[block.rows], gate_A[block.rows]
-        x, grad = gathered(x_TD, token), gathered(grad_TD, token)
+        x, grad = gathered(x_TD, token, x_RD[: len(token)]), gathered(grad_TD, token, grad_RD[: len(token)])
         if h_AH is None:
             products(x, sizes, w1, h).relu_()
         products(grad, sizes, w2.mT, grad_h)
@@ -145,6 +146,11 @@ def _blocks(ends: list[int], most: int) -> Part:
             blocks.append(_Block(slice(first, expert), slice(start, end), sizes[first:expert]))
             first, start = expert, end
     return blocks
+
+
+def _room(part: Part, like_TD: Tensor) -> Tensor:
+    """Return memory for the rows of any of these blocks: each finds that of the last one in the cache."""
+    return like_TD.new_empty(max(sum(block.sizes) for block in part), like_TD.shape[1])
 
 
 def _with_hidden(blocks: list[_Block], h_AH: Tensor | None, w1_EDH: Tensor) -> Iterator[tuple[_Block, Tensor]]:
