@@ -9,6 +9,9 @@ from torch.autograd.function import once_differentiable
 
 from moe_lm.kernels import by_triton
 
+_MOST_ROWS_ON_CPU = 512
+"""Tokens a block in training: the passes over its logits find some in the cache, its products are large enough."""
+
 _LEAST_ROWS = 1024
 """Tokens a block of exact evaluation, where there are as many: enough for a product to be worth its reading."""
 
@@ -72,7 +75,7 @@ class _SummedNats(torch.autograd.Function):
         grads = [torch.zeros_like(x) for x in arguments] if needed else []
         total = hidden_TD.new_zeros((), dtype=torch.float64)
         weight = weight_CD.to(product)
-        rows = max(1, max_logits // weight.shape[0])
+        rows = max(1, min(max_logits // weight.shape[0], _MOST_ROWS_ON_CPU if hidden_TD.is_cpu else hidden_TD.shape[0]))
         for first in range(0, hidden_TD.shape[0], rows):
             block = slice(first, first + rows)
             hidden = hidden_TD[block].to(product)

@@ -5,7 +5,8 @@
 Forward and backward with all weight gradients and balance losses are timed in turn in one run; prints medians of the
 ratios to the dense layer, round by round, and with --json writes them. `moe` routes by gate matrices drawn at random
 (its noise on), `balanced` gives every expert equally many tokens, `products` is the experts alone, as balanced,
-`grouped` is a sort and torch's grouped product without any loss; on a GPU `moe_plain` is `moe` without our own kernels.
+`grouped` is a sort and torch's grouped product without any loss, `moe_plain` is `moe` without our own kernels and
+compiled loops.
 --peers takes copies of others' layers (scripts/peers.py says which and whence). --memory measures each layer's peak in
 a process of its own.
 """
@@ -116,9 +117,8 @@ def _layers(options: argparse.Namespace, sizes: Sizes, on: torch.device) -> dict
         "balanced": lambda: _balanced(sizes, on, gate_DE),
         "products": lambda: _products(sizes, on),
         "grouped": lambda: _grouped(sizes, on, gate_DE),
+        PLAIN: lambda: _moe(sizes, on, gate_DE),
     }
-    if on.type == "cuda":
-        makers[PLAIN] = makers["moe"]
     wanted = options.layers or [*makers, *(() if options.peers is None else _NAMES_OF_PEERS)]
     found = {name: make() for name, make in makers.items() if name == DENSE or name in wanted}
     if options.peers is not None:

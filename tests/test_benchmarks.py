@@ -27,7 +27,7 @@ def somewhere(tmp_path, monkeypatch):
 
 def test_layer():
     found = ran("layer", "--experts", "4", "8", "--width=16", "--hidden=16", "--tokens=64", "--rounds=2", *SMALL)
-    assert set(found["layers"]["8"]) == {"dense", "moe", "balanced", "products", "grouped"}
+    assert set(found["layers"]["8"]) == {"dense", "moe", "balanced", "products", "grouped", "moe_plain"}
     for row in found["layers"]["8"].values():
         assert 0 < row["least_ratio"] <= row["ratio"] <= row["largest_ratio"]
     assert found["commit"] != "unknown"

@@ -125,6 +125,17 @@ def test_logits_never_exist_all_at_once(exact):
     assert 300 < sizes.largest <= 3000
 
 
+def test_on_a_cpu_a_block_in_training_has_at_most_512_tokens():
+    """Whatever max_logits allows: of 1,200 tokens and 30 words 512 rows, and the sum is still torch's."""
+    hidden_TD, weight_VD, bias_V = torch.randn(1200, 2), torch.randn(30, 2), torch.zeros(30)
+    target_T = torch.randint(30, (1200,))
+    with Sizes() as sizes:
+        got = ours(hidden_TD, weight_VD, bias_V, target_T, 10**9)
+    assert sizes.largest == 512 * 30
+    want = F.cross_entropy(hidden_TD.double() @ weight_VD.double().t(), target_T, reduction="sum")
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+
+
 def test_bfloat16_products_change_little_and_keep_float32_gradients():
     """Under bfloat16 autocast sum and gradients are those of float32 to bfloat16's 3 digits."""
     *inputs, target_T = make(torch.float32)
