@@ -84,7 +84,7 @@ def activation_bytes(model: LanguageModel, step: Step) -> int:
 
 
 def logits_bytes(model: LanguageModel, step: Step) -> int:
-    """Return what one block of the softmax's logits takes while it exists, at most: a CPU takes fewer tokens at a time."""
+    """Return what one block of the softmax's logits takes while it exists (in training on a CPU often less)."""
     candidates = num_candidates(model)
     rows = max(1, model.softmax.max_logits // candidates)
     return min(rows, step.micro_tokens) * candidates * FLOAT32
