@@ -44,10 +44,14 @@ def by_numba(x: Tensor) -> bool:
 @functools.cache
 def _compiles() -> bool:
     """Try one loop: Numba refuses a NumPy that it does not know."""
-    if find_spec("numba") is None:
-        return False
     try:
-        from moe_lm.numba_rows import add_  # not everywhere, and slow to import
+        if find_spec("numba") is None:
+            return False
+        import numba  # not everywhere, and slow to import
+
+        if numba.config.DISABLE_JIT:  # NUMBA_DISABLE_JIT=1, to debug other code: loops would take minutes
+            return False
+        from moe_lm.numba_rows import add_
 
         add_(torch.ones(1, 1), torch.zeros(1, dtype=torch.int64), torch.ones(1, 1), None)
     except Exception as error:  # whatever it says

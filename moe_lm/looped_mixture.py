@@ -75,9 +75,10 @@ class _LoopedMixture(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_TD):
-        x_TD, _, gate_A, _, *weights = ctx.saved_tensors
+        kept = ctx.saved_tensors  # read once: torch's checkpointing forgets them
+        x_TD, _, gate_A, _, *weights = kept
         grads = torch.empty_like(gate_A), *(new_gradient(weight) for weight in weights)
-        grad_x_TD = _summed(partial(_add_gradients_, ctx.saved_tensors, grad_TD, grads), ctx.parts, x_TD)
+        grad_x_TD = _summed(partial(_add_gradients_, kept, grad_TD, grads), ctx.parts, x_TD)
         return grad_x_TD, None, grads[0], None, *grads[1:], None
 
 

@@ -4,8 +4,11 @@ Shape suffixes: T tokens, D width, R rows, H hidden.
 """
 
 import math
+import os
 import subprocess
 import sys
+from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,9 +86,8 @@ def test_nothing_that_is_not_a_number_is_lost(compiled):
 
 @pytest.mark.parametrize("k", [1, 3, 5, 6])
 def test_equal_and_odd_logits_still_choose_different_experts(k, compiled):
-    """Of equal ones, infinite ones and NaN a token gets N different experts, the largest first, NaN before all."""
-    nan, inf = torch.nan, torch.inf
-    clean_TE = torch.tensor([[1.0] * 6, [-inf] * 6, [inf] * 6, [nan] * 6, [0.0, 2.0, nan, 1.0, 2.0, -inf]])
+    """Of any six of these a token gets N different experts, the largest first, NaN before all."""
+    clean_TE = torch.tensor(list(product([torch.nan, 1.0, 2.0, torch.inf, -torch.inf], repeat=6)))
     logit_TF, draw_TE = torch.cat([clean_TE, torch.zeros_like(clean_TE)], dim=1), torch.zeros_like(clean_TE)
     top_TN, expert_TN, noisy_TE, _ = noisy_choice(logit_TF, draw_TE, 0.01, k)
     torch.testing.assert_close(noisy_TE, clean_TE, equal_nan=True)
@@ -111,7 +113,7 @@ def test_of_equal_logits_the_first_chosen_is_the_threshold_of_all(compiled):
     assert grad_chance_TE.tolist() == [[1, 2, 4]]
 
 
-def test_loops_are_compiled_for_many_numbers_on_one_thread(set_threads):
+def test_loops_are_compiled_for_many_numbers_on_one_thread(set_threads, monkeypatch):
     """Several threads are faster by torch's operators; half precision, other devices and few numbers are torch's."""
     many = torch.empty(512, 512)
     set_threads(1)
@@ -122,28 +124,45 @@ def test_loops_are_compiled_for_many_numbers_on_one_thread(set_threads):
     assert not kernels.by_numba(many.to("meta"))
     set_threads(2)
     assert not kernels.by_numba(many)
+    set_threads(1)
+    monkeypatch.setattr(kernels, "plain", True)
+    assert not kernels.by_numba(many)
 
 
-def test_without_numba_torch_does_the_work(tmp_path):
-    """Where it is missing nothing is said; where it refuses to be imported, one line is."""
-    (tmp_path / "numba.py").write_text("raise ImportError('an older NumPy, please')")
+@pytest.mark.parametrize(
+    ("module", "variables", "said"),
+    [
+        (None, {}, ""),
+        ("raise RuntimeError('an older NumPy')", {}, "no compiled loops, torch's operators instead: an older NumPy"),
+        ("", {}, "no compiled loops, torch's operators instead: module 'numba' has no"),
+        ("", {"NUMBA_DISABLE_JIT": "1"}, ""),
+    ],
+    ids=["missing", "refuses", "is another", "switched off"],
+)
+def test_without_numba_torch_does_the_work(module, variables, said, tmp_path):
+    """Where it is missing or switched off nothing is said; where it does not work, one line is."""
     program = """
 import sys, warnings, torch
+from made import Made
 from moe_lm.cached_rows import add_
 torch.set_num_threads(1)
-if sys.argv[1]:
-    sys.path.insert(0, sys.argv[1])
-else:
+if sys.argv[1] == "missing":
     sys.modules["numba"] = None
 y = torch.zeros(1, 1 << 18)
-with warnings.catch_warnings(record=True) as said:
+with warnings.catch_warnings(record=True) as said, Made() as made:
     warnings.simplefilter("always")
     for _ in range(2):
         add_(y, torch.tensor([0]), torch.ones(1, 1 << 18))
 assert (y == 2).all()
+assert made.calls[torch.ops.aten.index_add_.default] == 2
 print(*(w.message for w in said))
 """
-    line = "no compiled loops, torch's operators instead: an older NumPy, please"
-    for folder, wanted in (("", ""), (tmp_path, line)):
-        command = [sys.executable, "-c", program, str(folder)]
-        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == wanted
+    path = [str(Path(__file__).parent)]
+    if module is not None and not variables:
+        (tmp_path / "numba.py").write_text(module)
+        path.insert(0, str(tmp_path))
+    command = [sys.executable, "-c", program, "missing" if module is None else "there"]
+    environment = os.environ | variables | {"PYTHONPATH": os.pathsep.join([*path, *sys.path])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip().startswith(said)
+    assert bool(done.stdout.strip()) == bool(said)

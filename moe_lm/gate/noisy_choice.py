@@ -50,14 +50,15 @@ class _NoisyChoice(torch.autograd.Function):
         raw_TE, grad_logit_TF = logit_TF.chunk(2, dim=1)[1], torch.empty_like(logit_TF)
         # Of the deviation until the end, where it becomes that of the raw logit.
         grad_clean_TE, grad_deviation_TE = grad_logit_TF.chunk(2, dim=1)
-        grad_top_TN = torch.zeros_like(top_TN) if grad_top_TN is None else grad_top_TN.clone()
+        if grad_top_TN is None:
+            grad_top_TN = torch.zeros_like(top_TN)
         if grad_chance_TE is None:
             grad_logit_TF.zero_()
         else:
-            distance_TE = smooth[0]
-            grad_distance_TE = (distance_TE * distance_TE).mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
-            grad_distance_TE.mul_(grad_chance_TE)
-            _smooth_gradient_((top_TN, expert_TN, *smooth), grad_distance_TE, grad_logit_TF, grad_top_TN, ctx.k)
+            grad_top_TN, distance_TE = grad_top_TN.clone(), smooth[0]
+            torch.mul(distance_TE, distance_TE, out=grad_clean_TE).mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
+            grad_clean_TE.mul_(grad_chance_TE)
+            _smooth_gradient_((top_TN, expert_TN, *smooth), grad_logit_TF, grad_top_TN, ctx.k)
         draw_TN = draw_TE.gather(1, expert_TN)
         grad_clean_TE.scatter_add_(1, expert_TN, grad_top_TN)
         grad_deviation_TE.scatter_add_(1, expert_TN, grad_top_TN * draw_TN)
@@ -69,7 +70,7 @@ class _NoisyChoice(torch.autograd.Function):
 
 
 def _chosen(logit_TF: Tensor, draw_TE: Tensor, deviation_TE: Tensor, k: int) -> tuple[Tensor, ...]:
-    """Return the largest noisy logits (T, N), their experts, all noisy logits, and z of eq. 9 (T, E)."""
+    """Return the largest noisy logits (T, N), their experts, all noisy logits, and z of eq. 9 (T, E; none if K = E)."""
     if by_numba(draw_TE):
         from moe_lm.gate import numba_choice  # slow to import, and not everywhere
 
@@ -77,28 +78,28 @@ def _chosen(logit_TF: Tensor, draw_TE: Tensor, deviation_TE: Tensor, k: int) -> 
     clean_TE = logit_TF.chunk(2, dim=1)[0]
     noisy_TE = torch.addcmul(clean_TE, draw_TE, deviation_TE)
     top_TN, expert_TN = noisy_TE.topk(min(k + 1, noisy_TE.shape[1]), dim=1)
+    if top_TN.shape[1] == k:
+        return top_TN, expert_TN, noisy_TE, noisy_TE[:0]
     # The k-th largest value with expert i left out is the (k+1)-th of all where i is among the k, else the k-th.
-    in_T1, out_T1 = top_TN[:, -1:], top_TN[:, k - 1 : k]
+    in_T1, out_T1 = top_TN[:, k:], top_TN[:, k - 1 : k]
     distance_TE = torch.where(noisy_TE > in_T1, in_T1, out_T1)
     torch.sub(clean_TE, distance_TE, out=distance_TE).div_(deviation_TE)
     return top_TN, expert_TN, noisy_TE, distance_TE
 
 
-def _smooth_gradient_(
-    kept: tuple[Tensor, ...], grad_distance_TE: Tensor, grad_logit_TF: Tensor, grad_top_TN: Tensor, k: int
-) -> None:
-    """Fill the gradients of clean logits and deviations from that of z, and add what reaches the thresholds.
+def _smooth_gradient_(kept: tuple[Tensor, ...], grad_logit_TF: Tensor, grad_top_TN: Tensor, k: int) -> None:
+    """Make z's gradient, in the place of the clean logits', theirs and the deviations'; add the thresholds'.
 
     Those are the k-th largest value, of the experts that are out, and the (k+1)-th, of those that are in.
     """
-    if by_numba(grad_distance_TE):
+    if by_numba(kept[-1]):
         from moe_lm.gate import numba_choice
 
-        numba_choice.smooth_gradient_(kept, grad_distance_TE, grad_logit_TF, grad_top_TN, k)
+        numba_choice.smooth_gradient_(kept, grad_logit_TF, grad_top_TN, k)
         return
     top_TN, expert_TN, distance_TE, deviation_TE = kept
     grad_clean_TE, grad_deviation_TE = grad_logit_TF.chunk(2, dim=1)
-    torch.div(grad_distance_TE, deviation_TE, out=grad_clean_TE)
+    grad_clean_TE.div_(deviation_TE)
     torch.mul(grad_clean_TE, distance_TE, out=grad_deviation_TE).neg_()
     # Of equal values at the border none is in.
     is_in_TK = top_TN[:, :k] > top_TN[:, k:]
