@@ -13,14 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from made import Made
+from rows_of_tokens import SIZES, rows_of
 
 from moe_lm import kernels
 from moe_lm.cached_rows import add_, hidden_gradient_
 from moe_lm.gate.noisy_choice import noisy_choice
 
 TYPES = [torch.float32, torch.float64]
-SIZES = [(5, 8, 11), (7, 24, 16), (1, 3, 4), (4, 1100, 6), (3, 16, 0)]
-"""Tokens, width, rows (none at all)."""
 
 
 @pytest.fixture(params=[False, True], ids=["torch", "compiled"])
@@ -28,15 +27,6 @@ def compiled(request, compile_loops):
     """Whether loops are compiled."""
     compile_loops(request.param)
     return request.param
-
-
-def rows_of(num_tokens, width, num_rows, dtype):
-    """Rows of tokens, of which the last gets none where there are several; their gates, one of them 0."""
-    generator = torch.Generator().manual_seed(num_rows)
-    token_R = torch.randint(max(1, num_tokens - 1), (num_rows,), generator=generator)
-    gate_R = torch.randn(num_rows, generator=generator, dtype=dtype)
-    gate_R[1:2] = 0
-    return token_R, gate_R, torch.randn(num_rows, width, generator=generator, dtype=dtype)
 
 
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "as they are"])

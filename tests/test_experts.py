@@ -12,6 +12,7 @@ from made import Made
 from mixture_by_hand import COUNTS, HIDDEN, WIDTH, by_assignment, by_row, gradients, make
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from moe_lm import cached_rows, looped_mixture
 from moe_lm.experts import Experts, grouped_products, recompute_hidden
@@ -96,6 +97,18 @@ def test_threads_get_equal_shares(counts, wanted, monkeypatch):
     blocks = [block for part in parts for block in part]
     assert [size for block in blocks for size in block.sizes] == counts
     assert [block.rows.stop for block in blocks] == [ends[block.experts.stop - 1] for block in blocks]
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_torchs_checkpointing_may_surround_experts(recompute, block_bytes):
+    """It hands out what was kept once; outputs and gradients are the same bits."""
+    experts, x_TD, gating = make([2, 0, 3])
+    recompute_hidden(experts, recompute)
+    inputs = (x_TD, gating.gate_A, experts.w1_EDH, experts.w2_EHD)
+    plain_TD, surrounded_TD = experts(x_TD, gating), checkpoint(experts, x_TD, gating, use_reentrant=False)
+    assert torch.equal(surrounded_TD, plain_TD)
+    for mine, theirs in zip(gradients(surrounded_TD, inputs), gradients(plain_TD, inputs), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_gradients_lie_where_the_forgotten_ones_lay():

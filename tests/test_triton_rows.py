@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from rows_of_tokens import SIZES, rows_of
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -15,17 +16,6 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from moe_lm import fused_rows, triton_rows
 
 TYPES = [torch.float32, torch.bfloat16]
-SIZES = [(5, 8, 11), (7, 24, 16), (1, 3, 4), (4, 1100, 6), (3, 16, 0)]
-"""Tokens, width (not a power of two, wider than a block), assignments (none at all)."""
-
-
-def rows_of(num_tokens, width, num_rows, dtype):
-    """Rows of tokens, of which the last gets none where there are several; their gates, one of them 0."""
-    generator = torch.Generator().manual_seed(num_rows)
-    token_A = torch.randint(max(1, num_tokens - 1), (num_rows,), generator=generator)
-    gate_A = torch.randn(num_rows, generator=generator)
-    gate_A[1:2] = 0
-    return token_A, gate_A, torch.randn(num_rows, width, generator=generator).to(dtype)
 
 
 def near(got, want, dtype):

@@ -1,0 +1,21 @@
+"""Rows of tokens for the passes between products, whoever makes these.
+
+Shape suffixes: A assignments.
+"""
+
+import torch
+
+SIZES = [(5, 8, 11), (7, 24, 16), (1, 3, 4), (4, 1100, 6), (3, 16, 0)]
+"""Tokens, width (not a power of two, wider than a block), assignments (none at all)."""
+
+
+def rows_of(num_tokens, width, num_rows, dtype):
+    """Return tokens (A), of which the last gets none where there are several, their gates, one 0, and rows (A, width).
+
+    Gates have float32 or what is wider.
+    """
+    generator = torch.Generator().manual_seed(num_rows)
+    token_A = torch.randint(max(1, num_tokens - 1), (num_rows,), generator=generator)
+    gate_A = torch.randn(num_rows, generator=generator, dtype=torch.promote_types(dtype, torch.float32))
+    gate_A[1:2] = 0
+    return token_A, gate_A, torch.randn(num_rows, width, generator=generator).to(dtype)
