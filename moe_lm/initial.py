@@ -5,14 +5,19 @@ The paper gives no deviations (docs/design.md says why these).
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from moe_lm.seeds import derive_seed
+from moe_lm.threads import at_once
 
 _BLOCK = 1024
 """Rows of a vocabulary's matrix that share a seed."""
+
+_WORTH_THREADS = 1 << 22
+"""Numbers that take longer to draw than threads to begin."""
 
 
 def initialize_(weight: Tensor, deviation: float, generator: torch.Generator | None = None) -> None:
@@ -37,10 +42,17 @@ def _draw_rows_(
 ) -> None:
     if weight.is_meta:
         return
-    base, generator = int(torch.randint(2**62, (), device="cpu")), torch.Generator()
-    for block in range(numbers.start // in_block, -(-numbers.stop // in_block)):
-        rows = weight.new_empty(in_block, *weight.shape[1:])
-        draw(rows, generator.manual_seed(derive_seed(base, block)))
-        start = block * in_block
-        first, last = max(start, numbers.start), min(start + in_block, numbers.stop)
-        weight[first - numbers.start : last - numbers.start] = rows[first - start : last - start]
+    base = int(torch.randint(2**62, (), device="cpu"))
+    blocks = range(numbers.start // in_block, -(-numbers.stop // in_block))
+
+    def some(blocks: range) -> None:
+        generator = torch.Generator()
+        for block in blocks:
+            rows = weight.new_empty(in_block, *weight.shape[1:])
+            draw(rows, generator.manual_seed(derive_seed(base, block)))
+            start = block * in_block
+            first, last = max(start, numbers.start), min(start + in_block, numbers.stop)
+            weight[first - numbers.start : last - numbers.start] = rows[first - start : last - start]
+
+    threads = torch.get_num_threads() if weight.numel() >= _WORTH_THREADS else 1
+    at_once([partial(some, blocks[place::threads]) for place in range(threads)])

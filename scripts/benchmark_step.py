@@ -19,6 +19,7 @@ import torch
 from measuring import product_ceiling, seconds_of, wait_for, write_record
 from torch import Tensor
 from torch._C._profiler import _ExperimentalConfig
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from moe_lm import grouped_mixture, looped_mixture
@@ -269,12 +270,27 @@ def _profiled(trainer: Trainer, on: torch.device, steps: int = 3) -> dict[str, o
         for kind, of_kind in kinds.items()
     }
     others = {k: took / whole for k, took in self_seconds.items() if names[k] not in _PRODUCTS + _LSTMS}
-    largest = dict(sorted(others.items(), key=lambda pair: -pair[1])[:25])
-    return {"seconds": whole / steps, "shares": shares, "others": largest}
+    found = {"seconds": whole / steps, "shares": shares, "others": _largest(others)}
+    if cuda:
+        kernels = {key[:120]: took / whole for key, took in _kernel_seconds(seen).items()}
+        found |= {"busy": sum(kernels.values()), "kernels": _largest(kernels)}
+    return found
+
+
+def _largest(shares: dict[str, float]) -> dict[str, float]:
+    return dict(sorted(shares.items(), key=lambda pair: -pair[1])[:40])
 
 
 def _device_seconds(seen: profile) -> dict[str, float]:
-    return {event.key: event.self_device_time_total / 1e6 for event in seen.key_averages()}
+    """Return the time of the kernels that each operation launched by itself."""
+    operations = [e for e in seen.key_averages() if e.device_type == DeviceType.CPU and e.key != _HERE]
+    return {event.key: event.self_device_time_total / 1e6 for event in operations}
+
+
+def _kernel_seconds(seen: profile) -> dict[str, float]:
+    """Return the time of each kernel, of copies and of fillings: all that a GPU was busy with."""
+    kernels = [e for e in seen.key_averages() if e.device_type == DeviceType.CUDA and e.key != _HERE]
+    return {event.key: event.self_device_time_total / 1e6 for event in kernels if not event.is_user_annotation}
 
 
 def _thread_seconds(seen: profile) -> dict[str, float]:
@@ -304,6 +320,8 @@ def _print(found: dict, profiled: dict | None) -> None:
     if profiled is not None:
         for kind, of_step in profiled["shares"].items():
             print(f"{kind:<22} {100 * of_step:5.1f} % of a step of {profiled['seconds']:.3f} s (profiled)")
+        if "busy" in profiled:
+            print(f"{'the GPU busy':<22} {100 * profiled['busy']:5.1f} %")
         for kind, of_step in list(profiled["others"].items())[:12]:
             print(f"  {kind:<40} {100 * of_step:5.1f} %")
 

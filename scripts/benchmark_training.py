@@ -12,10 +12,11 @@ import tempfile
 from pathlib import Path
 
 import made_up
-from measuring import seconds_of, write_record
+from measuring import repeats, seconds_of, write_record
 
 from moe_lm.commands import build as make
 from moe_lm.operations import flops_per_word
+from moe_lm.trainer import Trainer
 
 DENSE = "moe_1_wide"
 
@@ -35,10 +36,10 @@ def main() -> None:
         seconds = {name: [] for name in trainers}
         for round_ in range(options.rounds + 1):
             for name, trainer in trainers.items():
-                done = []
-                took = seconds_of(lambda trainer=trainer, done=done: done.append(made_up.step(trainer)), on)
+                words = []
+                took = seconds_of(lambda of=trainer, to=words: _updates(of, repeats(on), to), on)
                 if round_ > 0:  # the first update also allocates
-                    seconds[name].append(took / done[0])
+                    seconds[name].append(took / sum(words))
     rows = {
         name: {
             "words_per_second": 1 / statistics.median(times),
@@ -52,6 +53,11 @@ def main() -> None:
         print(f"{name:<12} {row['words_per_second']:10,.0f} words/s   {row['of_dense']:.2f} of {DENSE}   {rate}")
     kept = {key: value for key, value in vars(options).items() if key != "json"}
     write_record(options.json, on, {"rows": rows, "options": kept})
+
+
+def _updates(trainer: Trainer, times: int, words: list[int]) -> None:
+    for _ in range(times):
+        words.append(made_up.step(trainer))
 
 
 def _models(options: argparse.Namespace) -> dict[str, list[str]]:

@@ -13,7 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from moe_lm.kernels import by_numba
+from moe_lm.kernels import by_numba, by_triton
+
+_MOST_EXPERTS, _MOST_K = 8192, 64
+"""Of the kernel: a row is in registers whole, and looked through once for each of the largest."""
 
 
 def noisy_choice(
@@ -24,8 +27,35 @@ def noisy_choice(
     H(x) = clean + draw * (Softplus(raw) + noise_epsilon), `logit_TF` being clean and raw side by side; without a choice
     to make, K = E, there is no P.
     """
-    top_TN, expert_TN, noisy_TE, *chance = _NoisyChoice.apply(logit_TF, draw_TE, noise_epsilon, k)
+    in_a_kernel = by_triton(draw_TE) and draw_TE.shape[1] <= _MOST_EXPERTS and k <= _MOST_K
+    choice = _ChoiceInAKernel if in_a_kernel else _NoisyChoice
+    top_TN, expert_TN, noisy_TE, *chance = choice.apply(logit_TF, draw_TE, noise_epsilon, k)
     return top_TN, expert_TN, noisy_TE, chance[0] if chance else None
+
+
+class _ChoiceInAKernel(torch.autograd.Function):
+    """On a GPU; noise, deviations and z are made anew in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, logit_TF, draw_TE, noise_epsilon, k):
+        from moe_lm.gate import triton_choice  # Triton is not everywhere, and slow to import
+
+        ctx.set_materialize_grads(False)
+        logit_TF, draw_TE = logit_TF.contiguous(), draw_TE.contiguous()
+        top_TN, expert_TN, *others = triton_choice.chosen(logit_TF, draw_TE, noise_epsilon, k)
+        ctx.mark_non_differentiable(expert_TN)
+        ctx.save_for_backward(logit_TF, draw_TE, top_TN, expert_TN)
+        ctx.settings = noise_epsilon, k
+        return top_TN, expert_TN, *others
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_top_TN, _, *grads):
+        from moe_lm.gate import triton_choice
+
+        grad_noisy_TE, grad_chance_TE = (*grads, None)[:2]
+        grads = grad_top_TN, grad_noisy_TE, grad_chance_TE
+        return triton_choice.gradient(ctx.saved_tensors, *grads, *ctx.settings), None, None, None
 
 
 class _NoisyChoice(torch.autograd.Function):
