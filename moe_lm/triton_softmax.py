@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_LARGEST_BLOCK = 4096
-"""Logits that one program holds at a time."""
+_LARGEST_BLOCK, _WARPS = 1024, 8
+"""Logits that one program holds at a time, and what works on them: of nine pairs the fastest on an H100."""
 
 
 def probabilities_(logits_TC: Tensor, bias_C: Tensor, true_T: Tensor, hit_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,7 +26,7 @@ def probabilities_(logits_TC: Tensor, bias_C: Tensor, true_T: Tensor, hit_T: Ten
         assert logits_TC.is_contiguous()  # they are changed where they are
         given = [tensor.contiguous() for tensor in (bias_C, true_T, hit_T)]
         rows = logits_TC, *given, true_probability_T, nats_T
-        _probabilities[(num_tokens,)](*rows, num_candidates, BLOCK=block)
+        _probabilities[(num_tokens,)](*rows, num_candidates, BLOCK=block, num_warps=_WARPS)
     return true_probability_T, nats_T
 
 

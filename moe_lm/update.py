@@ -69,7 +69,8 @@ class Update:
         """Make the update of this step, unless its loss or gradient is not finite, and say what it saw."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        seen = self._passes(batch, step)
+        with _float32_as_tf32(self._autocast is not None):
+            seen = self._passes(batch, step)
         self._gradients.finish()
         norm = self._gradients.norm(self.optimizer)
         # The one place where the host waits for what the device found.
@@ -163,13 +164,28 @@ class _Seen:
         """Make everything that of all processes; losses of global values are the same everywhere already."""
         everyone, terms = processes.everyone, list(self.terms)
         own = [self.nats, *self._counts, *(self.terms[name] for name in terms)]
-        own = [torch.as_tensor(x, dtype=torch.float64, device=self.nats.device) for x in own]
+        # Plain numbers are filled in: a copy of them would wait for all that a GPU has to do.
+        own = [x.to(self.nats) if isinstance(x, Tensor) else self.nats.new_full((), x) for x in own]
         self.nats, asked, dropped, tokens, unserved, *values = everyone.sum_(torch.stack(own), STATISTICS)
         whole = sum_statistics(self._statistics or {}, everyone) if everywhere is None else everywhere
         self.terms = dict(zip(terms, values, strict=True)) if everywhere is None else self._last
         self.gatings = {layer: gating.with_statistics(whole[layer]) for layer, gating in self.gatings.items()}
         if self.gatings:
             self.shares = {"dropped": dropped / asked.clamp(min=1), "unserved": unserved / tokens.clamp(min=1)}
+
+
+@contextlib.contextmanager
+def _float32_as_tf32(allowed: bool):
+    """Let a GPU's float32 products, those of gates, round their factors to TF32, as cuDNN's LSTM does by default.
+
+    Its 10 bits of mantissa are 3 more than the autocast type's; the products take a third of the time.
+    """
+    products = torch.backends.cuda.matmul
+    before, products.allow_tf32 = products.allow_tf32, allowed or products.allow_tf32
+    try:
+        yield
+    finally:
+        products.allow_tf32 = before
 
 
 def _nothing(own: Statistics) -> Statistics:

@@ -50,6 +50,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     keep_memory()
+    torch.backends.cuda.matmul.allow_tf32 = True  # everyone's float32 products, as in a training (moe_lm/update.py)
     if options.peak:
         _print_peak(options, on)
         return

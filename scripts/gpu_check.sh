@@ -49,8 +49,9 @@ prepare() {
 
 tests() {
     local at_once=()
-    ! "$python" -c "import xdist" 2>/dev/null || at_once=(-n 6)
-    timeout 180 "$python" -m pytest -q -W default -p no:cacheprovider "${at_once[@]}" tests/gpu 2>&1 |
+    ! "$python" -c "import xdist" 2>/dev/null || at_once=(-n 8)
+    # Of many threads each a process would wait for the other processes'.
+    OMP_NUM_THREADS=2 timeout 180 "$python" -m pytest -q -W default -p no:cacheprovider "${at_once[@]}" tests/gpu 2>&1 |
         tail -n 60 | tee "$out/tests.txt"
 }
 

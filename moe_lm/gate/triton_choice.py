@@ -133,8 +133,9 @@ def _choose(
     tl.store(noisy + at, value, mask=inside)
     lowest = tl.full((ROWS, BLOCK), -0x7FFFFFFFFFFFFFFF, dtype=tl.int64)
     key = tl.where(inside, _ordered(value, column[None, :]), lowest)
+    # Each zero its own: of two names for one, changed in turn by the loop, Triton 3.6 lost one.
+    in_threshold = tl.zeros((ROWS,), dtype=tl.float32)
     out_threshold = tl.zeros((ROWS,), dtype=tl.float32)
-    in_threshold = out_threshold
     for place in range(LARGEST):
         best = tl.max(key, axis=1)
         number = 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32)
@@ -143,7 +144,7 @@ def _choose(
         key = tl.where(is_it, lowest, key)
         tl.store(top + token * LARGEST + place, found, mask=token < tokens)
         tl.store(expert + token * LARGEST + place, number.to(tl.int64), mask=token < tokens)
-        out_threshold = in_threshold
+        out_threshold = tl.where(place == K - 1, found, out_threshold)
         in_threshold = found
     if LARGEST > K:
         # The k-th largest value with expert i left out is the (k+1)-th of all where i is among the k, else the k-th.
@@ -183,9 +184,9 @@ def _choice_gradient(
     raw = tl.load(logit + at_logit + experts, mask=inside, other=0.0)
     noise = tl.load(draw + at, mask=inside, other=0.0)
     of_clean = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    of_deviation = of_clean
+    of_deviation = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     of_in = tl.zeros((ROWS,), dtype=tl.float32)
-    of_out = of_in
+    of_out = tl.zeros((ROWS,), dtype=tl.float32)
     if CHANCE:
         deviation = _softplus(raw) + epsilon
         clean = tl.load(logit + at_logit, mask=inside, other=0.0)

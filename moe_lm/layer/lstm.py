@@ -8,12 +8,14 @@ import math
 import torch
 from torch import Tensor, nn
 
+from moe_lm.kernels import by_triton
 from moe_lm.mistake import Mistake
+from moe_lm.mixed_lstm import mixed_lstm
 from moe_lm.sentences import Sentences
 
 
 class Lstm(nn.Module):
-    """`width` LSTM units over `width` inputs; torch's own, so cuDNN and oneDNN apply."""
+    """`width` LSTM units over `width` inputs; torch's own, so cuDNN and oneDNN apply, but on a GPU under autocast."""
 
     def __init__(self, *, width: int):
         super().__init__()
@@ -24,7 +26,12 @@ class Lstm(nn.Module):
 
     def forward(self, x_TD: Tensor, sentences: Sentences) -> tuple[Tensor, None]:
         """Run over all sentences side by side; padding exists only inside this call."""
-        return _recurred(self.lstm, x_TD, sentences), None
+        if not (by_triton(x_TD) and torch.is_autocast_enabled(x_TD.device.type)):
+            return _recurred(self.lstm, x_TD, sentences), None
+        dtype, lstm = torch.get_autocast_dtype(x_TD.device.type), self.lstm
+        weights = lstm.weight_ih_l0, lstm.weight_hh_l0, lstm.bias_ih_l0, lstm.bias_hh_l0
+        y_LBD = mixed_lstm(sentences.pad(x_TD.to(dtype)), *weights, dtype)
+        return sentences.unpad(y_LBD).to(x_TD.dtype), None
 
     def operations_per_timestep(self) -> int:
         """4 gates of units * (inputs + recurrent inputs)."""

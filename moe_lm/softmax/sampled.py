@@ -49,7 +49,11 @@ class SampledSoftmax(nn.Module):
         if self.num_sampled >= size:
             candidate_S, log_count = torch.arange(size, device=target_T.device), None
         else:
-            candidate_S, num_tries = (x.to(target_T.device) for x in draw_distinct(self.num_sampled, size, seed))
+            candidate_S, num_tries = draw_distinct(self.num_sampled, size, seed)
+            if (
+                target_T.is_cuda
+            ):  # from pinned memory: the host goes on, or it would wait for all that the GPU has to do
+                candidate_S = candidate_S.pin_memory().to(target_T.device, non_blocking=True)
             log_count = _log_expected_count(torch.cat([candidate_S, target_T]), num_tries, size)
         # One gather for both: its gradient may be a whole (V, D) matrix.
         word = torch.cat([candidate_S, target_T])
@@ -71,10 +75,10 @@ class SampledSoftmax(nn.Module):
         return (self.num_sampled + 1 if self.num_sampled < size else size) * width
 
 
-def draw_distinct(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
+def draw_distinct(count: int, size: int, seed: int) -> tuple[Tensor, int]:
     """Draw ids with P(i) = log((i+2)/(i+1)) / log(size+1) until `count` < size are distinct.
 
-    Returns the distinct ids, ascending (int64), and the number of draws it took (int64 scalar).
+    Returns the distinct ids, ascending (int64), and the number of draws it took.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = np.empty(0, dtype=np.int64)
@@ -84,11 +88,11 @@ def draw_distinct(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
         ids = (uniform * math.log(size + 1)).exp().long().sub_(1).clamp_(0, size - 1)
         drawn = np.concatenate([drawn, ids.numpy()])
         _, first_seen = np.unique(drawn, return_index=True)
-    num_tries = np.sort(first_seen)[count - 1] + 1
-    return torch.from_numpy(np.unique(drawn[:num_tries])), torch.tensor(num_tries)
+    num_tries = int(np.sort(first_seen)[count - 1]) + 1
+    return torch.from_numpy(np.unique(drawn[:num_tries])), num_tries
 
 
-def _log_expected_count(word: Tensor, num_tries: Tensor, size: int) -> Tensor:
+def _log_expected_count(word: Tensor, num_tries: int, size: int) -> Tensor:
     """Log of the chance that a word is among the distinct ones: 1 - (1 - P(word))^tries; float64."""
     word = word.double()
     probability = torch.log1p(1 / (word + 1)) / math.log(size + 1)

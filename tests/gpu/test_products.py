@@ -1,4 +1,4 @@
-"""Grouped products, gates' sums and the blocked cross-entropy on a GPU against plain loops in float64.
+"""Grouped products, the noisy choice, the LSTM and the blocked cross-entropy on a GPU against float64 on the CPU.
 
 Shape suffixes: A assignments, D width, H hidden, E experts, T tokens, C candidates.
 """
@@ -7,12 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from choices_of_kernels import SIZES, chosen
 from mixture_by_hand import make
 
 from moe_lm import kernels
 from moe_lm.cross_entropy import exact_nats, summed_nats
 from moe_lm.experts import Experts, recompute_hidden
 from moe_lm.gate import Gating
+from moe_lm.gate.noisy_choice import _ChoiceInAKernel, _NoisyChoice
+from moe_lm.mixed_lstm import mixed_lstm
 
 COUNTS = [[3, 0, 5, 1], [0, 0, 7, 0], [200, 17, 0, 64], [0, 4, 0, 9]]
 
@@ -99,3 +102,32 @@ def test_cross_entropy(gpu, max_logits):
     exact = exact_nats(leaves[0].detach(), leaves[1].detach(), leaves[2].detach(), hit, max_logits)
     torch.testing.assert_close(exact.cpu(), nats.detach(), rtol=1e-4, atol=1e-4)
     assert summed_nats(*(x.detach() for x in leaves), apart, none, max_logits).item() > 1e9
+
+
+@pytest.mark.parametrize("sizes", [*SIZES, (5000, 4, 3), (5000, 32, 4), (5000, 256, 4), (700, 4096, 4)], ids=str)
+def test_choice(gpu, sizes):
+    """What is chosen, all noisy logits, chances and the logits' gradient, of all results together."""
+    ours, theirs = chosen(_ChoiceInAKernel, *sizes, "all", on="cuda"), chosen(_NoisyChoice, *sizes, "all")
+    for got, want in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got.cpu().double(), want.double(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(3, 4, 8, 8), (7, 2, 16, 600), (30, 64, 512, 512), (1, 100, 32, 24)], ids=str)
+def test_lstm(gpu, sizes):
+    """Outputs and all gradients, to bfloat16's rounding."""
+    num_steps, num_sentences, num_inputs, num_units = sizes
+    torch.manual_seed(0)
+    lstm = torch.nn.LSTM(num_inputs, num_units).double()
+    x_LBD = torch.randn(num_steps, num_sentences, num_inputs).bfloat16()
+    grad_LBU = torch.randn(num_steps, num_sentences, num_units).bfloat16()
+    theirs = x_LBD.double().requires_grad_()
+    want_LBU, _ = lstm(theirs)
+    want_LBU.backward(grad_LBU.double())
+    ours = x_LBD.to(gpu).requires_grad_()
+    weights = [weight.detach().float().to(gpu).requires_grad_() for weight in lstm.parameters()]
+    got_LBU = mixed_lstm(ours, *weights, torch.bfloat16)
+    got_LBU.backward(grad_LBU.to(gpu))
+    pairs = [(got_LBU, want_LBU), (ours.grad, theirs.grad)]
+    pairs += [(mine.grad, weight.grad) for mine, weight in zip(weights, lstm.parameters(), strict=True)]
+    for got, want in pairs:
+        assert (got.cpu().double() - want).norm() <= 0.02 * want.norm() + 1e-6
