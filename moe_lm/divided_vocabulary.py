@@ -14,22 +14,22 @@ from torch.autograd.function import once_differentiable
 
 from moe_lm.cross_entropy import exact_nats
 from moe_lm.group import Group, Share
-from moe_lm.rows import take_rows
+from moe_lm.rows import Distinct, take_rows
 
 PURPOSE = "rows"
 """What the bytes are counted as."""
 
 
-def take_divided(matrix_VD: Tensor, row_T: Tensor, share: Share) -> Tensor:
+def take_divided(matrix_VD: Tensor, rows: Distinct, share: Share) -> Tensor:
     """Return rows of the whole matrix (T, D) by their numbers in it, differentiable in the rows here.
 
     All processes of the share's group take part; each row is sent once to a process, however often it needs it.
     """
     group = share.group
     if group.size == 1:
-        return take_rows(matrix_VD, row_T)
-    row_U, place_T = row_T.unique(return_inverse=True)
-    ends = torch.tensor(share.sizes, device=row_T.device).cumsum(dim=0)
+        return take_rows(matrix_VD, rows)
+    row_U, place_T = rows.found
+    ends = torch.tensor(share.sizes, device=row_U.device).cumsum(dim=0)
     ends_P = torch.searchsorted(row_U, ends)
     asked_P = ends_P.diff(prepend=ends_P.new_zeros(1))
     asked, given = torch.stack([asked_P, group.exchange_equal(asked_P, PURPOSE)]).tolist()

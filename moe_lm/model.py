@@ -17,6 +17,7 @@ from moe_lm.group import divided
 from moe_lm.initial import initialize_words_
 from moe_lm.layer import Layer
 from moe_lm.mistake import Mistake
+from moe_lm.rows import Distinct
 from moe_lm.softmax import Softmax
 
 
@@ -52,7 +53,8 @@ class LanguageModel(nn.Module):
     def hidden(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Gating]]:
         """Return the last layer's states and the gatings."""
         gatings = {}
-        x_TD = F.dropout(take_divided(self.embedding_VD, batch.input_T, self.share), self.dropout, self.training)
+        x_TD = take_divided(self.embedding_VD, Distinct(batch.input_T), self.share)
+        x_TD = F.dropout(x_TD, self.dropout, self.training)
         for name, layer in self.layers.items():
             y_TD, gating = layer(x_TD, batch.sentences)
             x_TD = x_TD + F.dropout(y_TD, self.dropout, self.training)

@@ -3,6 +3,7 @@
 Shape suffixes: T taken rows, U distinct rows, V rows, D width (V alone: a vector counts as a matrix of width 1).
 """
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -19,15 +20,29 @@ class RowGradient(NamedTuple):
     value_UD: Tensor
 
 
+class Distinct:
+    """Rows to take of several matrices, whose distinct ones are found once: on a GPU the host waits for them."""
+
+    def __init__(self, row_T: Tensor):
+        self.row_T = row_T
+
+    @cached_property
+    def found(self) -> tuple[Tensor, Tensor]:
+        """The distinct rows, ascending, and where among them each taken one is."""
+        return self.row_T.unique(return_inverse=True)
+
+
 def keep_row_gradients(matrix_VD: nn.Parameter) -> None:
     """From now on `take_rows` leaves the matrix's gradient in `row_gradient`, not in `.grad`."""
     matrix_VD.row_gradients = []
 
 
-def take_rows(matrix_VD: Tensor, row_T: Tensor) -> Tensor:
-    """Return the rows (T, D), differentiable in the matrix."""
+def take_rows(matrix_VD: Tensor, rows: Tensor | Distinct) -> Tensor:
+    """Return the rows (T, D), differentiable in the matrix; matrices of which the same are taken share a `Distinct`."""
+    distinct = rows if isinstance(rows, Distinct) else Distinct(rows)
+    row_T = distinct.row_T
     if torch.is_grad_enabled() and hasattr(matrix_VD, "row_gradients"):
-        return _Take.apply(matrix_VD, row_T)
+        return _Take.apply(matrix_VD, distinct)
     return F.embedding(row_T, matrix_VD) if matrix_VD.dim() == 2 else matrix_VD.index_select(0, row_T)
 
 
@@ -67,7 +82,11 @@ def _joined(a: RowGradient, b: RowGradient) -> RowGradient:
 
 def summed_rows(row_T: Tensor, grad_TD: Tensor) -> RowGradient:
     """Return the gradient of rows that were taken several times."""
-    row_U, place_T = row_T.unique(return_inverse=True)
+    return _summed(Distinct(row_T), grad_TD)
+
+
+def _summed(distinct: Distinct, grad_TD: Tensor) -> RowGradient:
+    row_U, place_T = distinct.found
     return RowGradient(row_U, grad_TD.new_zeros(len(row_U), *grad_TD.shape[1:]).index_add_(0, place_T, grad_TD))
 
 
@@ -75,13 +94,12 @@ class _Take(torch.autograd.Function):
     """A gather whose backward pass makes no matrix of the whole size; it hands the gradient over by itself."""
 
     @staticmethod
-    def forward(ctx, matrix_VD, row_T):
-        ctx.matrix_VD = matrix_VD
-        ctx.save_for_backward(row_T)
-        return matrix_VD.index_select(0, row_T)
+    def forward(ctx, matrix_VD, distinct):
+        ctx.matrix_VD, ctx.distinct = matrix_VD, distinct
+        return matrix_VD.index_select(0, distinct.row_T)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_TD):
-        _keep(ctx.matrix_VD.row_gradients, summed_rows(ctx.saved_tensors[0], grad_TD))
+        _keep(ctx.matrix_VD.row_gradients, _summed(ctx.distinct, grad_TD))
         return None, None

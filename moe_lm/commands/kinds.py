@@ -23,6 +23,7 @@ OPTIONAL = {
     "machine.expert_processes": int,
     "machine.threads": int,
     "max_words": int,
+    "softmax.max_logits": int,
     "name": str,
     "parallel": str,
     "processes": int,

@@ -13,6 +13,9 @@ from moe_lm.mistake import Mistake
 from moe_lm.mixed_lstm import mixed_lstm
 from moe_lm.sentences import Sentences
 
+_WORTH_OWN = 3072
+"""Sentences from which on the GPU has more to do in a timestep than the host; cuDNN hands over faster."""
+
 
 class Lstm(nn.Module):
     """`width` LSTM units over `width` inputs; torch's own, so cuDNN and oneDNN apply, but on a GPU under autocast."""
@@ -26,7 +29,8 @@ class Lstm(nn.Module):
 
     def forward(self, x_TD: Tensor, sentences: Sentences) -> tuple[Tensor, None]:
         """Run over all sentences side by side; padding exists only inside this call."""
-        if not (by_triton(x_TD) and torch.is_autocast_enabled(x_TD.device.type)):
+        mixed = sentences.num_sentences >= _WORTH_OWN and torch.is_autocast_enabled(x_TD.device.type)
+        if not (mixed and by_triton(x_TD)):
             return _recurred(self.lstm, x_TD, sentences), None
         dtype, lstm = torch.get_autocast_dtype(x_TD.device.type), self.lstm
         weights = lstm.weight_ih_l0, lstm.weight_hh_l0, lstm.bias_ih_l0, lstm.bias_hh_l0

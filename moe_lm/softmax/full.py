@@ -12,17 +12,14 @@ from moe_lm.distributed import ALONE, Processes
 from moe_lm.divided_vocabulary import exact_divided, summed_divided
 from moe_lm.group import divided
 from moe_lm.initial import initialize_words_
-from moe_lm.mistake import Mistake
+from moe_lm.softmax.blocks import InBlocks
 
 
-class FullSoftmax(nn.Module):
+class FullSoftmax(InBlocks):
     """-log softmax(W h + b) of the target, never more than `max_logits` logits in memory."""
 
-    def __init__(self, *, width: int, vocabulary_size: int, max_logits: int, processes: Processes = ALONE):
-        super().__init__()
-        if max_logits < 1:
-            raise Mistake(f"softmax.max_logits={max_logits}: must be at least 1")
-        self.max_logits = max_logits
+    def __init__(self, *, width: int, vocabulary_size: int, max_logits: int | None, processes: Processes = ALONE):
+        super().__init__(max_logits)
         self.exact_in_training = True
         self.share = divided(vocabulary_size, processes.vocabulary)
         """Which rows are here."""

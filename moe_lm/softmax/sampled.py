@@ -15,9 +15,11 @@ from moe_lm.divided_vocabulary import exact_divided, take_divided
 from moe_lm.group import divided
 from moe_lm.initial import initialize_words_
 from moe_lm.mistake import Mistake
+from moe_lm.rows import Distinct
+from moe_lm.softmax.blocks import InBlocks
 
 
-class SampledSoftmax(nn.Module):
+class SampledSoftmax(InBlocks):
     """In training the target against `num_sampled` distinct words; exact in eval mode, or for V <= num_sampled.
 
     Every logit is lowered by the log of its word's expected count among the sampled; a sampled word that is
@@ -25,15 +27,18 @@ class SampledSoftmax(nn.Module):
     """
 
     def __init__(
-        self, *, width: int, vocabulary_size: int, num_sampled: int, max_logits: int, processes: Processes = ALONE
+        self,
+        *,
+        width: int,
+        vocabulary_size: int,
+        num_sampled: int,
+        max_logits: int | None,
+        processes: Processes = ALONE,
     ):
-        super().__init__()
+        super().__init__(max_logits)
         if num_sampled < 1:
             raise Mistake(f"softmax.num_sampled={num_sampled}: must be at least 1")
         self.num_sampled = num_sampled
-        if max_logits < 1:
-            raise Mistake(f"softmax.max_logits={max_logits}: must be at least 1")
-        self.max_logits = max_logits
         self.exact_in_training = num_sampled >= vocabulary_size
         self.share = divided(vocabulary_size, processes.vocabulary)
         """Which rows are here."""
@@ -57,7 +62,8 @@ class SampledSoftmax(nn.Module):
             log_count = _log_expected_count(torch.cat([candidate_S, target_T]), num_tries, size)
         # One gather for both: its gradient may be a whole (V, D) matrix.
         word = torch.cat([candidate_S, target_T])
-        rows, bias = (take_divided(matrix, word, self.share) for matrix in (self.weight_VD, self.bias_V))
+        distinct = Distinct(word)
+        rows, bias = (take_divided(matrix, distinct, self.share) for matrix in (self.weight_VD, self.bias_V))
         if log_count is not None:
             bias = bias - log_count.to(bias.dtype)
         num_candidates = len(candidate_S)

@@ -57,7 +57,7 @@ def trainer(workspace):
 def same_noise(monkeypatch):
     """Draw noise on the CPU whatever the device, so that it is the same on each."""
 
-    def drawn(x, **options):
-        return torch.randn(x.shape, dtype=x.dtype).to(x.device)
-
-    monkeypatch.setattr(torch, "randn_like", drawn)
+    for name in ("randn", "rand"):
+        draw = getattr(torch, name)
+        drawn = lambda x, draw=draw: draw(x.shape, dtype=x.dtype).to(x.device)  # noqa: E731
+        monkeypatch.setattr(torch, f"{name}_like", drawn)
