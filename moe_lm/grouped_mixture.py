@@ -44,8 +44,9 @@ def parts_of(ends_E: Tensor, num_rows: int) -> Parts:
     num_experts = len(ends_E)
     if num_experts <= _MOST_GROUPS:
         return [(slice(0, num_experts), slice(0, num_rows))]
-    firsts = range(0, num_experts, _MOST_GROUPS)
-    lasts = [min(first + _MOST_GROUPS, num_experts) for first in firsts]
+    num_parts = -(-num_experts // _MOST_GROUPS)  # of 1,024 experts not one part of 1,023 and one of 1
+    firsts = [part * num_experts // num_parts for part in range(num_parts)]
+    lasts = [*firsts[1:], num_experts]
     stops = ends_E[[last - 1 for last in lasts]].tolist()
     experts, rows = map(slice, firsts, lasts), map(slice, [0, *stops[:-1]], stops)
     return list(zip(experts, rows, strict=True))
@@ -67,15 +68,18 @@ def _offsets(ends_E: Tensor, start: int) -> Tensor:
     return ends_E - start if start else ends_E
 
 
-def _outer(x_AD: Tensor, grad_AH: Tensor, ends_E: Tensor, parts: Parts) -> Tensor:
-    """Return each expert's x^T grad (E, D, H)."""
-    made = [
-        F.grouped_mm(x_AD[rows].t(), grad_AH[rows], offs=_offsets(ends_E[experts], rows.start))
-        if rows.stop > rows.start
-        else x_AD.new_zeros(experts.stop - experts.start, x_AD.shape[1], grad_AH.shape[1])
-        for experts, rows in parts
-    ]
-    return made[0] if len(made) == 1 else torch.cat(made)
+def _outer(x_AD: Tensor, grad_AH: Tensor, ends_E: Tensor, parts: Parts, dtype: torch.dtype) -> Tensor:
+    """Return each expert's x^T grad (E, D, H) in this type, so that of many experts never all are in two types."""
+    if len(parts) == 1:
+        return F.grouped_mm(x_AD.t(), grad_AH, offs=ends_E).to(dtype)
+    made_EDH = x_AD.new_empty(len(ends_E), x_AD.shape[1], grad_AH.shape[1], dtype=dtype)
+    for experts, rows in parts:
+        if rows.stop > rows.start:
+            ends = _offsets(ends_E[experts], rows.start)
+            made_EDH[experts] = F.grouped_mm(x_AD[rows].t(), grad_AH[rows], offs=ends)
+        else:
+            made_EDH[experts] = 0
+    return made_EDH
 
 
 class _GroupedMixture(torch.autograd.Function):
@@ -96,15 +100,18 @@ class _GroupedMixture(torch.autograd.Function):
     def backward(ctx, grad_TD):
         token_A, gate_A, ends_E, order_A, ends_T, *kept, h_AH = ctx.saved_tensors
         x_TD, w1_EDH, w2_EHD, grad_TD = (tensor.to(ctx.dtype) for tensor in (*kept, grad_TD))
+        of_x, of_w1, of_w2 = ctx.types
         x_AD = gathered(x_TD, token_A)
         if h_AH is None:
             h_AH = grouped(x_AD, w1_EDH, ends_E, ctx.parts).relu_()
         grad_h_AH = grouped(gathered(grad_TD, token_A), w2_EHD.mT, ends_E, ctx.parts)
+        del w2_EHD  # of billions of parameters each copy counts
         grad_gate_A = hidden_gradient_(grad_h_AH, h_AH, gate_A)
-        grad_w2_EHD = _outer(h_AH, gathered(grad_TD, token_A, gate_A), ends_E, ctx.parts)
-        grad_w1_EDH = _outer(x_AD, grad_h_AH, ends_E, ctx.parts)
         grad_x_AD = grouped(grad_h_AH, w1_EDH.mT, ends_E, ctx.parts)
-        grad_x_TD = summed_by_token(grad_x_AD, token_A, Places(order_A, ends_T))
-        grads = zip((grad_x_TD, grad_w1_EDH, grad_w2_EHD), ctx.types, strict=True)
-        grad_x_TD, grad_w1_EDH, grad_w2_EHD = (grad.to(kind) for grad, kind in grads)
+        del w1_EDH
+        grad_x_TD = summed_by_token(grad_x_AD, token_A, Places(order_A, ends_T)).to(of_x)
+        del grad_x_AD
+        grad_w1_EDH = _outer(x_AD, grad_h_AH, ends_E, ctx.parts, of_w1)
+        del x_AD, grad_h_AH
+        grad_w2_EHD = _outer(h_AH, gathered(grad_TD, token_A, gate_A), ends_E, ctx.parts, of_w2)
         return grad_x_TD, None, grad_gate_A.to(gate_A.dtype), None, grad_w1_EDH, grad_w2_EHD, None, None

@@ -94,13 +94,15 @@ def machine(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """Return the commit of this tree, or what the variable COMMIT says of a tree without git."""
-    here = Path(__file__).parent
+    """Return what the variable COMMIT says, of a tree that was copied from elsewhere, or the commit of this tree."""
+    if named := os.environ.get("COMMIT"):
+        return named
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=here)
+        described = ["git", "describe", "--always", "--dirty"]
+        done = subprocess.run(described, capture_output=True, text=True, cwd=Path(__file__).parent)
     except FileNotFoundError:
-        return os.environ.get("COMMIT", "unknown")
-    return done.stdout.strip() or os.environ.get("COMMIT", "unknown")
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def write_record(path: Path | None, device: torch.device, content: Mapping[str, object]) -> None:

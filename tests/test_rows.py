@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe_lm.rows import forget_row_gradients, keep_row_gradients, row_gradient, take_rows
+from moe_lm.rows import Distinct, forget_row_gradients, keep_row_gradients, row_gradient, take_rows
 
 
 def dense_gradient(shape, rows, weights):
@@ -34,6 +34,22 @@ def test_row_gradients_are_the_rows_of_the_whole_gradient(shape):
     torch.testing.assert_close(value_UD, expected[row_U])
     forget_row_gradients(matrix)
     assert row_gradient(matrix) is None
+
+
+def test_matrices_of_which_the_same_rows_are_taken_have_gradients_of_their_own():
+    """A matrix and a vector share what rows are distinct, found once."""
+    torch.manual_seed(0)
+    matrix, vector = (nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in ((7, 3), (7,)))
+    distinct, weights = Distinct(torch.tensor([5, 0, 5, 2])), []
+    for parameter in (matrix, vector):
+        keep_row_gradients(parameter)
+        weights.append(torch.randn(4, *parameter.shape[1:], dtype=torch.float64))
+        (take_rows(parameter, distinct) * weights[-1]).sum().backward()
+    for parameter, weight in zip((matrix, vector), weights, strict=True):
+        row_U, value_UD = row_gradient(parameter)
+        assert row_U.tolist() == [0, 2, 5]
+        torch.testing.assert_close(value_UD, dense_gradient(parameter.shape, [5, 0, 5, 2], weight)[row_U])
+    assert row_gradient(matrix).row_U is row_gradient(vector).row_U
 
 
 def test_without_lazy_rows_the_gradient_is_an_ordinary_one():

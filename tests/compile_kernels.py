@@ -1,0 +1,57 @@
+"""Compiles every Triton kernel for a Hopper GPU, which needs none: a program of its own, as tests interpret kernels.
+
+python tests/compile_kernels.py
+"""
+
+import inspect
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from moe_lm import triton_lstm, triton_rows, triton_softmax
+from moe_lm.gate import triton_choice
+
+INTEGERS = {"token", "order", "ends", "expert", "hit"}
+"""Pointers to int64; those in HALF are to bfloat16, all others to float32."""
+SIZES = {"width", "hidden", "columns", "tokens", "experts", "chance_stride", "units", "h_stride"}
+
+
+def compiled(kernel, half: tuple[str, ...] = (), **constants: int) -> None:
+    """Compile one kernel with these constants; arguments of the names in `half` are bfloat16."""
+    names = list(inspect.signature(kernel.fn).parameters)
+    kinds = {name: "constexpr" if name in constants else _kind(name, half) for name in names}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    triton.compile(ASTSource(kernel, kinds, values), target=GPUTarget("cuda", 90, 32))
+    print(kernel.fn.__name__, constants, flush=True)
+
+
+def _kind(name: str, half: tuple[str, ...]) -> str:
+    if name in SIZES:
+        return "i32"
+    if name == "epsilon":
+        return "fp32"
+    return "*i64" if name in INTEGERS else "*bf16" if name in half else "*fp32"
+
+
+def main() -> None:
+    """Compile all of them."""
+    compiled(triton_rows._gather, ("x", "out"), BLOCK=512)
+    for weighted in (True, False):
+        compiled(triton_rows._sum, ("y",), WEIGHTED=weighted, BLOCK=512)
+    compiled(triton_rows._mask_and_dot, ("grad", "h"), BLOCK=1024)
+    compiled(triton_softmax._probabilities, ("logits",), BLOCK=1024)
+    for num_experts in (4, 256):
+        largest, (_, sizes) = min(5, num_experts), triton_choice._layout(100, num_experts)
+        del sizes["num_warps"]
+        compiled(triton_choice._choose, K=4, LARGEST=largest, **sizes)
+        for given in ((True, False, largest > 4), (False, True, False)):
+            flags = dict(zip(("TOP", "NOISY", "CHANCE"), given, strict=True))
+            compiled(triton_choice._choice_gradient, K=4, LARGEST=largest, **flags, **sizes)
+    for edge in (True, False):
+        compiled(triton_lstm._forward, ("z", "h"), FIRST=edge, BLOCK=512)
+        compiled(triton_lstm._backward, ("grad_h", "z", "grad_z"), FIRST=edge, LAST=not edge, BLOCK=512)
+
+
+if __name__ == "__main__":
+    main()
