@@ -30,11 +30,12 @@ pack() {
 
 # Tokens of a layer, words of a step, of the vocabulary and of a study, ...
 tokens=76800 words=307200 fewer=153600 vocabulary=793471 square=8192 data=20000000 shard=159658
-experts=(4 32 256) most=(1024 4096) flat=(32 256) hierarchical=256 most_h=4096 small=() study=(batch.words=65536 training.num_words=72e6)
+experts=(4 32 256) most=(1024 4096) flat=(32 256) hierarchical=256 most_h=4096 small=()
+study=(batch.words=32768 training.num_words=36e6 schedule.warmup_steps=200)
 if [ -n "${REHEARSE:-}" ]; then
     tokens=256 words=512 fewer=512 vocabulary=3000 square=128 data=20000 shard=2000 experts=(4 8) most=(16) flat=(4 8) hierarchical=32 most_h=64
     small=(model.width=16 model.expert_hidden=16)
-    study=(batch.words=1000 training.num_words=20000 softmax.num_sampled=64 vocabulary.max_size=2000 "${small[@]}")
+    study=(batch.words=1000 training.num_words=20000 schedule.warmup_steps=20 softmax.num_sampled=64 vocabulary.max_size=2000 "${small[@]}")
 fi
 
 # The environment's Python where there is one, else the machine's own with the packed wheels beside it.
@@ -68,11 +69,11 @@ bench() {
     run layer 100 benchmark_layer.py --experts "${experts[@]}" --tokens $tokens --square $square "${peers[@]}"
     run layer_large 80 benchmark_layer.py --experts "${most[@]}" --tokens $tokens --square $square "${peers[@]}" \
         --layers moe balanced scattermoe --room 0 --rounds 5
-    run training 60 benchmark_training.py --words $words --vocabulary $vocabulary --experts "${flat[@]}" \
+    run training 50 benchmark_training.py --words $words --vocabulary $vocabulary --experts "${flat[@]}" \
         --hierarchical $hierarchical --rounds 5 --overrides "${small[@]}"
     run training_4096 80 benchmark_training.py --words $fewer --vocabulary $vocabulary --experts --hierarchical $most_h \
         --rounds 5 --overrides optimizer.experts=factored machine.recompute=true "${small[@]}"
-    run data 50 benchmark_data.py --words $data
+    run data 40 benchmark_data.py --words $data
     run evaluation 60 benchmark_evaluation.py --tokens $shard --vocabulary $vocabulary --square $square \
         --overrides "${small[@]}"
 }
@@ -82,7 +83,7 @@ profile() {
         --profile --overrides "${small[@]}"
 }
 
-# One model of the study, for as many words as all others; the best of what a GPU is for: 36 M words an epoch.
+# One model of the study, for as many words as all others.
 train() {
     local name=$1 seconds=$2 runs=${TMPDIR:-/tmp}/gpu-check-runs
     shift 2
