@@ -84,9 +84,12 @@ def activation_bytes(model: LanguageModel, step: Step) -> int:
 
 
 def logits_bytes(model: LanguageModel, step: Step) -> int:
-    """Return what one block of the softmax's logits takes while it exists (in training on a CPU often less)."""
+    """Return what one block of the softmax's logits takes while it exists (in training on a CPU often less).
+
+    Where products run in bfloat16 that is a GPU's block.
+    """
     candidates = num_candidates(model)
-    rows = max(1, model.softmax.max_logits // candidates)
+    rows = max(1, model.softmax.most_logits(on_a_gpu=step.bfloat16) // candidates)
     return min(rows, step.micro_tokens) * candidates * FLOAT32
 
 

@@ -225,6 +225,15 @@ def test_logits_are_a_block():
     assert logits_bytes(make(softmax=partial(FullSoftmax, max_logits=10)), few) == SIZE * 4
 
 
+def test_without_max_logits_a_gpu_has_larger_blocks():
+    """16,777,216 on a CPU, 16 times as many where products run in bfloat16."""
+    model = make(softmax=partial(FullSoftmax, max_logits=None))
+    for bfloat16, logits in ((False, 2**24), (True, 2**28)):
+        step = Step(words=2**30, micro_words=2**30, bfloat16=bfloat16)
+        assert logits_bytes(model, step) == logits // SIZE * SIZE * 4
+    assert model.softmax.max_logits == 2**24
+
+
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [

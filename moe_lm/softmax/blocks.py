@@ -20,6 +20,10 @@ class InBlocks(nn.Module):
     @property
     def max_logits(self) -> int:
         """Logits of a block, where its weights are now."""
+        return self.most_logits(on_a_gpu=self.weight_VD.is_cuda)
+
+    def most_logits(self, *, on_a_gpu: bool) -> int:
+        """Logits of a block on the one device or the other."""
         if self._asked is not None:
             return self._asked
-        return _ON_A_GPU if self.weight_VD.is_cuda else _ON_A_CPU
+        return _ON_A_GPU if on_a_gpu else _ON_A_CPU
