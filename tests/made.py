@@ -27,7 +27,11 @@ class Made(TorchDispatchMode):
 
     def largest(self):
         """The most bytes that any had."""
-        return max(nbytes for _, nbytes in self._bytes)
+        return max(self.sizes())
+
+    def sizes(self):
+        """The bytes that each had."""
+        return [nbytes for _, nbytes in self._bytes]
 
     def alive(self):
         """The bytes of those that are still there."""

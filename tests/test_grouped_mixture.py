@@ -5,6 +5,7 @@ Shape suffixes: T tokens, A assignments, E experts.
 
 import pytest
 import torch
+from made import Made
 from mixture_by_hand import COUNTS, by_assignment, gradients, make
 
 from moe_lm import grouped_mixture as module
@@ -64,3 +65,14 @@ def test_two_backward_passes_are_equal():
     y_TD = mixture(experts, x_TD, gating, [3, 4], torch.float32)
     once, again = (torch.autograd.grad(y_TD.sum(), gating.gate_A, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(once, again)
+
+
+def test_gradients_of_many_experts_are_never_all_in_two_types(monkeypatch):
+    """Where they come in parts: of 4 billion parameters each copy in bfloat16 takes 8 GB."""
+    monkeypatch.setattr(module, "_MOST_GROUPS", 3)
+    experts, x_TD, gating = make([4, 5, 3, 6, 2, 8, 1], torch.float32, width=16, hidden=24)
+    y_TD = mixture(experts, x_TD, gating, [4, 5, 3, 6, 2, 8, 1], torch.bfloat16)
+    with Made() as made:
+        y_TD.sum().backward()
+    numbers = 7 * 16 * 24
+    assert [size for size in made.sizes() if size >= 2 * numbers] == [4 * numbers, 4 * numbers]
