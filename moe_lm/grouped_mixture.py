@@ -105,7 +105,7 @@ class _GroupedMixture(torch.autograd.Function):
         if h_AH is None:
             h_AH = grouped(x_AD, w1_EDH, ends_E, ctx.parts).relu_()
         grad_h_AH = grouped(gathered(grad_TD, token_A), w2_EHD.mT, ends_E, ctx.parts)
-        del w2_EHD  # of billions of parameters each copy counts
+        del w2_EHD  # where it was recomputed, a copy: of billions of parameters each counts
         grad_gate_A = hidden_gradient_(grad_h_AH, h_AH, gate_A)
         grad_x_AD = grouped(grad_h_AH, w1_EDH.mT, ends_E, ctx.parts)
         del w1_EDH

@@ -54,5 +54,7 @@ def _draw_rows_(
             first, last = max(start, numbers.start), min(start + in_block, numbers.stop)
             weight[first - numbers.start : last - numbers.start] = rows[first - start : last - start]
 
-    threads = torch.get_num_threads() if weight.numel() >= _WORTH_THREADS else 1
+    # A thread of its own is not in the inference mode that this one may be in.
+    alone = weight.numel() < _WORTH_THREADS or torch.is_inference_mode_enabled()
+    threads = 1 if alone else torch.get_num_threads()
     at_once([partial(some, blocks[place::threads]) for place in range(threads)])

@@ -86,7 +86,7 @@ def activation_bytes(model: LanguageModel, step: Step) -> int:
 def logits_bytes(model: LanguageModel, step: Step) -> int:
     """Return what one block of the softmax's logits takes while it exists (in training on a CPU often less).
 
-    Where products run in bfloat16 that is a GPU's block.
+    Where products run in bfloat16 that is a GPU's block, in float32 a CPU's, a sixteenth, where none is asked for.
     """
     candidates = num_candidates(model)
     rows = max(1, model.softmax.most_logits(on_a_gpu=step.bfloat16) // candidates)

@@ -17,6 +17,9 @@ from moe_lm.mistake import Mistake
 IDENTITY = ("model", "corpus", "vocabulary", "batch", "softmax", "optimizer", "schedule", "balance", "seed", "init")
 """What makes a run this run: another value under the same name is refused."""
 
+_NOT_IDENTITY = {"softmax.max_logits"}
+"""Keys of those that change memory and time alone."""
+
 
 class Run:
     """The directory of one training run."""
@@ -137,12 +140,11 @@ class Run:
         return self.metrics_file.exists() or self.checkpoints.exists() or self.result_file.exists()
 
     def _compare(self, config: dict) -> None:
-        stored = flatten({key: self.config().get(key) for key in IDENTITY})
-        wanted = flatten({key: config.get(key) for key in IDENTITY})
+        stored, wanted = (flatten({key: each.get(key) for key in IDENTITY}) for each in (self.config(), config))
         before, now = (each["training"]["num_words"] for each in (self.config(), config))
         if now < before:
             raise Mistake(f"{self.folder} is a run of training.num_words={before}: it can grow, not shrink to {now}")
-        for key in sorted(stored.keys() | wanted.keys()):
+        for key in sorted((stored.keys() | wanted.keys()) - _NOT_IDENTITY):
             if stored.get(key) != wanted.get(key):
                 raise Mistake(
                     f"{self.folder} holds another run: {key}={stored.get(key)} there, {wanted.get(key)} here; "

@@ -69,7 +69,7 @@ class Update:
         """Make the update of this step, unless its loss or gradient is not finite, and say what it saw."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        with _float32_as_tf32(self._autocast is not None):
+        with _float32_as_tf32(self._autocast is not None and self._device.type == "cuda"):
             seen = self._passes(batch, step)
         self._gradients.finish()
         norm = self._gradients.norm(self.optimizer)
@@ -181,11 +181,14 @@ def _float32_as_tf32(allowed: bool):
     Its 10 bits of mantissa are 3 more than the autocast type's; the products take a third of the time.
     """
     products = torch.backends.cuda.matmul
-    before, products.allow_tf32 = products.allow_tf32, allowed or products.allow_tf32
+    if not allowed or products.fp32_precision != "none":  # whoever has set it knows better
+        yield
+        return
+    products.allow_tf32 = True
     try:
         yield
     finally:
-        products.allow_tf32 = before
+        products.allow_tf32, products.fp32_precision = False, "none"
 
 
 def _nothing(own: Statistics) -> Statistics:

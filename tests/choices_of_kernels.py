@@ -11,8 +11,8 @@ from moe_lm.gate.noisy_choice import _ChoiceInAKernel
 SIZES = [(5, 8, 2), (33, 5, 4), (7, 256, 4), (4, 4, 4), (3, 300, 7), (0, 8, 2), (9, 1, 1), (6, 2, 1), (2, 2000, 2)]
 """Tokens, experts (not a power of two, none left out, one alone), k."""
 
-KINDS = ["gates", "load", "noisy", "load of tokens", "all"]
-"""Which results have a gradient: the largest logits, chances by one for all tokens or one for each, all logits."""
+KINDS = ["gates", "load", "noisy", "load of tokens", "sum of load", "all"]
+"""Which results have a gradient: the largest logits, chances by one for all tokens, one for each or one in all, ..."""
 
 
 def chosen(function, num_tokens: int, num_experts: int, k: int, kind: str, on: str = "cpu") -> list[Tensor]:
@@ -30,6 +30,7 @@ def chosen(function, num_tokens: int, num_experts: int, k: int, kind: str, on: s
     losses["noisy"] = (noisy_TE * drawn(num_tokens, num_experts)).sum()
     for chance_TE in chances:
         losses["load"] = (chance_TE.sum(dim=0) * drawn(num_experts)).sum()
+        losses["sum of load"] = chance_TE.sum()
         losses["load of tokens"] = (chance_TE * drawn(num_tokens, num_experts)).sum()
     wanted = losses.values() if kind == "all" else [losses.get(kind, losses["gates"])]
     sum(wanted).backward()

@@ -41,11 +41,11 @@ def main() -> None:
         compiled(triton_rows._sum, ("y",), WEIGHTED=weighted, BLOCK=512)
     compiled(triton_rows._mask_and_dot, ("grad", "h"), BLOCK=1024)
     compiled(triton_softmax._probabilities, ("logits",), BLOCK=1024)
-    for num_experts in (4, 256):
+    for num_experts in (4, 256, 4096):
         largest, (_, sizes) = min(5, num_experts), triton_choice._layout(100, num_experts)
         del sizes["num_warps"]
         compiled(triton_choice._choose, K=4, LARGEST=largest, **sizes)
-        for given in ((True, False, largest > 4), (False, True, False)):
+        for given in ((True, True, largest > 4), (True, False, largest > 4), (False, False, False)):
             flags = dict(zip(("TOP", "NOISY", "CHANCE"), given, strict=True))
             compiled(triton_choice._choice_gradient, K=4, LARGEST=largest, **flags, **sizes)
     for edge in (True, False):

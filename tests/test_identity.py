@@ -48,6 +48,17 @@ def test_machine_logging_and_checkpoint_may_change(own_trained, moe_lm):
     assert "resumed at step" in outcome.err
 
 
+def test_how_many_logits_are_made_at_a_time_may_change(own_trained, moe_lm):
+    """Also where a run's configuration is of a time when the default was a number."""
+    stored = Path("runs/tiny/config.yaml")
+    stored.write_text(stored.read_text().replace("max_logits: null", "max_logits: 16777216"))
+    assert "16777216" in stored.read_text()
+    outcome = moe_lm("train", *with_overrides(list(TRAINING), "training.num_words=3000"))
+    assert outcome.code == 0, outcome.err
+    assert "resumed at step" in outcome.err
+    assert "max_logits: null" in stored.read_text()
+
+
 def test_a_first_attempt_that_failed_leaves_the_name_free(workspace, moe_lm):
     """Not even its vocabulary stays: the next attempt may have another."""
     assert moe_lm("train", *with_overrides(list(TRAINING), "training.num_words=0")).code == 2

@@ -22,3 +22,13 @@ def test_threads_draw_what_one_draws(threads, set_threads, monkeypatch):
     for one, several in zip(*drawn, strict=True):
         assert torch.equal(one, several)
         assert (one != 0).all()
+
+
+def test_in_inference_mode(set_threads, monkeypatch):
+    """Which is one thread's own."""
+    set_threads(2)
+    monkeypatch.setattr(initial, "_WORTH_THREADS", 0)
+    with torch.inference_mode():
+        words = torch.zeros(2500, 3)
+        initialize_words_(words, 0.5, range(2500))
+    assert (words != 0).all()

@@ -38,3 +38,15 @@ def test_is_torchs_lstm(sizes, dtype, tolerance):
     pairs += [(mine.grad, weight.grad) for mine, weight in zip(weights, lstm.parameters(), strict=True)]
     for got, want in pairs:
         assert (got.double() - want).norm() <= tolerance * want.norm()
+
+
+def test_small_inputs_keep_their_digits():
+    """Cells of 1e-6 and below: to float32's precision of what they are, not of 1."""
+    torch.manual_seed(0)
+    lstm = torch.nn.LSTM(4, 4).double()
+    for name, weight in lstm.named_parameters():
+        weight.data.mul_(0 if "bias" in name else 1)
+    x_LBD = 1e-6 * torch.randn(3, 2, 4, dtype=torch.float64)
+    want_LBU, _ = lstm(x_LBD)
+    got_LBU = mixed_lstm(x_LBD.float(), *(weight.detach().float() for weight in lstm.parameters()), torch.float32)
+    assert (got_LBU.double() - want_LBU).norm() <= 1e-5 * want_LBU.norm()

@@ -1,5 +1,6 @@
 """Updates that must not be made: a loss or gradient that is not finite, a loss that exploded, too little memory."""
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from tiny_training import with_overrides
 
 from moe_lm import tensors_on_disk
-from moe_lm.update import Update
+from moe_lm.update import Update, _float32_as_tf32
 
 
 @pytest.fixture
@@ -122,3 +123,42 @@ def test_another_runtime_error_is_not_hidden(workspace, moe_lm, training, monkey
     monkeypatch.setattr(Update, "_passes", fail)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         moe_lm("train", *training)
+
+
+@pytest.fixture
+def products():
+    """What float32 products of a GPU do, until the test ends."""
+    yield torch.backends.cuda.matmul
+    torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_tf32_within_an_update_where_it_is_allowed(products, allowed):
+    """And what was there comes back, whatever happens within."""
+    with contextlib.suppress(KeyError), _float32_as_tf32(allowed):
+        assert products.allow_tf32 == allowed
+        raise KeyError
+    assert not products.allow_tf32
+    assert products.fp32_precision == "none"
+
+
+def test_who_has_chosen_a_precision_keeps_it(products):
+    products.fp32_precision = "ieee"
+    with _float32_as_tf32(True):
+        assert products.fp32_precision == "ieee"
+
+
+def test_an_update_on_a_cpu_leaves_precisions_alone(own_trained, moe_lm, training, monkeypatch, products):
+    """Also under autocast, and where the caller speaks torch's newer language of them."""
+    seen, passes = [], Update._passes
+
+    def watched(self, batch, step):
+        seen.append(products.fp32_precision)
+        return passes(self, batch, step)
+
+    monkeypatch.setattr(Update, "_passes", watched)
+    arguments = with_overrides(training, "training.num_words=2000", "machine.precision=bfloat16")
+    for precision in ("none", "tf32"):
+        products.fp32_precision = precision
+        assert moe_lm("train", *with_overrides(arguments, f"name={precision}")).code == 0
+    assert set(seen) == {"none", "tf32"}

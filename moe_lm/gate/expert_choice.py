@@ -70,7 +70,7 @@ class ExpertChoice(nn.Module):
         self.register_buffer("log_threshold_E", torch.full(((num_groups or 1) * num_experts,), -math.log(num_experts)))
 
     def forward(self, x_TD: Tensor, group_T: Tensor | None = None) -> Gating:
-        """Assign tokens to experts; float32 arithmetic whatever the autocast type."""
+        """Assign tokens to experts; float32 whatever the autocast type."""
         with torch.autocast(x_TD.device.type, enabled=False):
             return self._gating(x_TD.to(self.gate_DE.dtype), group_T)
 

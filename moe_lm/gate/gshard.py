@@ -45,7 +45,7 @@ class GShard(nn.Module):
         self.gate_DE = initial_matrix(width, num_experts, num_groups)
 
     def forward(self, x_TD: Tensor, group_T: Tensor | None = None) -> Gating:
-        """Assign each token to its experts; float32 arithmetic whatever the autocast type."""
+        """Assign each token to its experts; float32 whatever the autocast type."""
         with torch.autocast(x_TD.device.type, enabled=False):
             return self._gating(x_TD.to(self.gate_DE.dtype), group_T)
 

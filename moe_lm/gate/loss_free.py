@@ -35,7 +35,7 @@ class LossFree(nn.Module):
         self.register_buffer("bias_E", torch.zeros((num_groups or 1) * num_experts))
 
     def forward(self, x_TD: Tensor, group_T: Tensor | None = None) -> Gating:
-        """Assign each token to its k experts; float32 arithmetic whatever the autocast type."""
+        """Assign each token to its k experts; float32 whatever the autocast type."""
         with torch.autocast(x_TD.device.type, enabled=False):
             logit_TE = product(x_TD.to(self.gate_DE.dtype), self.gate_DE, group_T)
             score_TE = logit_TE.sigmoid()

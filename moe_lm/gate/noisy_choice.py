@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from moe_lm.kernels import by_numba, by_triton
 
-_MOST_EXPERTS, _MOST_K = 8192, 64
+_MOST_EXPERTS, _MOST_K = 4096, 64
 """Of the kernel: a row is in registers whole, and looked through once for each of the largest."""
 
 
@@ -27,7 +27,8 @@ def noisy_choice(
     H(x) = clean + draw * (Softplus(raw) + noise_epsilon), `logit_TF` being clean and raw side by side; without a choice
     to make, K = E, there is no P.
     """
-    in_a_kernel = by_triton(draw_TE) and draw_TE.shape[1] <= _MOST_EXPERTS and k <= _MOST_K
+    fits = draw_TE.dtype == torch.float32 and draw_TE.shape[1] <= _MOST_EXPERTS and k <= _MOST_K
+    in_a_kernel = fits and by_triton(draw_TE)
     choice = _ChoiceInAKernel if in_a_kernel else _NoisyChoice
     top_TN, expert_TN, noisy_TE, *chance = choice.apply(logit_TF, draw_TE, noise_epsilon, k)
     return top_TN, expert_TN, noisy_TE, chance[0] if chance else None

@@ -32,7 +32,7 @@ class NoisyTopK(nn.Module):
         self.noise_DE = nn.Parameter(torch.zeros(*groups, width, num_experts))
 
     def forward(self, x_TD: Tensor, group_T: Tensor | None = None) -> Gating:
-        """Assign each token to its k experts; float32 arithmetic whatever the autocast type."""
+        """Assign each token to its k experts; float32 whatever the autocast type."""
         with torch.autocast(x_TD.device.type, enabled=False):
             return self._gating(x_TD.to(self.gate_DE.dtype), group_T)
 

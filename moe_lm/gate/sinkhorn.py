@@ -60,7 +60,7 @@ class Sinkhorn(nn.Module):
         self.gate_DE = initial_matrix(width, num_experts, num_groups)
 
     def forward(self, x_TD: Tensor, group_T: Tensor | None = None) -> Gating:
-        """Assign each token to its k experts; float32 arithmetic whatever the autocast type."""
+        """Assign each token to its k experts; float32 whatever the autocast type."""
         with torch.autocast(x_TD.device.type, enabled=False):
             logit_TE = product(x_TD.to(self.gate_DE.dtype), self.gate_DE, group_T)
             gate_TE = logit_TE.sigmoid() if self.k == 1 else logit_TE.softmax(dim=1)

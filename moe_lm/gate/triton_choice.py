@@ -47,37 +47,19 @@ def gradient(
 ) -> Tensor:
     """Return the logits' gradient, from those of what `chosen` returned; kept are its arguments and its choice."""
     logit_TF, draw_TE, top_TN, _ = kept
-    num_tokens, num_experts = draw_TE.shape
-    grad_logit_TF = torch.empty_like(logit_TF)
-    if num_tokens:
+    grad_logit_TF, stride = torch.empty_like(logit_TF), 0
+    if not len(draw_TE):
+        return grad_logit_TF
+    if grad_chance_TE is not None:
         # That of a sum over tokens is one row, which `expand` made many: it is read as such.
-        stride = 0 if grad_chance_TE is None else grad_chance_TE.stride(0)
-        if grad_chance_TE is not None and grad_chance_TE.stride(1) != 1:
-            grad_chance_TE, stride = grad_chance_TE.contiguous(), num_experts
-        given = (
-            draw_TE if absent is None else absent  # what is absent is not read
-            for absent in (
-                grad_top_TN if grad_top_TN is None else grad_top_TN.contiguous(),
-                grad_noisy_TE if grad_noisy_TE is None else grad_noisy_TE.contiguous(),
-                grad_chance_TE,
-            )
-        )
-        grid, sizes = _layout(num_tokens, num_experts)
-        _choice_gradient[grid](
-            *kept,
-            *given,
-            grad_logit_TF,
-            noise_epsilon,
-            num_tokens,
-            num_experts,
-            stride,
-            K=k,
-            LARGEST=top_TN.shape[1],
-            TOP=grad_top_TN is not None,
-            NOISY=grad_noisy_TE is not None,
-            CHANCE=grad_chance_TE is not None,
-            **sizes,
-        )
+        grad_chance_TE = grad_chance_TE if grad_chance_TE.stride(1) == 1 else grad_chance_TE.contiguous()
+        stride = grad_chance_TE.stride(0)
+    given = [None if grad is None else grad.contiguous() for grad in (grad_top_TN, grad_noisy_TE)] + [grad_chance_TE]
+    flags = dict(zip(("TOP", "NOISY", "CHANCE"), (grad is not None for grad in given), strict=True))
+    given = [draw_TE if grad is None else grad for grad in given]  # what is absent is not read
+    grid, sizes = _layout(*draw_TE.shape)
+    sizes |= {"K": k, "LARGEST": top_TN.shape[1]}
+    _choice_gradient[grid](*kept, *given, grad_logit_TF, noise_epsilon, *draw_TE.shape, stride, **flags, **sizes)
     return grad_logit_TF
 
 
@@ -95,13 +77,14 @@ def _softplus(x):
     one_more = 1.0 + exponential
     kept = tl.where(one_more == 1.0, 1.0, one_more - 1.0)
     small = tl.where(one_more == 1.0, exponential, tl.log(one_more) * (exponential / kept))
-    return tl.where(x > 20.0, x, small)
+    # NaN too is itself: the smaller of it and a number may be the number.
+    return tl.where((x > 20.0) | (x != x), x, small)
 
 
 @triton.jit
 def _ordered(x, column):
     """Numbers, each of another column, as integers in their order, NaN above all; of equal ones the first is larger."""
-    bits = tl.where(x != x, 0x7FC00000, x.to(tl.int32, bitcast=True))
+    bits = tl.where(x != x, 0x7FC00000, (x + 0.0).to(tl.int32, bitcast=True))  # -0 is 0
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - column).to(tl.int64)
 

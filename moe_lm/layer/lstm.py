@@ -18,7 +18,10 @@ _WORTH_OWN = 3072
 
 
 class Lstm(nn.Module):
-    """`width` LSTM units over `width` inputs; torch's own, so cuDNN and oneDNN apply, but on a GPU under autocast."""
+    """`width` LSTM units over `width` inputs; torch's own, so cuDNN and oneDNN apply.
+
+    On a GPU under autocast many sentences side by side go through `mixed_lstm`.
+    """
 
     def __init__(self, *, width: int):
         super().__init__()

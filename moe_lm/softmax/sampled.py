@@ -55,9 +55,7 @@ class SampledSoftmax(InBlocks):
             candidate_S, log_count = torch.arange(size, device=target_T.device), None
         else:
             candidate_S, num_tries = draw_distinct(self.num_sampled, size, seed)
-            if (
-                target_T.is_cuda
-            ):  # from pinned memory: the host goes on, or it would wait for all that the GPU has to do
+            if target_T.is_cuda:  # from pinned memory, or the host would wait for all that the GPU has to do
                 candidate_S = candidate_S.pin_memory().to(target_T.device, non_blocking=True)
             log_count = _log_expected_count(torch.cat([candidate_S, target_T]), num_tries, size)
         # One gather for both: its gradient may be a whole (V, D) matrix.
