@@ -87,6 +87,7 @@ profile() {
 train() {
     local name=$1 seconds=$2 runs=${TMPDIR:-/tmp}/gpu-check-runs
     shift 2
+    rm -rf "${runs:?}/$name" # of another time: its result would pass for this one's
     timeout "$seconds" "$python" -m moe_lm train "$@" "${study[@]}" name="$name" runs="$runs" corpus=text \
         "corpus.train=$packed/text/*.train.*" "corpus.valid=$packed/text/*.valid.*" "corpus.test=$packed/text/*.test.*" \
         training.log_every=50 training.valid_every=1000 checkpoint.every_seconds=100000 checkpoint.keep_last=1 ||
