@@ -13,7 +13,7 @@ from moe_lm import triton_lstm, triton_rows, triton_softmax
 from moe_lm.gate import triton_choice
 
 INTEGERS = {"token", "order", "ends", "expert", "hit"}
-"""Pointers to int64; those in HALF are to bfloat16, all others to float32."""
+"""Pointers to int64; all others are to float32, or to bfloat16 where a kernel is compiled so."""
 SIZES = {"width", "hidden", "columns", "tokens", "experts", "chance_stride", "units", "h_stride"}
 
 

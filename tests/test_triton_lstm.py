@@ -12,32 +12,17 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("tests/gpu runs the kernels themselves", allow_module_level=True)
 
+from lstm_of_torch import ours_and_theirs
+
 from moe_lm.mixed_lstm import mixed_lstm
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=str)
 @pytest.mark.parametrize("sizes", [(3, 4, 8, 8), (1, 3, 5, 7), (7, 2, 16, 600), (5, 1, 3, 3)], ids=str)
 def test_is_torchs_lstm(sizes, dtype, tolerance):
-    """Outputs and all gradients, of weights, inputs and output gradients that are exact in the type."""
-    num_steps, num_sentences, num_inputs, num_units = sizes
-    torch.manual_seed(0)
-    lstm = torch.nn.LSTM(num_inputs, num_units).double()
-    for weight in lstm.parameters():
-        weight.data = weight.data.to(dtype).double()
-    x_LBD = torch.randn(num_steps, num_sentences, num_inputs).to(dtype)
-    grad_LBU = torch.randn(num_steps, num_sentences, num_units).to(dtype)
-    theirs = x_LBD.double().requires_grad_()
-    want_LBU, _ = lstm(theirs)
-    want_LBU.backward(grad_LBU.double())
-    ours = x_LBD.float().requires_grad_()
-    weights = [weight.detach().float().requires_grad_() for weight in lstm.parameters()]
-    got_LBU = mixed_lstm(ours, *weights, dtype)
-    assert got_LBU.dtype == dtype
-    got_LBU.backward(grad_LBU)
-    pairs = [(got_LBU, want_LBU), (ours.grad, theirs.grad)]
-    pairs += [(mine.grad, weight.grad) for mine, weight in zip(weights, lstm.parameters(), strict=True)]
-    for got, want in pairs:
-        assert (got.double() - want).norm() <= tolerance * want.norm()
+    """Outputs and all gradients."""
+    for got, want in ours_and_theirs(sizes, dtype):
+        assert (got - want).norm() <= tolerance * want.norm()
 
 
 def test_small_inputs_keep_their_digits():

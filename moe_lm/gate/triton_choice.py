@@ -90,6 +90,17 @@ def _ordered(x, column):
 
 
 @triton.jit
+def _block(tokens, experts, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's tokens and columns, which of them exist, and where they are among experts and among logits."""
+    token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = (token < tokens)[:, None] & (column < experts)[None, :]
+    at = token[:, None] * experts + column[None, :]
+    at_logit = token[:, None] * (2 * experts) + column[None, :]
+    return token, column, inside, at, at_logit
+
+
+@triton.jit
 def _choose(
     logit,
     draw,
@@ -105,11 +116,7 @@ def _choose(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = (token < tokens)[:, None] & (column < experts)[None, :]
-    at_logit = token[:, None] * (2 * experts) + column[None, :]
-    at = token[:, None] * experts + column[None, :]
+    token, column, inside, at, at_logit = _block(tokens, experts, ROWS, BLOCK)
     clean = tl.load(logit + at_logit, mask=inside, other=0.0)
     deviation = _softplus(tl.load(logit + at_logit + experts, mask=inside, other=0.0)) + epsilon
     value = clean + tl.load(draw + at, mask=inside, other=0.0) * deviation
@@ -137,6 +144,22 @@ def _choose(
 
 
 @triton.jit
+def _is_in(top, expert, there, column, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Which experts are in (1, else 0), by the choice that was made: noisy logits made anew need not round alike.
+
+    Of equal values at the border none is in.
+    """
+    in_threshold = tl.load(top + K, mask=there, other=0.0)
+    found = tl.zeros((ROWS, BLOCK), dtype=tl.int32)
+    for place in range(K):
+        value = tl.load(top + place, mask=there, other=0.0)
+        number = tl.load(expert + place, mask=there, other=-1)
+        is_it = (column[None, :] == number[:, None]) & (value > in_threshold)[:, None]
+        found = tl.where(is_it, 1, found)
+    return found
+
+
+@triton.jit
 def _choice_gradient(
     logit,
     draw,
@@ -158,12 +181,8 @@ def _choice_gradient(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    column = tl.arange(0, BLOCK)
+    token, column, inside, at, at_logit = _block(tokens, experts, ROWS, BLOCK)
     there = token < tokens
-    inside = there[:, None] & (column < experts)[None, :]
-    at_logit = token[:, None] * (2 * experts) + column[None, :]
-    at = token[:, None] * experts + column[None, :]
     raw = tl.load(logit + at_logit + experts, mask=inside, other=0.0)
     noise = tl.load(draw + at, mask=inside, other=0.0)
     of_clean = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
@@ -175,14 +194,7 @@ def _choice_gradient(
         clean = tl.load(logit + at_logit, mask=inside, other=0.0)
         out_threshold = tl.load(top + token * LARGEST + K - 1, mask=there, other=0.0)
         in_threshold = tl.load(top + token * LARGEST + K, mask=there, other=0.0)
-        # By the choice that was made: noisy logits made anew need not round alike. Of equal values at the border none
-        # is in.
-        is_in = tl.zeros((ROWS, BLOCK), dtype=tl.int32)
-        for place in range(K):
-            value = tl.load(top + token * LARGEST + place, mask=there, other=0.0)
-            number = tl.load(expert + token * LARGEST + place, mask=there, other=-1)
-            is_it = (column[None, :] == number[:, None]) & (value > in_threshold)[:, None]
-            is_in = tl.where(is_it, 1, is_in)
+        is_in = _is_in(top + token * LARGEST, expert + token * LARGEST, there, column, K, ROWS, BLOCK)
         z = (clean - tl.where(is_in > 0, in_threshold[:, None], out_threshold[:, None])) / deviation
         of_chance = tl.load(grad_chance + token[:, None] * chance_stride + column[None, :], mask=inside, other=0.0)
         of_clean = of_chance * 0.3989422804014327 * tl.exp(-0.5 * z * z) / deviation

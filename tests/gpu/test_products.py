@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from choices_of_kernels import SIZES, chosen
+from lstm_of_torch import ours_and_theirs
 from mixture_by_hand import make
 
 from moe_lm import kernels
@@ -15,7 +16,6 @@ from moe_lm.cross_entropy import exact_nats, summed_nats
 from moe_lm.experts import Experts, recompute_hidden
 from moe_lm.gate import Gating
 from moe_lm.gate.noisy_choice import _ChoiceInAKernel, _NoisyChoice
-from moe_lm.mixed_lstm import mixed_lstm
 
 COUNTS = [[3, 0, 5, 1], [0, 0, 7, 0], [200, 17, 0, 64], [0, 4, 0, 9]]
 
@@ -113,21 +113,7 @@ def test_choice(gpu, sizes):
 
 
 @pytest.mark.parametrize("sizes", [(3, 4, 8, 8), (7, 2, 16, 600), (30, 64, 512, 512), (1, 100, 32, 24)], ids=str)
-def test_lstm(gpu, sizes):
+def test_lstm(gpu, sizes):  # noqa: ARG001
     """Outputs and all gradients, to bfloat16's rounding."""
-    num_steps, num_sentences, num_inputs, num_units = sizes
-    torch.manual_seed(0)
-    lstm = torch.nn.LSTM(num_inputs, num_units).double()
-    x_LBD = torch.randn(num_steps, num_sentences, num_inputs).bfloat16()
-    grad_LBU = torch.randn(num_steps, num_sentences, num_units).bfloat16()
-    theirs = x_LBD.double().requires_grad_()
-    want_LBU, _ = lstm(theirs)
-    want_LBU.backward(grad_LBU.double())
-    ours = x_LBD.to(gpu).requires_grad_()
-    weights = [weight.detach().float().to(gpu).requires_grad_() for weight in lstm.parameters()]
-    got_LBU = mixed_lstm(ours, *weights, torch.bfloat16)
-    got_LBU.backward(grad_LBU.to(gpu))
-    pairs = [(got_LBU, want_LBU), (ours.grad, theirs.grad)]
-    pairs += [(mine.grad, weight.grad) for mine, weight in zip(weights, lstm.parameters(), strict=True)]
-    for got, want in pairs:
-        assert (got.cpu().double() - want).norm() <= 0.02 * want.norm() + 1e-6
+    for got, want in ours_and_theirs(sizes, torch.bfloat16, on="cuda"):
+        assert (got - want).norm() <= 0.02 * want.norm() + 1e-6

@@ -1,0 +1,36 @@
+"""The LSTM of bfloat16 products beside torch's in float64.
+
+Shape suffixes: L timesteps, B sentences, D inputs, U units.
+"""
+
+import torch
+from torch import Tensor
+
+from moe_lm.mixed_lstm import mixed_lstm
+
+
+def ours_and_theirs(
+    sizes: tuple[int, int, int, int], dtype: torch.dtype, on: str = "cpu"
+) -> list[tuple[Tensor, Tensor]]:
+    """Return outputs and all gradients in pairs, of weights, inputs and output gradients that are exact in the type.
+
+    Sizes are timesteps, sentences, inputs, units.
+    """
+    num_steps, num_sentences, num_inputs, num_units = sizes
+    torch.manual_seed(0)
+    lstm = torch.nn.LSTM(num_inputs, num_units).double()
+    for weight in lstm.parameters():
+        weight.data = weight.data.to(dtype).double()
+    x_LBD = torch.randn(num_steps, num_sentences, num_inputs).to(dtype)
+    grad_LBU = torch.randn(num_steps, num_sentences, num_units).to(dtype)
+    theirs = x_LBD.double().requires_grad_()
+    want_LBU, _ = lstm(theirs)
+    want_LBU.backward(grad_LBU.double())
+    ours = x_LBD.float().to(on).requires_grad_()
+    weights = [weight.detach().float().to(on).requires_grad_() for weight in lstm.parameters()]
+    got_LBU = mixed_lstm(ours, *weights, dtype)
+    assert got_LBU.dtype == dtype
+    got_LBU.backward(grad_LBU.to(on))
+    gradients = [(mine.grad, weight.grad) for mine, weight in zip(weights, lstm.parameters(), strict=True)]
+    pairs = [(got_LBU, want_LBU), (ours.grad, theirs.grad), *gradients]
+    return [(got.detach().cpu().double(), want.detach()) for got, want in pairs]
