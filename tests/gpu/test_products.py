@@ -113,7 +113,7 @@ def test_choice(gpu, sizes):
 
 
 @pytest.mark.parametrize("sizes", [(3, 4, 8, 8), (7, 2, 16, 600), (30, 64, 512, 512), (1, 100, 32, 24)], ids=str)
-def test_lstm(gpu, sizes):  # noqa: ARG001
+def test_lstm(gpu, sizes):
     """Outputs and all gradients, to bfloat16's rounding."""
     for got, want in ours_and_theirs(sizes, torch.bfloat16, on="cuda"):
         assert (got - want).norm() <= 0.02 * want.norm() + 1e-6
