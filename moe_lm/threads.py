@@ -33,7 +33,7 @@ def at_once(works: Sequence[Callable[[], object]]) -> None:
 @cache
 def _pool(_: int) -> ThreadPoolExecutor:
     """Return the threads of this process; a forked one has none of its parent's."""
-    return ThreadPoolExecutor(_MOST, thread_name_prefix="products", initializer=_begin)
+    return ThreadPoolExecutor(_MOST, thread_name_prefix="works", initializer=_begin)
 
 
 def _begin() -> None:
