@@ -65,6 +65,7 @@ def main() -> None:
             continue
         works = {name: _work(name, *layer, sizes, on) for name, layer in _layers(options, sizes, on).items()}
         rows = compared(in_turn(works, options.rounds, on), DENSE)
+        del works  # the next, and the processes that measure peaks, may need more memory than is left beside them
         flops = 3 * 2 * 2 * sizes.tokens * sizes.width * sizes.k * sizes.hidden
         for name, row in rows.items():
             row["flops_per_second"] = flops / row["seconds"]
@@ -72,8 +73,7 @@ def main() -> None:
                 row["peak_mib"] = _peak_of(name, num_experts)
             _print(num_experts, name, row)
         found[num_experts] = rows
-        del works
-        # After each, as the next may need more memory than there is.
+        # After each, as the next may be too much for the machine.
         write_record(options.json, on, {"layers": found, "options": asked, "product_flops_per_second": ceiling})
 
 

@@ -11,10 +11,12 @@ from triton.compiler import ASTSource
 
 from moe_lm import triton_lstm, triton_rows, triton_softmax
 from moe_lm.gate import triton_choice
+from moe_lm.optimizer import triton_factored, triton_lazy
 
-INTEGERS = {"token", "order", "ends", "expert", "hit"}
+INTEGERS = {"token", "order", "ends", "expert", "hit", "row"}
 """Pointers to int64; all others are to float32, or to bfloat16 where a kernel is compiled so."""
-SIZES = {"width", "hidden", "columns", "tokens", "experts", "chance_stride", "units", "h_stride"}
+NUMBERS = {"epsilon", "rate", "weight", "correction"}
+SIZES = {"width", "rows", "parts", "hidden", "columns", "tokens", "experts", "chance_stride", "units", "h_stride"}
 
 
 def compiled(kernel, half: tuple[str, ...] = (), **constants: int) -> None:
@@ -29,7 +31,7 @@ def compiled(kernel, half: tuple[str, ...] = (), **constants: int) -> None:
 def _kind(name: str, half: tuple[str, ...]) -> str:
     if name in SIZES:
         return "i32"
-    if name == "epsilon":
+    if name in NUMBERS:
         return "fp32"
     return "*i64" if name in INTEGERS else "*bf16" if name in half else "*fp32"
 
@@ -51,6 +53,9 @@ def main() -> None:
     for edge in (True, False):
         compiled(triton_lstm._forward, ("z", "h"), FIRST=edge, BLOCK=512)
         compiled(triton_lstm._backward, ("grad_h", "z", "grad_z"), FIRST=edge, LAST=not edge, BLOCK=512)
+    compiled(triton_factored._square, ROWS=triton_factored._ROWS, PART=triton_factored._PART, BLOCK=1024)
+    compiled(triton_factored._divide, ROWS=triton_factored._ROWS, BLOCK=1024)
+    compiled(triton_lazy._update, BLOCK=512)
 
 
 if __name__ == "__main__":

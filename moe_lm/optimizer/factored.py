@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_lm.kernels import by_triton
+
 NUMBERS_ON_CPU = 1 << 20
 """Largest temporary on a CPU: 4 MiB stay in a cache; a quarter or four times as much took a third longer."""
 NUMBERS_ELSEWHERE = 1 << 22
@@ -66,6 +68,31 @@ class FactoredAdam(torch.optim.Optimizer):
 
 
 def _update(parameter: Tensor, state: dict[str, Tensor], correction: float, group: dict[str, Any]) -> None:
+    if by_triton(parameter) and parameter.dtype == torch.float32:
+        _update_in_kernels(parameter, state, correction, group)
+    elif parameter.numel():
+        _update_by_parts(parameter, state, correction, group)
+
+
+def _update_in_kernels(parameter: Tensor, state: dict[str, Tensor], correction: float, group: dict[str, Any]) -> None:
+    """Two passes over all matrices, without temporaries of their size."""
+    from moe_lm.optimizer.triton_factored import divide_, square_means  # Triton is not everywhere, and slow to import
+
+    w_MRC, g_MRC = _as_list_of(2, parameter), _as_list_of(2, parameter.grad)
+    row_MR, column_MC = _as_list_of(1, state["row_mean"]), _as_list_of(1, state["column_mean"])
+    for mean, new in zip((row_MR, column_MC), square_means(g_MRC), strict=True):
+        mean.lerp_(new, 1 - group["beta2"])
+    divide_(w_MRC, g_MRC, *_roots(row_MR, column_MC, correction), group["lr"], group["epsilon"])
+
+
+def _roots(row_MR: Tensor, column_MC: Tensor, correction: float) -> tuple[Tensor, Tensor]:
+    """Return a and b of sqrt(V) = a b^T."""
+    # Of a matrix that never had a gradient all are 0, and 0 / smallest number is still 0.
+    whole_M1 = row_MR.mean(dim=1, keepdim=True).clamp_min_(torch.finfo(row_MR.dtype).tiny)
+    return (row_MR / whole_M1).sqrt_(), (column_MC / correction).sqrt_()
+
+
+def _update_by_parts(parameter: Tensor, state: dict[str, Tensor], correction: float, group: dict[str, Any]) -> None:
     """Walk over the matrices, several small ones or a part of a large one at a time."""
     *_, rows, columns = parameter.shape
     numbers = NUMBERS_ON_CPU if parameter.is_cpu else NUMBERS_ELSEWHERE
@@ -76,10 +103,7 @@ def _update(parameter: Tensor, state: dict[str, Tensor], correction: float, grou
     parts = zip(*(tensor.split(matrices) for tensor in (*tensors, *means)), strict=True)
     for w_MRC, g_MRC, row_MR, column_MC in parts:
         _update_means(g_MRC, row_MR, column_MC, 1 - group["beta2"], scratch)
-        # sqrt(V) = a b^T. Of a matrix that never had a gradient all are 0, and 0 / smallest number is still 0.
-        whole_M1 = row_MR.mean(dim=1, keepdim=True).clamp_min_(torch.finfo(row_MR.dtype).tiny)
-        a_MR = (row_MR / whole_M1).sqrt_()
-        b_MC = (column_MC / correction).sqrt_()
+        a_MR, b_MC = _roots(row_MR, column_MC, correction)
         for some in _slices_of_rows(g_MRC, scratch):
             g_MNC = g_MRC[:, some]
             divisor_MNC = _like(g_MNC, scratch)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from moe_lm.kernels import by_triton
 from moe_lm.rows import RowGradient, forget_row_gradients, keep_row_gradients, row_gradient
 
 
@@ -76,6 +77,12 @@ def _update(matrix_VD: Tensor, touched: RowGradient, state: dict[str, Tensor], s
     step, beta2 = state["step"].item(), settings["beta2"]
     decay_U = beta2 ** (step - state["last_step"].index_select(0, row_U))
     state["last_step"].index_fill_(0, row_U, step)
+    if by_triton(matrix_VD) and matrix_VD.dtype == torch.float32 and matrix_VD.dim() == 2:
+        from moe_lm.optimizer.triton_lazy import update_rows_  # Triton is not everywhere, and slow to import
+
+        numbers = {"rate": settings["lr"], "beta2": beta2, "epsilon": settings["epsilon"]}
+        update_rows_(matrix_VD, state["second_moment"], touched, decay_U, correction=1 - beta2**step, **numbers)
+        return
     moment_UD = state["second_moment"].index_select(0, row_U)
     moment_UD.mul_(_of_rows(decay_U, grad_UD)).addcmul_(grad_UD, grad_UD, value=1 - beta2)
     state["second_moment"].index_copy_(0, row_U, moment_UD)

@@ -1,4 +1,4 @@
-"""Grouped products, the noisy choice, the LSTM and the blocked cross-entropy on a GPU against float64 on the CPU.
+"""Products, the noisy choice, LSTM, cross-entropy and optimizers on a GPU against float64 on the CPU.
 
 Shape suffixes: A assignments, D width, H hidden, E experts, T tokens, C candidates.
 """
@@ -10,6 +10,7 @@ import torch
 from choices_of_kernels import SIZES, chosen
 from lstm_of_torch import ours_and_theirs
 from mixture_by_hand import make
+from optimizers_in_kernels import MATRICES, VOCABULARIES, factored_steps, lazy_steps
 
 from moe_lm import kernels
 from moe_lm.cross_entropy import exact_nats, summed_nats
@@ -117,3 +118,19 @@ def test_lstm(gpu, sizes):
     """Outputs and all gradients, to bfloat16's rounding."""
     for got, want in ours_and_theirs(sizes, torch.bfloat16, on="cuda"):
         assert (got - want).norm() <= 0.02 * want.norm() + 1e-6
+
+
+@pytest.mark.parametrize("shape", [*MATRICES, (300, 512, 1024)], ids=str)
+def test_factored(gpu, shape):
+    """Weights and both averages after four steps."""
+    for got, want in zip(
+        factored_steps(shape, torch.float32, "cuda"), factored_steps(shape, torch.float64), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", VOCABULARIES, ids=str)
+def test_lazy(gpu, shape):
+    """Rows, moments and last steps after six steps."""
+    for got, want in zip(lazy_steps(shape, torch.float32, "cuda"), lazy_steps(shape, torch.float64), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,61 @@
+"""Some steps of the optimizers that a GPU makes by kernels: in float32 there, in float64 by torch's operators.
+
+Shape suffixes: U touched rows, V rows, D width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from moe_lm.optimizer.factored import FactoredAdam
+from moe_lm.optimizer.lazy import LazyAdam
+from moe_lm.rows import RowGradient, replace_row_gradient
+
+MATRICES = [
+    (3, 5, 7),
+    (2, 130, 9),
+    (1, 70, 1500),
+    (64, 33),
+    (2, 3, 64, 32),
+    (4, 8, 1024),
+    (2, 9, 1030),
+    (1, 1, 1),
+    (0, 4, 4),
+]
+"""Rows and columns not powers of two, of several parts and blocks; lists of matrices, one alone, none."""
+
+VOCABULARIES = [(12, 3), (40, 512), (9, 1030), (5, 1)]
+
+SETTINGS = {"lr": 0.05, "beta2": 0.9, "epsilon": 1e-3}
+
+
+def factored_steps(shape: tuple[int, ...], dtype: torch.dtype, on: str = "cpu") -> list[Tensor]:
+    """Return weights and both averages after steps with rates of their own; the last matrix of several is idle."""
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.randn(shape, generator=generator).to(on, dtype))
+    optimizer = FactoredAdam([weight], **SETTINGS)
+    for step in range(4):
+        gradient = torch.randn(shape, generator=generator) * 3.0**-step
+        gradient[..., 0] = 0
+        if len(shape) > 2 and shape[0] > 1:
+            gradient[-1] = 0
+        optimizer.param_groups[0]["lr"] = 0.05 / (1 + step)
+        weight.grad = gradient.to(on, dtype)
+        optimizer.step()
+    state = optimizer.state[weight]
+    return [x.detach().cpu().double() for x in (weight, state["row_mean"], state["column_mean"])]
+
+
+def lazy_steps(shape: tuple[int, ...], dtype: torch.dtype, on: str = "cpu") -> list[Tensor]:
+    """Return matrix, second moment and last steps after steps that touch few rows, some after a gap, one none."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = nn.Parameter(torch.randn(shape, generator=generator).to(on, dtype))
+    optimizer = LazyAdam([matrix], **SETTINGS)
+    for step in range(6):
+        row_U = torch.randperm(shape[0], generator=generator)[: (3 * step) % shape[0]].sort().values
+        value_UD = torch.randn(len(row_U), *shape[1:], generator=generator) * 3.0**-step
+        optimizer.param_groups[0]["lr"] = 0.05 / (1 + step)
+        replace_row_gradient(matrix, RowGradient(row_U.to(on), value_UD.to(on, dtype)))
+        optimizer.step()
+        optimizer.zero_grad()
+    state = optimizer.state[matrix]
+    return [x.detach().cpu().double() for x in (matrix, state["second_moment"], state["last_step"])]
