@@ -6,7 +6,8 @@ Forward and backward with all weight gradients and balance losses are timed in t
 ratios to the dense layer, round by round, and with --json writes them. `moe` routes by gate matrices drawn at random
 (its noise on), `balanced` gives every expert equally many tokens, `products` is the experts alone, as balanced,
 `grouped` is a sort and torch's grouped product without any loss, `moe_plain` is `moe` without our own kernels and
-compiled loops.
+compiled loops. On a GPU `moe_bfloat16` keeps the experts' parameters and gradients in bfloat16, as scattermoe does, and
+`scattermoe_float32` keeps them in float32, as `moe` does.
 --peers takes copies of others' layers (scripts/peers.py says which and whence). --memory measures each layer's peak in
 a process of its own.
 """
@@ -120,6 +121,8 @@ def _layers(options: argparse.Namespace, sizes: Sizes, on: torch.device) -> dict
         "grouped": lambda: _grouped(sizes, on, gate_DE),
         PLAIN: lambda: _moe(sizes, on, gate_DE),
     }
+    if on.type == "cuda":
+        makers["moe_bfloat16"] = lambda: _moe(sizes, on, gate_DE, torch.bfloat16)
     wanted = options.layers or [*makers, *(() if options.peers is None else _NAMES_OF_PEERS)]
     found = {name: make() for name, make in makers.items() if name == DENSE or name in wanted}
     if options.peers is not None:
@@ -127,7 +130,7 @@ def _layers(options: argparse.Namespace, sizes: Sizes, on: torch.device) -> dict
     return found
 
 
-_NAMES_OF_PEERS = ("davidmrau", "lucidrains", "scattermoe")
+_NAMES_OF_PEERS = ("davidmrau", "lucidrains", "scattermoe", "scattermoe_float32")
 
 
 def _work(name: str, module: nn.Module, passed: Passed, sizes: Sizes, on: torch.device) -> Work:
@@ -152,8 +155,11 @@ def _dense(sizes: Sizes, on: torch.device) -> tuple[nn.Module, Passed]:
     return layer, lambda x_TD: (layer(x_TD, Sentences(len(x_TD), 1, None))[0], [])
 
 
-def _moe(sizes: Sizes, on: torch.device, gate_DE: Tensor) -> tuple[nn.Module, Passed]:
+def _moe(
+    sizes: Sizes, on: torch.device, gate_DE: Tensor, of_experts: torch.dtype = torch.float32
+) -> tuple[nn.Module, Passed]:
     layer = _layer(sizes, lambda **kwargs: NoisyTopK(**kwargs, noise_epsilon=0.01)).to(on)
+    layer.experts.to(of_experts)
     layer.gate.gate_DE.data.copy_(gate_DE)
     losses = Importance(weight=0.1), Load(weight=0.1)
     layer.gate.wanted = frozenset(loss.reads for loss in losses)

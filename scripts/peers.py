@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 _GROUP = 1024
@@ -40,11 +41,12 @@ def peers(folder: Path, sizes: Sizes, gate_DE: Tensor, wanted: Collection[str]) 
     """Return the wanted layers found in the folder, by name; where they have a gate like ours it gets this matrix."""
     makers = {"davidmrau": _davidmrau, "lucidrains": _lucidrains}
     if gate_DE.is_cuda:
-        makers["scattermoe"] = _scattermoe
+        makers |= {"scattermoe": _scattermoe, "scattermoe_float32": _scattermoe_float32}
     found = {}
     for name, make in makers.items():
-        if name in wanted and (folder / name).is_dir():
-            sys.path.insert(0, str(folder / name))
+        copy = folder / name.partition("_")[0]
+        if name in wanted and copy.is_dir():
+            sys.path.insert(0, str(copy))
             found[name] = make(sizes, gate_DE)
     return found
 
@@ -80,6 +82,23 @@ def _lucidrains(sizes: Sizes, gate_DE: Tensor) -> tuple[nn.Module, Passed]:
 
 def _scattermoe(sizes: Sizes, gate_DE: Tensor) -> tuple[nn.Module, Passed]:
     """Triton products that gather and scatter; it has no gate, so it gets a softmax over the k largest logits."""
+    module = _scattermoe_module(sizes, gate_DE)
+    module["experts"].to(torch.bfloat16)
+    return module, lambda x_TD: (_scattered(module, module["experts"], x_TD, sizes.k), [])
+
+
+def _scattermoe_float32(sizes: Sizes, gate_DE: Tensor) -> tuple[nn.Module, Passed]:
+    """The same with parameters and gradients in float32, as an optimizer wants them; products are in bfloat16 again."""
+    module = _scattermoe_module(sizes, gate_DE)
+
+    def passed(x_TD: Tensor) -> tuple[Tensor, list[Tensor]]:
+        cast = {name: weight.to(torch.bfloat16) for name, weight in module["experts"].named_parameters()}
+        return _scattered(module, lambda *of: functional_call(module["experts"], cast, of), x_TD, sizes.k), []
+
+    return module, passed
+
+
+def _scattermoe_module(sizes: Sizes, gate_DE: Tensor) -> nn.ModuleDict:
     experts = import_module("scattermoe.mlp").MLP(
         input_size=sizes.width,
         hidden_size=sizes.hidden,
@@ -90,11 +109,11 @@ def _scattermoe(sizes: Sizes, gate_DE: Tensor) -> tuple[nn.Module, Passed]:
     module = nn.ModuleDict({"experts": experts, "gate": nn.Linear(sizes.width, sizes.num_experts, bias=False)})
     module.to(gate_DE.device)
     module["gate"].weight.data.copy_(gate_DE.t())
-    experts.to(torch.bfloat16)
+    return module
 
-    def passed(x_TD: Tensor) -> tuple[Tensor, list[Tensor]]:
-        with torch.autocast(x_TD.device.type, enabled=False):
-            logit_TK, expert_TK = F.linear(x_TD.float(), module["gate"].weight).topk(sizes.k, dim=1)
-            return experts(x_TD.to(torch.bfloat16), logit_TK.softmax(dim=1).to(torch.bfloat16), expert_TK), []
 
-    return module, passed
+def _scattered(module: nn.ModuleDict, experts: Callable[..., Tensor], x_TD: Tensor, k: int) -> Tensor:
+    with torch.autocast(x_TD.device.type, enabled=False):
+        logit_TK, expert_TK = F.linear(x_TD.float(), module["gate"].weight).topk(k, dim=1)
+        gates = logit_TK.softmax(dim=1).to(torch.bfloat16), expert_TK
+        return experts(x_TD.to(torch.bfloat16), *gates)
