@@ -12,6 +12,9 @@ from moe_lm.kernels import by_triton
 _MOST_ROWS_ON_CPU = 512
 """Tokens a block in training: the passes over its logits find some in the cache, its products are large enough."""
 
+_FAINT = 1e-30
+"""A probability below which float32's rounding begins to show in its logarithm."""
+
 _LEAST_ROWS = 1024
 """Tokens a block of exact evaluation, where there are as many: enough for a product to be worth its reading."""
 
@@ -75,12 +78,12 @@ class _SummedNats(torch.autograd.Function):
         grads = [torch.zeros_like(x) for x in arguments] if needed else []
         total = hidden_TD.new_zeros((), dtype=torch.float64)
         weight = weight_CD.to(product)
-        rows = max(1, min(max_logits // weight.shape[0], _MOST_ROWS_ON_CPU if hidden_TD.is_cpu else hidden_TD.shape[0]))
+        most_rows = _MOST_ROWS_ON_CPU if hidden_TD.is_cpu else hidden_TD.shape[0]
+        rows = max(1, min(max_logits // (weight.shape[0] + 1), most_rows))  # the true word's logit stands beside them
         for first in range(0, hidden_TD.shape[0], rows):
             block = slice(first, first + rows)
             hidden = hidden_TD[block].to(product)
-            logits_TC = torch.mm(hidden, weight.t())
-            probability, true_probability, nats = _probabilities(logits_TC, bias_C, true_T[block], hit_T[block])
+            probability, true_probability, nats = _probabilities(hidden, weight, bias_C, true_T[block], hit_T[block])
             total += nats.sum(dtype=torch.float64)
             if needed:
                 grads[2].add_(probability.sum(dim=0, dtype=bias_C.dtype))
@@ -104,19 +107,42 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.add_(a @ b)
 
 
-def _probabilities(logits_TC: Tensor, bias_C: Tensor, true_T: Tensor, hit_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the candidates' probabilities, in the logits' memory, the true word's, and -log of the latter."""
-    if by_triton(logits_TC):
+def _probabilities(
+    hidden_TD: Tensor, weight_CD: Tensor, bias_C: Tensor, true_T: Tensor, hit_T: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the candidates' probabilities (T, C), the true word's, and -log of the latter."""
+    if by_triton(hidden_TD):
         from moe_lm.triton_softmax import probabilities_  # Triton is not everywhere, and slow to import
 
+        logits_TC = torch.mm(hidden_TD, weight_CD.t())
         return logits_TC, *probabilities_(logits_TC, bias_C, true_T, hit_T)
-    logits_TC = logits_TC.to(bias_C.dtype).add_(bias_C)
+    # The true word's logit is one more column, so that torch's softmax, one pass in the cache, serves all of them.
+    every = bias_C.new_empty(len(true_T), len(bias_C) + 1)
+    _logits(hidden_TD, weight_CD, bias_C, hit_T, every[:, :-1])
+    every[:, -1] = true_T
+    torch.softmax(every, dim=1, out=every)
+    probability_T = every[:, -1]
+    nats_T = -probability_T.log()
+    faint_T = probability_T < _FAINT
+    if faint_T.any():
+        nats_T[faint_T] = _nats(hidden_TD[faint_T], weight_CD, bias_C, true_T[faint_T], hit_T[faint_T])
+    return every[:, :-1], probability_T, nats_T
+
+
+def _logits(hidden_TD: Tensor, weight_CD: Tensor, bias_C: Tensor, hit_T: Tensor, to_TC: Tensor) -> None:
+    """Write the candidates' logits, -infinity for the one that is left out."""
+    if to_TC.dtype == weight_CD.dtype:
+        torch.mm(hidden_TD, weight_CD.t(), out=to_TC)
+    else:
+        to_TC.copy_(hidden_TD @ weight_CD.t())
+    to_TC.add_(bias_C)
     hit_T1 = hit_T.unsqueeze(1)
     column_T1 = hit_T1.clamp(min=0)
-    kept_T1 = logits_TC.gather(1, column_T1).masked_fill(hit_T1 >= 0, -torch.inf)
-    logits_TC.scatter_(1, column_T1, kept_T1)
-    top_T = torch.maximum(logits_TC.amax(dim=1), true_T)
-    logits_TC.sub_(top_T.unsqueeze(1)).exp_()
-    true_exp_T = (true_T - top_T).exp()
-    sum_T = logits_TC.sum(dim=1) + true_exp_T
-    return logits_TC.div_(sum_T.unsqueeze(1)), true_exp_T / sum_T, sum_T.log() + top_T - true_T
+    to_TC.scatter_(1, column_T1, to_TC.gather(1, column_T1).masked_fill(hit_T1 >= 0, -torch.inf))
+
+
+def _nats(hidden_TD: Tensor, weight_CD: Tensor, bias_C: Tensor, true_T: Tensor, hit_T: Tensor) -> Tensor:
+    """Return -log of true words' probabilities that are too small to be taken the logarithm of."""
+    logits_TC = bias_C.new_empty(len(true_T), len(bias_C))
+    _logits(hidden_TD, weight_CD, bias_C, hit_T, logits_TC)
+    return torch.logaddexp(logits_TC.logsumexp(dim=1), true_T) - true_T

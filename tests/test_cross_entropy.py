@@ -131,9 +131,28 @@ def test_on_a_cpu_a_block_in_training_has_at_most_512_tokens():
     target_T = torch.randint(30, (1200,))
     with Sizes() as sizes:
         got = ours(hidden_TD, weight_VD, bias_V, target_T, 10**9)
-    assert sizes.largest == 512 * 30
+    assert sizes.largest == 512 * (30 + 1)
     want = F.cross_entropy(hidden_TD.double() @ weight_VD.double().t(), target_T, reduction="sum")
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+
+
+def test_words_that_are_hardly_possible_cost_what_they_should():
+    """Far below float32's smallest probability, about it, above it, not a number; a candidate left out or not."""
+    torch.manual_seed(0)
+    hidden_TD, weight_CD, bias_C = torch.randn(9, 4), torch.randn(30, 4), torch.randn(30)
+    true_T = torch.tensor([0.0, -50.0, -65.0, -69.0, -80.0, -95.0, -1e3, -1e9, torch.nan])
+    hit_T = torch.tensor([3, -1, 4, 29, 0, -1, 7, 8, 9])
+    logits_TC = hidden_TD.double() @ weight_CD.double().t() + bias_C.double()
+    logits_TC[hit_T >= 0, hit_T[hit_T >= 0]] = -torch.inf
+    want_T = -torch.cat([logits_TC, true_T.double().unsqueeze(1)], dim=1).log_softmax(dim=1)[:, -1]
+    for t in range(9):
+        one = slice(t, t + 1)
+        leaves = [x.clone().requires_grad_() for x in (hidden_TD[one], weight_CD, bias_C, true_T[one])]
+        total = summed_nats(*leaves, hit_T[one], 1000)
+        torch.testing.assert_close(total, want_T[t], rtol=1e-6, atol=2e-6, equal_nan=True)
+        assert all(x.isfinite().all() == (t < 8) for x in torch.autograd.grad(total, leaves))
+    both = summed_nats(hidden_TD[:8], weight_CD, bias_C, true_T[:8], hit_T[:8], 1000)
+    torch.testing.assert_close(both, want_T[:8].sum(), rtol=1e-6, atol=0)
 
 
 def test_bfloat16_products_change_little_and_keep_float32_gradients():
