@@ -79,11 +79,15 @@ class _SummedNats(torch.autograd.Function):
         total = hidden_TD.new_zeros((), dtype=torch.float64)
         weight = weight_CD.to(product)
         most_rows = _MOST_ROWS_ON_CPU if hidden_TD.is_cpu else hidden_TD.shape[0]
-        rows = max(1, min(max_logits // (weight.shape[0] + 1), most_rows))  # the true word's logit stands beside them
+        columns = weight.shape[0] + 1  # the true word's logit stands beside the candidates'
+        rows = max(1, min(max_logits // columns, most_rows))
+        # One memory for all blocks, which the cache may hold; the kernel has its own.
+        room_TC = None if by_triton(weight) else bias_C.new_empty(min(rows, hidden_TD.shape[0]), columns)
         for first in range(0, hidden_TD.shape[0], rows):
             block = slice(first, first + rows)
             hidden = hidden_TD[block].to(product)
-            probability, true_probability, nats = _probabilities(hidden, weight, bias_C, true_T[block], hit_T[block])
+            of_block = hidden, weight, bias_C, true_T[block], hit_T[block]
+            probability, true_probability, nats = _probabilities(*of_block, room_TC)
             total += nats.sum(dtype=torch.float64)
             if needed:
                 grads[2].add_(probability.sum(dim=0, dtype=bias_C.dtype))
@@ -108,16 +112,19 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _probabilities(
-    hidden_TD: Tensor, weight_CD: Tensor, bias_C: Tensor, true_T: Tensor, hit_T: Tensor
+    hidden_TD: Tensor, weight_CD: Tensor, bias_C: Tensor, true_T: Tensor, hit_T: Tensor, room_TC: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the candidates' probabilities (T, C), the true word's, and -log of the latter."""
-    if by_triton(hidden_TD):
+    """Return the candidates' probabilities (T, C), the true word's, and -log of the latter; None: by the kernel.
+
+    The room has a column more than there are candidates.
+    """
+    if room_TC is None:
         from moe_lm.triton_softmax import probabilities_  # Triton is not everywhere, and slow to import
 
         logits_TC = torch.mm(hidden_TD, weight_CD.t())
         return logits_TC, *probabilities_(logits_TC, bias_C, true_T, hit_T)
-    # The true word's logit is one more column, so that torch's softmax, one pass in the cache, serves all of them.
-    every = bias_C.new_empty(len(true_T), len(bias_C) + 1)
+    # With the true word's logit as one more column torch's softmax, one pass, serves all of them.
+    every = room_TC[: len(true_T)]
     _logits(hidden_TD, weight_CD, bias_C, hit_T, every[:, :-1])
     every[:, -1] = true_T
     torch.softmax(every, dim=1, out=every)

@@ -36,7 +36,8 @@ def test_probabilities(shape, dtype):
     of_type = tolerance if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-6}
     torch.testing.assert_close(got.double(), want[:, :-1], **of_type)
     assert (got[hit_T >= 0, hit_T[hit_T >= 0]] == 0).all()
-    by_torch = cross_entropy._probabilities(logits_TC, torch.eye(num_candidates, dtype=dtype), bias_C, true_T, hit_T)
+    as_products, room = (logits_TC, torch.eye(num_candidates, dtype=dtype)), torch.empty(num_tokens, num_candidates + 1)
+    by_torch = cross_entropy._probabilities(*as_products, bias_C, true_T, hit_T, room)
     for mine, theirs in zip((got, true_probability_T, nats_T), by_torch, strict=True):
         torch.testing.assert_close(mine.float(), theirs.float(), rtol=1e-2, atol=1e-5)
 
