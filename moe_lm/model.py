@@ -54,13 +54,20 @@ class LanguageModel(nn.Module):
         """Return the last layer's states and the gatings."""
         gatings = {}
         x_TD = take_divided(self.embedding_VD, Distinct(batch.input_T), self.share)
-        x_TD = F.dropout(x_TD, self.dropout, self.training)
+        x_TD = self._dropped(x_TD)
         for name, layer in self.layers.items():
             y_TD, gating = layer(x_TD, batch.sentences)
-            x_TD = x_TD + F.dropout(y_TD, self.dropout, self.training)
+            x_TD = x_TD + self._dropped(y_TD)
             if gating is not None:
                 gatings[name] = gating
         return x_TD, gatings
+
+    def _dropped(self, x_TD: Tensor) -> Tensor:
+        if x_TD.is_cuda or not self.training or self.dropout == 0:
+            return F.dropout(x_TD, self.dropout, self.training)
+        # On a CPU torch's draws of yes or no take twice as long as its uniform numbers, for which 16 bits are too few.
+        kept_TD = torch.rand_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32)).ge_(self.dropout)
+        return x_TD * kept_TD.mul_(1 / (1 - self.dropout)).to(x_TD.dtype)
 
     def adapt(self, statistics: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Let each gated layer's gates move what no gradient moves, by its statistics of the global batch."""

@@ -122,7 +122,11 @@ class Update:
     @contextlib.contextmanager
     def _seeded(self, step: int, number: int | None):
         """Noise and dropout depend on seed, step and micro-batch alone: the same in both passes, on any process."""
-        torch.manual_seed(derive_seed(self._seed, step, number))
+        seed = derive_seed(self._seed, step, number)
+        # Not torch.manual_seed: on a CPU it notes a traceback for each kind of GPU, every time.
+        torch.default_generator.manual_seed(seed)
+        if self._device.type == "cuda":
+            torch.cuda.manual_seed_all(seed)
         with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
             yield
 
