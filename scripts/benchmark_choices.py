@@ -12,7 +12,7 @@ blocks: exact nats of 1,024 tokens over 793,471 words; in blocks of 1,024 tokens
 import argparse
 
 import torch
-from measuring import Work, compared, in_turn
+from measuring import Work, compared, in_turn, positive, run
 from torch import nn
 
 from moe_lm import cross_entropy, grouped_product
@@ -27,8 +27,8 @@ from moe_lm.sentences import Sentences
 def main() -> None:
     """Print a line for each choice."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--rounds", type=positive, default=5)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_memory()
@@ -101,4 +101,4 @@ def blocks():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

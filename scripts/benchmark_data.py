@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import seconds_of, write_record
+from measuring import new_file, positive, run, seconds_of, write_record
 
 from moe_lm.batches import Batches
 from moe_lm.commands.configuration import composed, resolved
@@ -50,13 +50,13 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--words", type=int, default=20_000_000, help="of the training text")
-    parser.add_argument("--files", type=int, default=8)
-    parser.add_argument("--vocabulary", type=int, default=200_000, help="different words, about")
-    parser.add_argument("--batch-words", type=int, default=300_000)
-    parser.add_argument("--micro-words", type=int, default=18_750)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--words", type=positive, default=20_000_000, help="of the training text")
+    parser.add_argument("--files", type=positive, default=8)
+    parser.add_argument("--vocabulary", type=positive, default=200_000, help="different words, about")
+    parser.add_argument("--batch-words", type=positive, default=300_000)
+    parser.add_argument("--micro-words", type=positive, default=18_750)
+    parser.add_argument("--steps", type=positive, default=40)
+    parser.add_argument("--json", type=new_file)
     return parser.parse_args()
 
 
@@ -97,4 +97,4 @@ def _loading(prepared: Prepared, options: argparse.Namespace) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

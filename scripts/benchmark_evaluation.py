@@ -13,7 +13,7 @@ from pathlib import Path
 
 import made_up
 import torch
-from measuring import peak_bytes, product_ceiling, seconds_of, write_record
+from measuring import new_file, peak_bytes, positive, product_ceiling, run, seconds_of, write_record
 
 from moe_lm.commands import build as make
 from moe_lm.commands.configuration import composed, resolved
@@ -57,15 +57,15 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="moe_4", help="a preset of configs/model")
-    parser.add_argument("--tokens", type=int, default=TEST_TOKENS)
-    parser.add_argument("--vocabulary", type=int, default=793_471)
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--square", type=int, default=2048, help="size of the products that give the ceiling")
+    parser.add_argument("--tokens", type=positive, default=TEST_TOKENS)
+    parser.add_argument("--vocabulary", type=positive, default=793_471)
+    parser.add_argument("--rounds", type=positive, default=1)
+    parser.add_argument("--threads", type=positive)
+    parser.add_argument("--square", type=positive, default=2048, help="size of the products that give the ceiling")
     parser.add_argument("--overrides", nargs="*", default=[], help="further keys of moe-lm train")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=new_file)
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -11,10 +11,9 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from measuring import write_record
+from measuring import new_file, positive, run, write_record
 from omegaconf import OmegaConf
 
 from moe_lm.commands.build import build, keep_memory
@@ -53,14 +52,14 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gates", nargs="*", help="all of configs/gate if none is named")
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--hidden", type=int, default=1024, help="of one expert")
-    parser.add_argument("--experts", type=int, default=256)
-    parser.add_argument("--k", type=int, default=4, help="where a gate is not defined for another")
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--width", type=positive, default=512)
+    parser.add_argument("--hidden", type=positive, default=1024, help="of one expert")
+    parser.add_argument("--experts", type=positive, default=256)
+    parser.add_argument("--k", type=positive, default=4, help="where a gate is not defined for another")
+    parser.add_argument("--tokens", type=positive, default=8192)
+    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--rounds", type=positive, default=7)
+    parser.add_argument("--json", type=new_file)
     return parser.parse_args()
 
 
@@ -126,4 +125,4 @@ def _forward(layer: MoE, x_TD: torch.Tensor, rounds: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

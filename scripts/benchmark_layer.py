@@ -20,8 +20,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measuring import Work, compared, in_turn, peak_bytes, product_ceiling, write_record
-from peers import Passed, Sizes, peers
+from measuring import (
+    Work,
+    compared,
+    folder,
+    in_turn,
+    new_file,
+    peak_bytes,
+    positive,
+    product_ceiling,
+    run,
+    write_record,
+)
+from peers import NAMES, Passed, Sizes, peers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,6 +51,7 @@ from moe_lm.layer.moe import MoE
 from moe_lm.sentences import Sentences
 
 DENSE, PLAIN = "dense", "moe_plain"
+_OURS = ("moe", "balanced", "products", "grouped", PLAIN, "moe_bfloat16")
 _BYTES = 4 * 2
 """Of a parameter and its gradient."""
 
@@ -80,21 +92,22 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experts", type=int, nargs="+", default=[4, 32, 256])
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--hidden", type=int, default=1024, help="of one expert")
-    parser.add_argument("--k", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--experts", type=positive, nargs="+", default=[4, 32, 256])
+    parser.add_argument("--width", type=positive, default=512)
+    parser.add_argument("--hidden", type=positive, default=1024, help="of one expert")
+    parser.add_argument("--k", type=positive, default=4)
+    parser.add_argument("--tokens", type=positive, default=8192)
+    parser.add_argument("--rounds", type=positive, default=9)
+    parser.add_argument("--threads", type=positive)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--layers", nargs="*", help="these alone, beside the dense one")
-    parser.add_argument("--peers", type=Path, help="a folder of others' layers")
+    names = [DENSE, *_OURS, *NAMES]
+    parser.add_argument("--layers", nargs="*", choices=names, metavar="LAYER", help="these alone, beside the dense one")
+    parser.add_argument("--peers", type=folder, help="a folder of others' layers")
     parser.add_argument("--memory", action="store_true", help="measure peaks too")
     parser.add_argument("--room", type=int, default=3, help="layers that must fit into memory beside one")
-    parser.add_argument("--square", type=int, default=2048, help="size of the products that give the ceiling")
+    parser.add_argument("--square", type=positive, default=2048, help="size of the products that give the ceiling")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=new_file)
     return parser.parse_args()
 
 
@@ -123,14 +136,13 @@ def _layers(options: argparse.Namespace, sizes: Sizes, on: torch.device) -> dict
     }
     if on.type == "cuda":
         makers["moe_bfloat16"] = lambda: _moe(sizes, on, gate_DE, torch.bfloat16)
-    wanted = options.layers or [*makers, *(() if options.peers is None else _NAMES_OF_PEERS)]
+    wanted = options.layers or [*makers, *(() if options.peers is None else NAMES)]
     found = {name: make() for name, make in makers.items() if name == DENSE or name in wanted}
     if options.peers is not None:
         found |= peers(options.peers, sizes, gate_DE, wanted)
+    for name in sorted(set(wanted) - found.keys()):
+        print(f"{name}: left out, not in the folder of --peers, or no layer for this device", flush=True)
     return found
-
-
-_NAMES_OF_PEERS = ("davidmrau", "lucidrains", "scattermoe", "scattermoe_float32")
 
 
 def _work(name: str, module: nn.Module, passed: Passed, sizes: Sizes, on: torch.device) -> Work:
@@ -251,11 +263,11 @@ def _print(num_experts: int, name: str, row: dict[str, float]) -> None:
     peak = f"  peak {row['peak_mib']:8,.0f} MiB" if "peak_mib" in row else ""
     rate = f"{row['flops_per_second'] / 1e9:8,.0f} GFLOP/s"
     print(
-        f"{num_experts:>6} experts  {name:<12} {row['seconds']:8.4f} s  {row['ratio']:6.3f} of dense "
+        f"{num_experts:>6} experts  {name:<18} {row['seconds']:8.4f} s  {row['ratio']:6.3f} of dense "
         f"[{row['least_ratio']:.3f} to {row['largest_ratio']:.3f}]  {rate}{peak}",
         flush=True,
     )
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

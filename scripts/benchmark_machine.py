@@ -8,10 +8,9 @@ them.
 """
 
 import argparse
-from pathlib import Path
 
 import torch
-from measuring import product_ceiling, seconds_of, write_record
+from measuring import new_file, positive, product_ceiling, run, seconds_of, write_record
 
 from moe_lm.commands.build import device, keep_memory
 
@@ -40,15 +39,15 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=128, help="of an expert")
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--matrices", type=int, default=256)
-    parser.add_argument("--square", type=int, default=2048)
-    parser.add_argument("--copy-mib", type=int, default=512)
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--rows", type=positive, default=128, help="of an expert")
+    parser.add_argument("--width", type=positive, default=512)
+    parser.add_argument("--hidden", type=positive, default=1024)
+    parser.add_argument("--matrices", type=positive, default=256)
+    parser.add_argument("--square", type=positive, default=2048)
+    parser.add_argument("--copy-mib", type=positive, default=512)
+    parser.add_argument("--threads", type=positive)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=new_file)
     return parser.parse_args()
 
 
@@ -76,4 +75,4 @@ def _best(work, on: torch.device) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

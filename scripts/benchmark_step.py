@@ -16,7 +16,7 @@ from pathlib import Path
 
 import made_up
 import torch
-from measuring import product_ceiling, seconds_of, wait_for, write_record
+from measuring import new_file, positive, product_ceiling, run, seconds_of, wait_for, write_record
 from torch import Tensor
 from torch._C._profiler import _ExperimentalConfig
 from torch.autograd import DeviceType
@@ -71,14 +71,14 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="moe_256", help="a preset of configs/model")
-    parser.add_argument("--words", type=int, default=8192, help="in a batch, which is one micro-batch")
-    parser.add_argument("--vocabulary", type=int, default=20_000)
-    parser.add_argument("--steps", type=int, default=7)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--square", type=int, default=2048, help="size of the products that give the ceiling")
+    parser.add_argument("--words", type=positive, default=8192, help="in a batch, which is one micro-batch")
+    parser.add_argument("--vocabulary", type=positive, default=20_000)
+    parser.add_argument("--steps", type=positive, default=7)
+    parser.add_argument("--threads", type=positive)
+    parser.add_argument("--square", type=positive, default=2048, help="size of the products that give the ceiling")
     parser.add_argument("--profile", action="store_true", help="count the time inside products and LSTMs")
     parser.add_argument("--overrides", nargs="*", default=[], help="further keys of moe-lm train")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=new_file)
     return parser.parse_args()
 
 
@@ -327,4 +327,4 @@ def _print(found: dict, profiled: dict | None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

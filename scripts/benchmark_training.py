@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import made_up
-from measuring import repeats, seconds_of, write_record
+from measuring import new_file, positive, repeats, run, seconds_of, write_record
 
 from moe_lm.commands import build as make
 from moe_lm.operations import flops_per_word
@@ -77,20 +77,22 @@ def _common(options: argparse.Namespace) -> list[str]:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--hidden", type=int, default=1024, help="of one expert")
-    parser.add_argument("--experts", type=int, nargs="*", default=[32])
-    parser.add_argument("--hierarchical", type=int, nargs="*", default=[], help="experts, in 16 groups, 2 x 2 a token")
-    parser.add_argument("--words", type=int, default=4096, help="in a batch")
-    parser.add_argument("--micro-words", type=int, help="in a micro-batch; a batch is one if left out")
-    parser.add_argument("--vocabulary", type=int, default=20_000)
-    parser.add_argument("--sampled", type=int, default=8192)
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--width", type=positive, default=512)
+    parser.add_argument("--hidden", type=positive, default=1024, help="of one expert")
+    parser.add_argument("--experts", type=positive, nargs="*", default=[32])
+    parser.add_argument(
+        "--hierarchical", type=positive, nargs="*", default=[], help="experts, in 16 groups, 2 x 2 a token"
+    )
+    parser.add_argument("--words", type=positive, default=4096, help="in a batch")
+    parser.add_argument("--micro-words", type=positive, help="in a micro-batch; a batch is one if left out")
+    parser.add_argument("--vocabulary", type=positive, default=20_000)
+    parser.add_argument("--sampled", type=positive, default=8192)
+    parser.add_argument("--threads", type=positive, default=None)
+    parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--overrides", nargs="*", default=[], help="further keys of moe-lm train")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=new_file)
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

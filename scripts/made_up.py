@@ -8,6 +8,7 @@ import torch
 from moe_lm.commands import build as make
 from moe_lm.commands.configuration import composed, resolved
 from moe_lm.commands.training import trainer_of
+from moe_lm.mistake import Mistake
 from moe_lm.prepared import Prepared, Split
 from moe_lm.run import Run
 from moe_lm.trainer import Trainer
@@ -16,6 +17,8 @@ from moe_lm.vocabulary.words import WordVocabulary
 
 def data(vocabulary_size: int, num_words: int) -> Prepared:
     """Return a vocabulary of this size, and a split of about as many words three times."""
+    if vocabulary_size < 4:
+        raise Mistake(f"--vocabulary {vocabulary_size}: </S>, <UNK>, <S> and a word are 4")
     words = ["</S>", "<UNK>", *(f"w{i}" for i in range(vocabulary_size - 3)), "<S>"]
     vocabulary = WordVocabulary(words=words, counts=None)
     made = split(vocabulary_size, vocabulary.end, num_words)

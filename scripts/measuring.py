@@ -1,5 +1,6 @@
-"""What benchmarks have in common: works timed in turn, ratios round by round, and a record of what measured them."""
+"""What benchmarks have in common: options, works timed in turn, ratios round by round, a record of the measuring."""
 
+import argparse
 import json
 import os
 import platform
@@ -12,11 +13,45 @@ from pathlib import Path
 
 import torch
 
+from moe_lm.mistake import Mistake, in_a_line, is_out_of_memory
+
 Work = Callable[[], object]
 Seconds = dict[str, list[float]]
 
 _WARM_ROUNDS = 3
 """Where works take and free memory in turn, it takes some rounds until none needs more from the system."""
+
+
+def positive(text: str) -> int:
+    """Return an option's number; for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: must be at least 1")
+    return number
+
+
+def folder(text: str) -> Path:
+    """Return an option's folder; for argparse."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: no such folder")
+    return Path(text)
+
+
+def new_file(text: str) -> Path:
+    """Return an option's file, whose folder there must be before anything is measured; for argparse."""
+    folder(str(Path(text).parent))
+    return Path(text)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a benchmark; of a mistake, or too little memory, say so in a line."""
+    try:
+        main()
+    except Exception as error:
+        if not isinstance(error, Mistake) and not is_out_of_memory(error):
+            raise
+        print(f"{Path(sys.argv[0]).name}: {in_a_line(error, most=1000)}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, Mistake) else 1)
 
 
 def wait_for(device: torch.device) -> None:

@@ -18,6 +18,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from moe_lm.mistake import in_a_line
+
+NAMES = ("davidmrau", "lucidrains", "scattermoe", "scattermoe_float32")
+
 _GROUP = 1024
 """Tokens of a group of lucidrains' layer, whose one-hot products grow with the square of it."""
 
@@ -47,7 +51,10 @@ def peers(folder: Path, sizes: Sizes, gate_DE: Tensor, wanted: Collection[str]) 
         copy = folder / name.partition("_")[0]
         if name in wanted and copy.is_dir():
             sys.path.insert(0, str(copy))
-            found[name] = make(sizes, gate_DE)
+            try:
+                found[name] = make(sizes, gate_DE)
+            except (ImportError, AttributeError) as error:  # no copy of what was asked for, or of another version
+                print(f"{name}: cannot be made from {copy}: {in_a_line(error)}", flush=True)
     return found
 
 
@@ -99,15 +106,15 @@ def _scattermoe_float32(sizes: Sizes, gate_DE: Tensor) -> tuple[nn.Module, Passe
 
 
 def _scattermoe_module(sizes: Sizes, gate_DE: Tensor) -> nn.ModuleDict:
-    experts = import_module("scattermoe.mlp").MLP(
-        input_size=sizes.width,
-        hidden_size=sizes.hidden,
-        num_experts=sizes.num_experts,
-        top_k=sizes.k,
-        activation=nn.ReLU(),
-    )
-    module = nn.ModuleDict({"experts": experts, "gate": nn.Linear(sizes.width, sizes.num_experts, bias=False)})
-    module.to(gate_DE.device)
+    with gate_DE.device:  # billions of numbers drawn on a CPU would take half a minute
+        experts = import_module("scattermoe.mlp").MLP(
+            input_size=sizes.width,
+            hidden_size=sizes.hidden,
+            num_experts=sizes.num_experts,
+            top_k=sizes.k,
+            activation=nn.ReLU(),
+        )
+        module = nn.ModuleDict({"experts": experts, "gate": nn.Linear(sizes.width, sizes.num_experts, bias=False)})
     module["gate"].weight.data.copy_(gate_DE.t())
     return module
 

@@ -35,11 +35,12 @@ def factored_steps(shape: tuple[int, ...], dtype: torch.dtype, on: str = "cpu") 
     optimizer = FactoredAdam([weight], **SETTINGS)
     for step in range(4):
         gradient = torch.randn(shape, generator=generator) * 3.0**-step
-        gradient[..., 0] = 0
+        gradient[..., :1] = 0
         if len(shape) > 2 and shape[0] > 1:
             gradient[-1] = 0
         optimizer.param_groups[0]["lr"] = 0.05 / (1 + step)
-        weight.grad = gradient.to(on, dtype)
+        # Without gaps, and as a view of another order.
+        weight.grad = gradient.to(on, dtype) if step % 2 else gradient.mT.contiguous().to(on, dtype).mT
         optimizer.step()
     state = optimizer.state[weight]
     return [x.detach().cpu().double() for x in (weight, state["row_mean"], state["column_mean"])]
@@ -54,7 +55,10 @@ def lazy_steps(shape: tuple[int, ...], dtype: torch.dtype, on: str = "cpu") -> l
         row_U = torch.randperm(shape[0], generator=generator)[: (3 * step) % shape[0]].sort().values
         value_UD = torch.randn(len(row_U), *shape[1:], generator=generator) * 3.0**-step
         optimizer.param_groups[0]["lr"] = 0.05 / (1 + step)
-        replace_row_gradient(matrix, RowGradient(row_U.to(on), value_UD.to(on, dtype)))
+        value_UD = value_UD.to(on, dtype)
+        if step % 2:  # a view of another order
+            value_UD = value_UD.unsqueeze(-1).expand(*value_UD.shape, 2).contiguous()[..., 0]
+        replace_row_gradient(matrix, RowGradient(row_U.to(on), value_UD))
         optimizer.step()
         optimizer.zero_grad()
     state = optimizer.state[matrix]

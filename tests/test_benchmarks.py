@@ -62,3 +62,36 @@ def test_training_data_and_evaluation():
     assert min(found["words_per_second"].values()) > 0
     found = ran("evaluation", "--tokens=300", "--vocabulary=500", *SMALL, *TINY)
     assert found["words_per_second"] > 0
+
+
+WRONG = [
+    ("layer", "--experts", "0"),
+    ("layer", "--layers", "nonesuch"),
+    ("layer", "--peers", "nowhere"),
+    ("layer", "--device", "nonesuch"),
+    ("layer", "--json", "nowhere/found.json"),
+    ("step", "--model", "nonesuch"),
+    ("step", "--overrides", "model.widht=16", *SMALL),
+    ("training", "--experts", "2", "--width=16", "--hidden=16", "--words=100"),
+    ("data", "--words", "0"),
+    ("evaluation", "--vocabulary", "2"),
+]
+
+
+@pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
+def test_a_mistake_is_told_in_a_line(arguments):
+    """Before anything is measured."""
+    script, *options = arguments
+    command = [sys.executable, SCRIPTS / f"benchmark_{script}.py", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"benchmark_{script}.py: ")
+
+
+def test_a_copy_that_is_none_is_left_out(tmp_path):
+    """Others' layers that cannot be made cost ours nothing."""
+    (tmp_path / "peers" / "davidmrau").mkdir(parents=True)
+    sizes = ["--experts=4", "--width=16", "--hidden=16", "--tokens=64", "--rounds=2", *SMALL]
+    found = ran("layer", *sizes, "--layers", "moe", "davidmrau", "--peers", "peers")
+    assert set(found["layers"]["4"]) == {"dense", "moe"}

@@ -68,9 +68,11 @@ class FactoredAdam(torch.optim.Optimizer):
 
 
 def _update(parameter: Tensor, state: dict[str, Tensor], correction: float, group: dict[str, Any]) -> None:
+    if not parameter.numel():
+        return
     if by_triton(parameter) and parameter.dtype == torch.float32:
         _update_in_kernels(parameter, state, correction, group)
-    elif parameter.numel():
+    else:
         _update_by_parts(parameter, state, correction, group)
 
 

@@ -17,15 +17,14 @@ _LARGEST_BLOCK = 1024
 
 
 def square_means(g_MRC: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the means of the squared gradient over columns (M, R) and over rows (M, C); no atomic additions."""
+    """Return the squared gradient's means over columns (M, R) and over rows (M, C); no atomic additions."""
     matrices, rows, columns = g_MRC.shape
     block, parts = _block(columns), triton.cdiv(rows, _PART)
     grid = matrices * parts, triton.cdiv(columns, block)
     of_row_MPR = g_MRC.new_empty(matrices, grid[1], rows)
     of_column_MPC = g_MRC.new_empty(matrices, parts, columns)
-    if g_MRC.numel():
-        sizes = {"ROWS": _ROWS, "PART": _PART, "BLOCK": block}
-        _square[grid](g_MRC.contiguous(), of_row_MPR, of_column_MPC, rows, columns, parts, **sizes)
+    sizes = {"ROWS": _ROWS, "PART": _PART, "BLOCK": block}
+    _square[grid](g_MRC.contiguous(), of_row_MPR, of_column_MPC, rows, columns, parts, **sizes)
     return of_row_MPR.sum(dim=1).div_(columns), of_column_MPC.sum(dim=1).div_(rows)
 
 
@@ -34,10 +33,9 @@ def divide_(w_MRC: Tensor, g_MRC: Tensor, a_MR: Tensor, b_MC: Tensor, rate: floa
     matrices, rows, columns = w_MRC.shape
     block, parts = _block(columns), triton.cdiv(rows, _ROWS)
     assert w_MRC.is_contiguous()  # it is changed where it is
-    if w_MRC.numel():
-        given = [tensor.contiguous() for tensor in (g_MRC, a_MR, b_MC)]
-        grid = matrices * parts, triton.cdiv(columns, block)
-        _divide[grid](w_MRC, *given, rate, epsilon, rows, columns, parts, ROWS=_ROWS, BLOCK=block)
+    given = [tensor.contiguous() for tensor in (g_MRC, a_MR, b_MC)]
+    grid = matrices * parts, triton.cdiv(columns, block)
+    _divide[grid](w_MRC, *given, rate, epsilon, rows, columns, parts, ROWS=_ROWS, BLOCK=block)
 
 
 def _block(columns: int) -> int:

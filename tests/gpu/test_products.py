@@ -17,6 +17,9 @@ from moe_lm.cross_entropy import exact_nats, summed_nats
 from moe_lm.experts import Experts, recompute_hidden
 from moe_lm.gate import Gating
 from moe_lm.gate.noisy_choice import _ChoiceInAKernel, _NoisyChoice
+from moe_lm.optimizer.factored import FactoredAdam
+from moe_lm.optimizer.lazy import LazyAdam
+from moe_lm.rows import RowGradient, replace_row_gradient
 
 COUNTS = [[3, 0, 5, 1], [0, 0, 7, 0], [200, 17, 0, 64], [0, 4, 0, 9]]
 
@@ -120,6 +123,11 @@ def test_lstm(gpu, sizes):
         assert (got - want).norm() <= 0.02 * want.norm() + 1e-6
 
 
+def test_kernels_are_there(gpu):
+    """All that is tested here is tested with them."""
+    assert kernels.by_triton(torch.ones(1, device=gpu))
+
+
 @pytest.mark.parametrize("shape", [*MATRICES, (300, 512, 1024)], ids=str)
 def test_factored(gpu, shape):
     """Weights and both averages after four steps."""
@@ -134,3 +142,30 @@ def test_lazy(gpu, shape):
     """Rows, moments and last steps after six steps."""
     for got, want in zip(lazy_steps(shape, torch.float32, "cuda"), lazy_steps(shape, torch.float64), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_numbers_beyond_32_bits(gpu):
+    """Of more than 2^31 numbers the last ones are updated as they are alone, and the first ones stay."""
+    shape = 4100, 512, 1024
+    many, alone = (torch.nn.Parameter(torch.zeros(count, *shape[1:], device=gpu)) for count in (shape[0], 1))
+    optimizer = FactoredAdam([many, alone], lr=0.1, beta2=0.9, epsilon=1e-3)
+    gradient = torch.randn(shape[1:], device=gpu)
+    many.grad, alone.grad = torch.zeros_like(many), gradient.unsqueeze(0)
+    many.grad[-1] = gradient
+    optimizer.step()
+    assert torch.equal(many[-1], alone[0])
+    assert alone.any()
+    assert not many[:2].any()
+
+
+def test_rows_beyond_32_bits(gpu):
+    """A vocabulary of more than 2^31 numbers: its last row is updated as it is alone."""
+    many, alone = (torch.nn.Parameter(torch.zeros(rows, 1024, device=gpu)) for rows in (2**21 + 8, 1))
+    optimizer = LazyAdam([many, alone], lr=0.1, beta2=0.9, epsilon=1e-3)
+    value = torch.randn(1, 1024, device=gpu)
+    for matrix in (many, alone):
+        replace_row_gradient(matrix, RowGradient(torch.tensor([len(matrix) - 1], device=gpu), value))
+    optimizer.step()
+    assert torch.equal(many[-1], alone[0])
+    assert alone.any()
+    assert not many[:8].any()

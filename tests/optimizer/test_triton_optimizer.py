@@ -1,5 +1,6 @@
 """The GPU's passes over weights, run by Triton's interpreter on the CPU, against torch's operators in float64."""
 
+import math
 import os
 
 import pytest
@@ -38,7 +39,7 @@ def test_factored(shape, in_kernels):
     """Weights and averages after four steps; a parameter in float64 is torch's."""
     for got, want in zip(factored_steps(shape, torch.float32), factored_steps(shape, torch.float64), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-    assert in_kernels == ["square_means", "divide_"] * 4
+    assert in_kernels == ["square_means", "divide_"] * (4 if math.prod(shape) else 0)
 
 
 @pytest.mark.parametrize("shape", [*VOCABULARIES, (7,)], ids=str)
@@ -47,10 +48,3 @@ def test_lazy(shape, in_kernels):
     for got, want in zip(lazy_steps(shape, torch.float32), lazy_steps(shape, torch.float64), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     assert in_kernels == ["update_rows_"] * (6 if len(shape) == 2 else 0)
-
-
-def test_a_gradient_that_is_not_contiguous():
-    """Such as a view of a message."""
-    g_MCR = torch.randn(2, 9, 5)
-    for got, dim in zip(triton_factored.square_means(g_MCR.mT), (2, 1), strict=True):
-        torch.testing.assert_close(got, g_MCR.mT.square().mean(dim=dim))

@@ -1,0 +1,118 @@
+"""scripts/gpu_check.sh with a stand-in for Python: which works it asks for, and what it leaves behind."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "gpu_check.sh"
+
+# Notes its command, and writes what --json asks for, unless a word of it is in FAILING.
+STAND_IN = """#!/usr/bin/env bash
+echo "$*" >>"$ASKED"
+for word in ${FAILING:-}; do [[ "$*" != *"$word"* ]] || exit 7; done
+while [ $# -gt 1 ]; do [ "$1" != --json ] || echo "{}" >"$2"; shift; done
+"""
+
+
+@pytest.fixture
+def check(tmp_path):
+    """Call the script of a tree of its own; its exit code, what it said, the commands, and where its results are."""
+    tree = tmp_path / "tree"
+    (tree / "scripts").mkdir(parents=True)
+    (tree / ".venv/bin").mkdir(parents=True)
+    (tree / ".venv/bin/python").write_text(STAND_IN)
+    (tree / ".venv/bin/python").chmod(0o755)
+    text = tree / "build/gpu/text"
+    text.mkdir(parents=True)
+    for split in ("train", "valid", "test"):
+        (text / f"news.{split}.txt").write_text("a\n")
+    shutil.copy(SCRIPT, tree / "scripts")
+    asked = tmp_path / "asked"
+
+    def call(*arguments: str, **variables: str):
+        asked.write_text("")
+        environment = {**os.environ, "ASKED": str(asked), **variables}
+        command = [tree / "scripts/gpu_check.sh", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        return done.returncode, done.stderr, asked.read_text().splitlines()
+
+    call.out, call.tree = tmp_path / "out", tree
+    return call
+
+
+def test_all_works_of_a_part(check):
+    code, said, asked = check("bench", "out")
+    assert code == 0, said
+    names = {"layer", "layer_1024", "layer_4096", "training", "training_4096", "data", "evaluation"}
+    assert {path.stem for path in check.out.iterdir()} == names
+    assert "others' layers are left out" in said
+    [large] = [line for line in asked if "training_4096.json" in line]
+    assert "--words 307200" in large  # the stand-in has said that the GPU is large
+    assert "machine.recompute=false" in large
+
+
+def test_works_by_name(check):
+    code, said, asked = check("bench", "out", "data", "layer_1024")
+    assert code == 0, said
+    assert len(asked) == 2
+    assert {path.stem for path in check.out.iterdir()} == {"data", "layer_1024"}
+    code, said, asked = check("bench", "out", "data", "nonesuch")
+    assert (code, asked) == (2, [])
+    assert "nonesuch" in said
+    assert "layer_4096" in said
+    assert check("study1", "out", "moe_256")[0] == 2
+    assert check("profile", "out", "profile_256")[0] == 2
+    assert check("bench")[0] == check("nonesuch", "out")[0] == check()[0] == 2
+
+
+def test_what_fails_costs_the_others_nothing_and_leaves_no_old_result(check):
+    check("bench", "out")
+    code, said, _ = check("bench", "out", FAILING="mem_get_info layer_4096 benchmark_data")
+    assert code == 1
+    assert "layer_4096 (7)" in said
+    assert "data (7)" in said
+    assert {path.stem for path in check.out.iterdir()} == {
+        "layer",
+        "layer_1024",
+        "training",
+        "training_4096",
+        "evaluation",
+    }
+    asked = check("bench", "out", "training_4096", FAILING="mem_get_info")[2]
+    assert "--words 153600" in asked[-1]
+    assert "machine.recompute=true" in asked[-1]
+
+
+def test_a_study_keeps_no_result_of_another_time(check):
+    check.out.mkdir()
+    (check.out / "moe_4.result.json").write_text("{}")
+    assert check("study1", "out", "moe_4", FAILING="moe_4")[0] == 1
+    assert not list(check.out.iterdir())
+    shutil.rmtree(check.tree / "build")
+    code, said, asked = check("study1", "out")
+    assert (code, asked) == (2, [])
+    assert "pack" in said
+
+
+def test_a_rehearsal_overwrites_nothing(check):
+    check("bench", "out", "data")
+    check("bench", "out", "data", REHEARSE="1")
+    assert {path.name for path in check.out.iterdir()} == {"data.json", "rehearsal"}
+
+
+def test_pack_leaves_what_is_there_where_there_is_no_text(check):
+    code, said, _ = check("pack", "nowhere", PYTHON=str(check.tree / ".venv/bin/python"))
+    assert code == 2
+    assert "nowhere" in said
+    assert (check.tree / "build/gpu/text/news.train.txt").exists()
+
+
+def test_without_an_environment(check):
+    shutil.rmtree(check.tree / ".venv")
+    for variables in ({}, {"PYTHON": "/nowhere"}):
+        code, said, _ = check("bench", "out", **variables)
+        assert code == 2
+        assert said.splitlines()[-1].startswith("gpu_check.sh: there is neither .venv nor")
