@@ -171,6 +171,14 @@ def test_out_of_memory_is_one_line(workspace, moe_lm):
     assert_one_line(outcome, "out of memory")
 
 
+@pytest.mark.parametrize("override", ["model.k=5", "optimizer.experts=adm", "model.width=0"])
+def test_sizes_are_refused_before_anything_is_made(workspace, moe_lm, override):
+    """Nothing is prepared, no run claims its name: with the mistake mended the same command begins."""
+    before = sorted(Path().rglob("*"))
+    assert_one_line(moe_lm("train", *with_overrides(list(TRAINING), override)), override.split("=")[0].split(".")[1])
+    assert sorted(Path().rglob("*")) == before
+
+
 @pytest.mark.parametrize("command", ["prepare", "train", "sweep", "evaluate", "score", "report", "sample", "export"])
 def test_help_is_made_from_the_configuration(moe_lm, command):
     outcome = moe_lm(command, "--help")

@@ -14,7 +14,7 @@ from moe_lm.commands import build as make
 from moe_lm.commands.configuration import composed, default_name, preset_of, resolved
 from moe_lm.commands.data import prepared_data
 from moe_lm.commands.result import result_of, summary
-from moe_lm.commands.training import trainer_of
+from moe_lm.commands.training import check, trainer_of
 from moe_lm.distributed import ALONE, Processes, begin, end, expected_size, is_loss
 from moe_lm.mistake import Lost, Mistake, in_a_line, is_out_of_memory
 from moe_lm.prepared import Prepared
@@ -68,6 +68,7 @@ def _configuration(arguments: list[str]) -> tuple[dict, str]:
 
 
 def _train(config: dict, preset: str, on: torch.device, stop: Stop, processes: Processes) -> int:
+    check(config)
     run, say = Run(Path(config["runs"]) / config["name"]), _say if processes.is_first else _hush
     config["num_processes"] = processes.size
     config, finished = processes.first(lambda: _claimed(config, run))

@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+from moe_lm.balance import BalanceLoss
 from moe_lm.batches import Batches
 from moe_lm.commands import build as make
 from moe_lm.commands.gates import check_losses, choices_over_batch, want
@@ -22,6 +23,17 @@ from moe_lm.run import Run
 from moe_lm.saver import Saver
 from moe_lm.trainer import Trainer
 from moe_lm.update import Update
+
+_SOME_WORDS = 1000
+"""Of a vocabulary, where the true size is not known yet."""
+
+
+def check(config: dict) -> None:
+    """Refuse sizes that fit no model and losses that do not fit its gates: before the text is prepared."""
+    with torch.device("meta"):
+        model = make.build_model(config, _SOME_WORDS)
+    check_losses(model, _balance(config))
+    make.build(config["optimizer"])
 
 
 def trainer_of(
@@ -78,7 +90,7 @@ def _update(
     torch.manual_seed(config["seed"])
     model = make.build_model(config, vocabulary_size, processes).to(on)
     recompute_hidden(model, config["machine"]["recompute"])
-    balance = {name: make.build(part) for name, part in config["balance"].items() if name != "exact"}
+    balance = _balance(config)
     check_losses(model, balance)
     want(model, balance)
     return Update(
@@ -92,6 +104,10 @@ def _update(
         vocabulary_size=vocabulary_size,
         processes=processes,
     )
+
+
+def _balance(config: dict) -> dict[str, BalanceLoss]:
+    return {name: make.build(part) for name, part in config["balance"].items() if name != "exact"}
 
 
 def _batches(config: dict, data: Prepared) -> Batches:
