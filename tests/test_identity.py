@@ -12,7 +12,7 @@ from moe_lm.run import Run
     ("override", "key"),
     [
         ("model.k=3", "model.k"),
-        ("model=moe_256_h", "model."),
+        ("model=moe_256_h model.num_groups=2", "model."),
         ("seed=2", "seed"),
         ("batch.micro_words=200", "batch.micro_words"),
         ("corpus.max_words=100", "corpus.max_words"),

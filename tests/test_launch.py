@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,13 @@ time.sleep(60)
 """
 
 
+@pytest.fixture
+def no_other_children():
+    """Multiprocessing's tracker, begun by another test in this process, would get the signals too."""
+    resource_tracker._resource_tracker._stop()
+
+
+@pytest.mark.usefixtures("no_other_children")
 @pytest.mark.parametrize(
     ("number", "ends_with", "code"), [(TERM, 75, 75), (USR1, 75, 75), (INT, 130, 130), (TERM, 2, 2)]
 )
