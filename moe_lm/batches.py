@@ -100,12 +100,17 @@ class GlobalBatch(Sequence[MicroBatch]):
         return idle(self.split, self.cuts[0], self.start) if laid_out is None else laid_out
 
 
+def check_words(words: int, micro_words: int) -> None:
+    """Raise `Mistake` for a batch of so many words that cannot be cut into micro-batches of so many."""
+    if not 1 <= micro_words <= words:
+        raise Mistake(f"batch.words={words} batch.micro_words={micro_words}: need 1 <= micro_words <= words")
+
+
 class Batches:
     """The global batch of every step: an ordered list of micro-batches."""
 
     def __init__(self, split: Split, *, start: int, seed: int, words: int, micro_words: int):
-        if not 1 <= micro_words <= words:
-            raise Mistake(f"batch.words={words} batch.micro_words={micro_words}: need 1 <= micro_words <= words")
+        check_words(words, micro_words)
         self.split, self.start, self.seed = split, start, seed
         self.micro_batches_per_step = math.ceil(words / micro_words)
         mean_words = split.num_words / split.num_sentences

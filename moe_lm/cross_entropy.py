@@ -79,10 +79,12 @@ class _SummedNats(torch.autograd.Function):
         total = hidden_TD.new_zeros((), dtype=torch.float64)
         weight = weight_CD.to(product)
         most_rows = _MOST_ROWS_ON_CPU if hidden_TD.is_cpu else hidden_TD.shape[0]
-        columns = weight.shape[0] + 1  # the true word's logit stands beside the candidates'
+        in_a_kernel = by_triton(weight)
+        # Without the kernel the true word's logit stands beside the candidates'.
+        columns = weight.shape[0] + (0 if in_a_kernel else 1)
         rows = max(1, min(max_logits // columns, most_rows))
         # One memory for all blocks, which the cache may hold; the kernel has its own.
-        room_TC = None if by_triton(weight) else bias_C.new_empty(min(rows, hidden_TD.shape[0]), columns)
+        room_TC = None if in_a_kernel else bias_C.new_empty(min(rows, hidden_TD.shape[0]), columns)
         for first in range(0, hidden_TD.shape[0], rows):
             block = slice(first, first + rows)
             hidden = hidden_TD[block].to(product)
@@ -130,9 +132,9 @@ def _probabilities(
     torch.softmax(every, dim=1, out=every)
     probability_T = every[:, -1]
     nats_T = -probability_T.log()
-    faint_T = probability_T < _FAINT
-    if faint_T.any():
-        nats_T[faint_T] = _nats(hidden_TD[faint_T], weight_CD, bias_C, true_T[faint_T], hit_T[faint_T])
+    faint = (probability_T < _FAINT).nonzero().squeeze(1)
+    for some in faint.split(max(1, len(true_T) // 8)):  # a few, as their logits need room once more
+        nats_T[some] = _nats(hidden_TD[some], weight_CD, bias_C, true_T[some], hit_T[some])
     return every[:, :-1], probability_T, nats_T
 
 

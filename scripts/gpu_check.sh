@@ -14,7 +14,7 @@ packed=build/gpu
 say() { echo "gpu_check.sh: $*" >&2; }
 
 usage() {
-    sed -n '2,8s/^# *//p' "$0" >&2
+    sed -n '2,8s/^# *//p' scripts/gpu_check.sh >&2
     exit 2
 }
 
@@ -118,7 +118,11 @@ run() {
     shift 3
     asked "$name" || return 0
     rm -f "$out/$name.json" # of another time: it would pass for this one's
-    within "$seconds" "$python" "scripts/$script" "$@" --json "$out/$name.json" || failed+=("$name ($?)")
+    within "$seconds" "$python" "scripts/$script" "$@" --json "$out/$name.json" || {
+        failed+=("$name ($?)")
+        return 0
+    }
+    [ -f "$out/$name.json" ] || failed+=("$name (nothing measured)")
 }
 
 bench() {

@@ -39,6 +39,8 @@ def folder(text: str) -> Path:
 
 def new_file(text: str) -> Path:
     """Return an option's file, whose folder there must be before anything is measured; for argparse."""
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: is a folder, name a file in it")
     folder(str(Path(text).parent))
     return Path(text)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from moe_lm.mistake import in_a_line
+from moe_lm.mistake import in_a_line, is_out_of_memory
 
 NAMES = ("davidmrau", "lucidrains", "scattermoe", "scattermoe_float32")
 
@@ -52,9 +52,15 @@ def peers(folder: Path, sizes: Sizes, gate_DE: Tensor, wanted: Collection[str]) 
         if name in wanted and copy.is_dir():
             sys.path.insert(0, str(copy))
             try:
-                found[name] = make(sizes, gate_DE)
-            except (ImportError, AttributeError) as error:  # no copy of what was asked for, or of another version
-                print(f"{name}: cannot be made from {copy}: {in_a_line(error)}", flush=True)
+                made = make(sizes, gate_DE)
+                with torch.no_grad():
+                    made[1](torch.zeros(sizes.tokens, sizes.width, device=gate_DE.device))
+            except Exception as error:  # no copy of what was asked for, or of a version that is used otherwise
+                if is_out_of_memory(error):
+                    raise
+                print(f"{name}: cannot be used from {copy}: {type(error).__name__}: {in_a_line(error)}", flush=True)
+            else:
+                found[name] = made
     return found
 
 

@@ -70,6 +70,7 @@ WRONG = [
     ("layer", "--peers", "nowhere"),
     ("layer", "--device", "nonesuch"),
     ("layer", "--json", "nowhere/found.json"),
+    ("layer", "--json", "."),
     ("step", "--model", "nonesuch"),
     ("step", "--overrides", "model.widht=16", *SMALL),
     ("training", "--experts", "2", "--width=16", "--hidden=16", "--words=100"),
@@ -89,9 +90,11 @@ def test_a_mistake_is_told_in_a_line(arguments):
     assert done.stderr.splitlines()[-1].startswith(f"benchmark_{script}.py: ")
 
 
-def test_a_copy_that_is_none_is_left_out(tmp_path):
-    """Others' layers that cannot be made cost ours nothing."""
+@pytest.mark.parametrize("content", ["", "class MoE:\n    def __init__(self, only):\n        pass\n"])
+def test_a_copy_that_cannot_be_used_is_left_out(tmp_path, content):
+    """Others' layers of no or another version cost ours nothing."""
     (tmp_path / "peers" / "davidmrau").mkdir(parents=True)
+    (tmp_path / "peers" / "davidmrau" / "moe.py").write_text(content)
     sizes = ["--experts=4", "--width=16", "--hidden=16", "--tokens=64", "--rounds=2", *SMALL]
     found = ran("layer", *sizes, "--layers", "moe", "davidmrau", "--peers", "peers")
     assert set(found["layers"]["4"]) == {"dense", "moe"}

@@ -9,9 +9,10 @@ import pytest
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "gpu_check.sh"
 
-# Notes its command, and writes what --json asks for, unless a word of it is in FAILING.
+# Notes its command, and writes what --json asks for, unless a word of it is in SILENT or FAILING.
 STAND_IN = """#!/usr/bin/env bash
 echo "$*" >>"$ASKED"
+for word in ${SILENT:-}; do [[ "$*" != *"$word"* ]] || exit 0; done
 for word in ${FAILING:-}; do [[ "$*" != *"$word"* ]] || exit 7; done
 while [ $# -gt 1 ]; do [ "$1" != --json ] || echo "{}" >"$2"; shift; done
 """
@@ -35,7 +36,7 @@ def check(tmp_path):
     def call(*arguments: str, **variables: str):
         asked.write_text("")
         environment = {**os.environ, "ASKED": str(asked), **variables}
-        command = [tree / "scripts/gpu_check.sh", *arguments]
+        command = ["tree/scripts/gpu_check.sh", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
         return done.returncode, done.stderr, asked.read_text().splitlines()
 
@@ -65,7 +66,10 @@ def test_works_by_name(check):
     assert "layer_4096" in said
     assert check("study1", "out", "moe_256")[0] == 2
     assert check("profile", "out", "profile_256")[0] == 2
-    assert check("bench")[0] == check("nonesuch", "out")[0] == check()[0] == 2
+    for wrong in (["bench"], ["nonesuch", "out"], []):
+        code, said, _ = check(*wrong)
+        assert code == 2
+        assert "PART OUTDIR" in said
 
 
 def test_what_fails_costs_the_others_nothing_and_leaves_no_old_result(check):
@@ -81,6 +85,8 @@ def test_what_fails_costs_the_others_nothing_and_leaves_no_old_result(check):
         "training_4096",
         "evaluation",
     }
+    code, said, _ = check("bench", "out", "layer", "data", SILENT="benchmark_layer")
+    assert (code, "layer (nothing measured)" in said) == (1, True)
     asked = check("bench", "out", "training_4096", FAILING="mem_get_info")[2]
     assert "--words 153600" in asked[-1]
     assert "machine.recompute=true" in asked[-1]

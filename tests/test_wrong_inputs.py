@@ -171,7 +171,13 @@ def test_out_of_memory_is_one_line(workspace, moe_lm):
     assert_one_line(outcome, "out of memory")
 
 
-@pytest.mark.parametrize("override", ["model.k=5", "optimizer.experts=adm", "model.width=0"])
+WRONG_SIZES = [
+    *("model.k=5", "model.width=0", "optimizer.experts=adm", "schedule.warmup_steps=0", "training.valid_every=0"),
+    *("valid.max_sentences=0", "checkpoint.keep_last=0", "checkpoint.every_seconds=-1", "batch.micro_words=201"),
+]
+
+
+@pytest.mark.parametrize("override", WRONG_SIZES)
 def test_sizes_are_refused_before_anything_is_made(workspace, moe_lm, override):
     """Nothing is prepared, no run claims its name: with the mistake mended the same command begins."""
     before = sorted(Path().rglob("*"))

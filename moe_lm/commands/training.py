@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from moe_lm.balance import BalanceLoss
-from moe_lm.batches import Batches
+from moe_lm.batches import Batches, check_words
 from moe_lm.commands import build as make
 from moe_lm.commands.gates import check_losses, choices_over_batch, want
 from moe_lm.commands.result import Counts, counts_of, measure_split
@@ -29,11 +29,18 @@ _SOME_WORDS = 1000
 
 
 def check(config: dict) -> None:
-    """Refuse sizes that fit no model and losses that do not fit its gates: before the text is prepared."""
+    """Refuse what needs no text to be refused, such as sizes that fit no model: before the text is prepared."""
+    for group, key in (("valid", "max_sentences"), ("checkpoint", "keep_last")):
+        if config[group][key] < 1:
+            raise Mistake(f"{group}.{key}={config[group][key]}: must be at least 1")
     with torch.device("meta"):
         model = make.build_model(config, _SOME_WORDS)
     check_losses(model, _balance(config))
-    make.build(config["optimizer"])
+    for group in ("optimizer", "schedule"):
+        make.build(config[group])
+    _settings(config)
+    words, micro_words = config["batch"]["words"], config["batch"]["micro_words"]
+    check_words(words, words if micro_words is None else micro_words)
 
 
 def trainer_of(
@@ -46,15 +53,12 @@ def trainer_of(
 ) -> tuple[Trainer, Counts]:
     """Return the trainer of a resolved configuration, its model newly initialised from `seed`, and what it counts."""
     vocabulary, checkpoints, machine = data.vocabulary, config["checkpoint"], config["machine"]
-    for group, key in (("valid", "max_sentences"), ("checkpoint", "keep_last")):
-        if config[group][key] < 1:
-            raise Mistake(f"{group}.{key}={config[group][key]}: must be at least 1")
     with torch.device("meta"):
         whole = make.build_model(config, vocabulary.size)
     processes = with_experts(processes, _most_experts(whole), machine["expert_processes"], on)
     processes = with_vocabulary(processes, machine["divide_vocabulary"])
     recipe, batches, counts = make.build(config["optimizer"]), _batches(config, data), counts_of(whole)
-    settings = Settings(**config["training"], every_seconds=checkpoints["every_seconds"])
+    settings = _settings(config)
     update = _update(config, recipe, vocabulary.size, on, processes)
     processes.first(lambda: run.keep_vocabulary(vocabulary.save))
     for line in [_sizes(counts, run, vocabulary.size), *choices_over_batch(update.model), *_idle(batches, processes)]:
@@ -104,6 +108,10 @@ def _update(
         vocabulary_size=vocabulary_size,
         processes=processes,
     )
+
+
+def _settings(config: dict) -> Settings:
+    return Settings(**config["training"], every_seconds=config["checkpoint"]["every_seconds"])
 
 
 def _balance(config: dict) -> dict[str, BalanceLoss]:
