@@ -61,7 +61,7 @@ def test_how_many_logits_are_made_at_a_time_may_change(own_trained, moe_lm):
 
 def test_a_first_attempt_that_failed_leaves_the_name_free(workspace, moe_lm):
     """Not even its vocabulary stays: the next attempt may have another."""
-    assert moe_lm("train", *with_overrides(list(TRAINING), "training.num_words=0")).code == 2
+    assert moe_lm("train", *with_overrides(list(TRAINING), "corpus.train=[text/nowhere.txt]")).code == 2
     assert Path("runs/tiny/config.yaml").exists()
     run = Run(Path("runs/tiny"))
     run.keep_vocabulary(lambda folder: (folder / "vocabulary.txt").write_text("of another attempt"))
