@@ -16,7 +16,7 @@ def gathered(x_TD: Tensor, token_A: Tensor, gate_A: Tensor) -> Tensor:
     """Return gate * x of each assignment's token, in the type of x."""
     width = x_TD.shape[1]
     out_AD = x_TD.new_empty(len(token_A), width)
-    block = _block(width)
+    block = block_of(width)
     if out_AD.numel():
         grid = len(token_A), triton.cdiv(width, block)
         _gather[grid](*_rows(x_TD, token_A, gate_A), out_AD, width, BLOCK=block)
@@ -27,7 +27,7 @@ def summed_by_token(y_AD: Tensor, order_A: Tensor, ends_T: Tensor, gate_A: Tenso
     """Return the sum of each token's rows in float32; those of token t end at `ends_T[t]` in `order_A`."""
     num_tokens, width = len(ends_T), y_AD.shape[1]
     out_TD = y_AD.new_empty(num_tokens, width, dtype=torch.float32)
-    block = _block(width)
+    block = block_of(width)
     if out_TD.numel():
         rows = _rows(y_AD, y_AD if gate_A is None else gate_A, order_A, ends_T)  # without gates the second is not read
         grid = num_tokens, triton.cdiv(width, block)
@@ -41,7 +41,7 @@ def hidden_gradient_(grad_AH: Tensor, h_AH: Tensor, gate_A: Tensor) -> Tensor:
     if len(gate_A):
         hidden = h_AH.shape[1]
         assert grad_AH.is_contiguous()  # it is changed where it is
-        _mask_and_dot[(len(gate_A),)](grad_AH, *_rows(h_AH, gate_A), grad_gate_A, hidden, BLOCK=_block(hidden))
+        _mask_and_dot[(len(gate_A),)](grad_AH, *_rows(h_AH, gate_A), grad_gate_A, hidden, BLOCK=block_of(hidden))
     return grad_gate_A
 
 
@@ -50,7 +50,8 @@ def _rows(*tensors: Tensor) -> list[Tensor]:
     return [tensor.contiguous() for tensor in tensors]
 
 
-def _block(width: int) -> int:
+def block_of(width: int) -> int:
+    """Return how many columns a program of rows of this width holds at a time."""
     return min(_LARGEST_BLOCK, triton.next_power_of_2(width))
 
 

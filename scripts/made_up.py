@@ -7,7 +7,7 @@ import torch
 
 from moe_lm.commands import build as make
 from moe_lm.commands.configuration import composed, resolved
-from moe_lm.commands.training import trainer_of
+from moe_lm.commands.training import check, trainer_of
 from moe_lm.mistake import Mistake
 from moe_lm.prepared import Prepared, Split
 from moe_lm.run import Run
@@ -38,6 +38,7 @@ def split(size: int, end: int, num_words: int) -> Split:
 def trainer(name: str, overrides: list[str], prepared: Prepared, folder: Path) -> Trainer:
     """Return what `moe-lm train` with these overrides would train, with the made-up data."""
     config = resolved(composed("train", [*overrides, f"runs={folder}", f"name={name}"]))
+    check(config)
     on = make.device(config["machine"]["device"])
     make.be_deterministic(on)
     run = Run(folder / name)

@@ -29,6 +29,7 @@ HELP = "train one model; repeat the command to resume it"
 def main(arguments: list[str]) -> int:
     """Train to the end and write result.json; 130 if Ctrl-C, 75 if another signal asked to stop first."""
     config, preset = _configuration(arguments)
+    check(config)
     started = expected_size()
     if started and config["num_processes"] not in (1, started):
         raise Mistake(f"num_processes={config['num_processes']}: {started} were started; leave it away")
@@ -68,7 +69,6 @@ def _configuration(arguments: list[str]) -> tuple[dict, str]:
 
 
 def _train(config: dict, preset: str, on: torch.device, stop: Stop, processes: Processes) -> int:
-    check(config)
     run, say = Run(Path(config["runs"]) / config["name"]), _say if processes.is_first else _hush
     config["num_processes"] = processes.size
     config, finished = processes.first(lambda: _claimed(config, run))

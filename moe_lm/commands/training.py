@@ -51,7 +51,7 @@ def trainer_of(
     say: Callable[[str], None],
     processes: Processes = ALONE,
 ) -> tuple[Trainer, Counts]:
-    """Return the trainer of a resolved configuration, its model newly initialised from `seed`, and what it counts."""
+    """Return the trainer of a configuration that `check` let pass, its model newly initialised, and what it counts."""
     vocabulary, checkpoints, machine = data.vocabulary, config["checkpoint"], config["machine"]
     with torch.device("meta"):
         whole = make.build_model(config, vocabulary.size)
@@ -95,7 +95,6 @@ def _update(
     model = make.build_model(config, vocabulary_size, processes).to(on)
     recompute_hidden(model, config["machine"]["recompute"])
     balance = _balance(config)
-    check_losses(model, balance)
     want(model, balance)
     return Update(
         model=model,

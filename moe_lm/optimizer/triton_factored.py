@@ -10,16 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_lm.triton_rows import block_of
+
 _ROWS, _PART = 8, 64
 """Rows held at a time, and of one program: sums over its rows cost a 64th of the gradient in memory."""
-_LARGEST_BLOCK = 1024
-"""Columns of one program."""
 
 
 def square_means(g_MRC: Tensor) -> tuple[Tensor, Tensor]:
     """Return the squared gradient's means over columns (M, R) and over rows (M, C); no atomic additions."""
     matrices, rows, columns = g_MRC.shape
-    block, parts = _block(columns), triton.cdiv(rows, _PART)
+    block, parts = block_of(columns), triton.cdiv(rows, _PART)
     grid = matrices * parts, triton.cdiv(columns, block)
     of_row_MPR = g_MRC.new_empty(matrices, grid[1], rows)
     of_column_MPC = g_MRC.new_empty(matrices, parts, columns)
@@ -31,15 +31,11 @@ def square_means(g_MRC: Tensor) -> tuple[Tensor, Tensor]:
 def divide_(w_MRC: Tensor, g_MRC: Tensor, a_MR: Tensor, b_MC: Tensor, rate: float, epsilon: float) -> None:
     """Take rate * g / (a b^T + epsilon) from each matrix, in its place."""
     matrices, rows, columns = w_MRC.shape
-    block, parts = _block(columns), triton.cdiv(rows, _ROWS)
+    block, parts = block_of(columns), triton.cdiv(rows, _ROWS)
     assert w_MRC.is_contiguous()  # it is changed where it is
     given = [tensor.contiguous() for tensor in (g_MRC, a_MR, b_MC)]
     grid = matrices * parts, triton.cdiv(columns, block)
     _divide[grid](w_MRC, *given, rate, epsilon, rows, columns, parts, ROWS=_ROWS, BLOCK=block)
-
-
-def _block(columns: int) -> int:
-    return min(_LARGEST_BLOCK, triton.next_power_of_2(columns))
 
 
 @triton.jit

@@ -8,9 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_lm.rows import RowGradient
-
-_LARGEST_BLOCK = 1024
-"""Columns of one program."""
+from moe_lm.triton_rows import block_of
 
 
 def update_rows_(
@@ -30,7 +28,7 @@ def update_rows_(
     """
     row_U, grad_UD = (tensor.contiguous() for tensor in touched)
     width = matrix_VD.shape[1]
-    block = min(_LARGEST_BLOCK, triton.next_power_of_2(width))
+    block = block_of(width)
     assert matrix_VD.is_contiguous()  # both are changed where they are
     assert moment_VD.is_contiguous()
     if grad_UD.numel():
