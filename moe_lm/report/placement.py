@@ -12,6 +12,7 @@ ANGLES = tuple(math.radians(a) for a in (0, 180, 90, 270, 30, 330, 150, 210, 60,
 MARKER = 4.5  # half the width of a marker with some air
 GAP = 2.0  # air around a name
 ON_LINE = 25.0  # a name on the sweep's line is as bad as one this much farther away
+AT_ANOTHER = 40.0  # and worse is one nearer to another point than to its own, which would be read as that one's
 
 
 class Box(NamedTuple):
@@ -54,7 +55,7 @@ def place_labels(
     for point, size in zip(points, sizes, strict=True):
         best = min(
             (
-                (cost(box, point, distance, lines, leaders, obstacles), n, box)
+                (cost(box, point, distance, lines, leaders, obstacles) + misread(box, point, points), n, box)
                 for n, (distance, box) in enumerate(candidates(point, size))
                 if box.inside(area) and not any(box.overlaps(other) for other in obstacles)
             ),
@@ -93,6 +94,12 @@ def cost(
     own = around(point, 2 * MARKER, 2 * MARKER)
     over = sum(crosses(leader, other) for other in obstacles if other != own)
     return distance + ON_LINE * (over * 2 + sum(crosses(line, box) for line in (*lines, *leaders)))
+
+
+def misread(box: Box, point: Point, points: Sequence[Point]) -> float:
+    """How much worse a place is for being nearer to another point."""
+    own = math.dist(point, nearest(box, point))
+    return AT_ANOTHER if any(math.dist(other, nearest(box, other)) < own - 0.5 for other in points) else 0.0
 
 
 def around(center: Point, width: float, height: float) -> Box:

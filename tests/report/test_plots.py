@@ -7,7 +7,7 @@ import matplotlib
 import pytest
 
 from moe_lm.report.names import wrapped
-from moe_lm.report.placement import Box, place_labels
+from moe_lm.report.placement import Box, nearest, place_labels
 from moe_lm.report.plots import draw_figures, draw_plots, fixed_style
 from moe_lm.report.results import read_runs
 from moe_lm.report.ticks import log_ticks, tick_label
@@ -181,6 +181,14 @@ def test_long_names_break_at_commas_and_else_anywhere():
     assert wrapped("moe_4,seed=2", 20) == "moe_4,seed=2"
     assert wrapped("moe_4,seed=2", 8) == "moe_4,\nseed=2"
     assert wrapped("abcdefgh", 3) == "abc\ndef\ngh"
+
+
+def test_names_of_points_upon_each_other_stand_at_their_own():
+    """Two points that nearly meet, near the left edge, a line from the upper one: no name beside the other point."""
+    upper, lower, area = (20.0, 103.0), (20.0, 100.0), Box(0, 0, 300, 200)
+    boxes = place_labels([lower, upper], [(60, 10), (36, 10)], area, [lower, upper], [(upper, (86.0, 95.0))])
+    for own, other, box in zip((lower, upper), (upper, lower), boxes, strict=True):
+        assert math.dist(own, nearest(box, own)) <= math.dist(other, nearest(box, other))
 
 
 def test_a_name_without_room_has_no_place():
