@@ -9,7 +9,7 @@ Shape suffixes: L timesteps, B sentences, T tokens, D width, N sentences of a po
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -38,13 +38,20 @@ class MicroBatch:
     """int64: which sentence of the micro-batch a token belongs to."""
     num_words: int
     """Words that the targets spell, `</S>` included: what perplexity divides by."""
+    source: "MicroBatch | None" = field(default=None, compare=False, repr=False)
+    """What this one is a copy of, on a GPU."""
+
+    @property
+    def host(self) -> "MicroBatch":
+        """The same in the host's memory: who reads it does not wait for a GPU."""
+        return self if self.source is None else self.source
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Return a copy on this device."""
         if device.type == "cpu":
             return self
-
-        return self.pinned()._changed(lambda x: x.to(device, non_blocking=True))
+        pinned = self.pinned()
+        return replace(pinned._changed(lambda x: x.to(device, non_blocking=True)), source=pinned)
 
     def pinned(self) -> "MicroBatch":
         """Return a copy in memory from which a GPU reads by itself; the same where it lies there already."""

@@ -28,7 +28,7 @@ def take_divided(matrix_VD: Tensor, rows: Distinct, share: Share) -> Tensor:
     group = share.group
     if group.size == 1:
         return take_rows(matrix_VD, rows)
-    row_U, place_T = rows.found
+    row_U, place_T, _ = rows.found
     ends = torch.tensor(share.sizes, device=row_U.device).cumsum(dim=0)
     ends_P = torch.searchsorted(row_U, ends)
     asked_P = ends_P.diff(prepend=ends_P.new_zeros(1))

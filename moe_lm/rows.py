@@ -18,18 +18,33 @@ class RowGradient(NamedTuple):
     row_U: Tensor
     """int64, ascending, distinct."""
     value_UD: Tensor
+    host_U: Tensor | None = None
+    """The same rows in the host's memory, where it knows them."""
 
 
 class Distinct:
-    """Rows to take of several matrices, whose distinct ones are found once: on a GPU the host waits for them."""
+    """Rows to take of several matrices, whose distinct ones are found once.
 
-    def __init__(self, row_T: Tensor):
+    Of rows on a GPU `host_T` are the same in the host's memory: without them the host waits for the GPU to say how
+    many are distinct.
+    """
+
+    def __init__(self, row_T: Tensor, host_T: Tensor | None = None):
         self.row_T = row_T
+        self._host_T = row_T if row_T.device.type == "cpu" else host_T
 
     @cached_property
-    def found(self) -> tuple[Tensor, Tensor]:
-        """The distinct rows, ascending, and where among them each taken one is."""
-        return self.row_T.unique(return_inverse=True)
+    def found(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The distinct rows, ascending, where among them each taken one is, and the former as the host has them."""
+        if self._host_T is None:
+            return *self.row_T.unique(return_inverse=True), None
+        host_U, place_T = self._host_T.unique(return_inverse=True)
+        return *(sent(x, self.row_T.device) for x in (host_U, place_T)), host_U
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """Return what the host made on this device, without a wait for what a GPU has to do before."""
+    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
 
 
 def keep_row_gradients(matrix_VD: nn.Parameter) -> None:
@@ -77,7 +92,9 @@ def _keep(parts: list[RowGradient], part: RowGradient) -> None:
 
 
 def _joined(a: RowGradient, b: RowGradient) -> RowGradient:
-    return summed_rows(torch.cat([a.row_U, b.row_U]), torch.cat([a.value_UD, b.value_UD]))
+    host_T = None if a.host_U is None or b.host_U is None else torch.cat([a.host_U, b.host_U])
+    rows = Distinct(torch.cat([a.row_U, b.row_U]), host_T)
+    return _summed(rows, torch.cat([a.value_UD, b.value_UD]))
 
 
 def summed_rows(row_T: Tensor, grad_TD: Tensor) -> RowGradient:
@@ -86,8 +103,9 @@ def summed_rows(row_T: Tensor, grad_TD: Tensor) -> RowGradient:
 
 
 def _summed(distinct: Distinct, grad_TD: Tensor) -> RowGradient:
-    row_U, place_T = distinct.found
-    return RowGradient(row_U, grad_TD.new_zeros(len(row_U), *grad_TD.shape[1:]).index_add_(0, place_T, grad_TD))
+    row_U, place_T, host_U = distinct.found
+    value_UD = grad_TD.new_zeros(len(row_U), *grad_TD.shape[1:]).index_add_(0, place_T, grad_TD)
+    return RowGradient(row_U, value_UD, host_U)
 
 
 class _Take(torch.autograd.Function):
@@ -96,6 +114,7 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def forward(ctx, matrix_VD, distinct):
         ctx.matrix_VD, ctx.distinct = matrix_VD, distinct
+        _ = distinct.found  # now, while a GPU still has enough to do
         return matrix_VD.index_select(0, distinct.row_T)
 
     @staticmethod

@@ -15,7 +15,7 @@ from moe_lm.optimizer import triton_factored, triton_lazy
 
 INTEGERS = {"token", "order", "ends", "expert", "hit", "row"}
 """Pointers to int64; all others are to float32, or to bfloat16 where a kernel is compiled so."""
-NUMBERS = {"epsilon", "rate", "weight", "correction"}
+NUMBERS = {"epsilon", "scale", "rate", "weight", "correction"}
 SIZES = {"width", "rows", "parts", "hidden", "columns", "tokens", "experts", "chance_stride", "units", "h_stride"}
 
 

@@ -41,6 +41,12 @@ def factored_steps(shape: tuple[int, ...], dtype: torch.dtype, on: str = "cpu") 
         optimizer.param_groups[0]["lr"] = 0.05 / (1 + step)
         # Without gaps, and as a view of another order.
         weight.grad = gradient.to(on, dtype) if step % 2 else gradient.mT.contiguous().to(on, dtype).mT
+        if step == 1:
+            optimizer.norms([weight])  # of which the step takes the squares
+        if step == 2:
+            optimizer.norms([weight])
+            weight.grad.mul_(2)  # and now must not
+            optimizer.scale = 0.25
         optimizer.step()
     state = optimizer.state[weight]
     return [x.detach().cpu().double() for x in (weight, state["row_mean"], state["column_mean"])]
@@ -55,6 +61,7 @@ def lazy_steps(shape: tuple[int, ...], dtype: torch.dtype, on: str = "cpu") -> l
         row_U = torch.randperm(shape[0], generator=generator)[: (3 * step) % shape[0]].sort().values
         value_UD = torch.randn(len(row_U), *shape[1:], generator=generator) * 3.0**-step
         optimizer.param_groups[0]["lr"] = 0.05 / (1 + step)
+        optimizer.scale = 0.25 if step == 4 else 1.0
         value_UD = value_UD.to(on, dtype)
         if step % 2:  # a view of another order
             value_UD = value_UD.unsqueeze(-1).expand(*value_UD.shape, 2).contiguous()[..., 0]

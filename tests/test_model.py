@@ -129,15 +129,15 @@ def test_seed_reaches_the_softmax():
     seen = []
 
     class Spy(nn.Module):
-        def forward(self, hidden_TD, target_T, seed):
-            seen.append((seed, target_T))
+        def forward(self, hidden_TD, target_T, seed, host_T):
+            seen.append((seed, target_T, host_T))
             return hidden_TD.sum().double()
 
     model = make({})
     model.softmax = Spy()
     model(BATCH, 17)
     assert seen[0][0] == 17
-    assert seen[0][1] is BATCH.target_T
+    assert seen[0][1] is seen[0][2] is BATCH.target_T
 
 
 def test_bfloat16_autocast_trains_every_parameter():

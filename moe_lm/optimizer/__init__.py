@@ -43,7 +43,11 @@ class OptimizerRecipe(Protocol):
 
 
 class Together:
-    """Several torch optimizers, each with parameters of its own, as one."""
+    """Several torch optimizers, each with parameters of its own, as one.
+
+    One with a `scale` multiplies its gradients by it in its next step, so that clipping them is no pass of its own; one
+    with `norms` knows those of some gradients from what it makes of them anyway.
+    """
 
     def __init__(self, parts: Sequence[Optimizer]):
         self.parts = list(parts)
@@ -73,14 +77,26 @@ class Together:
     @torch.no_grad()
     def norm(self, parameters: Iterable[nn.Parameter] | None = None) -> Tensor:
         """Return the norm of the gradient of these parameters (of all)."""
-        return nn.utils.get_total_norm(_gradients(self.parameters if parameters is None else parameters), foreach=True)
+        chosen = self.parameters if parameters is None else list(parameters)
+        known: dict[nn.Parameter, Tensor] = {}
+        for part in self.parts:
+            known |= part.norms(chosen) if hasattr(part, "norms") else {}
+        others = _gradients(parameter for parameter in chosen if parameter not in known)
+        if not known:
+            return nn.utils.get_total_norm(others, foreach=True)
+        norms = [*known.values(), *(torch._foreach_norm(others) if others else [])]
+        return torch.linalg.vector_norm(torch.stack(norms))
 
     @torch.no_grad()
     def clip(self, limit: float, had: float) -> None:
         """Scale the whole gradient down to the norm `limit` if the one that it had is longer."""
         if had <= limit:
             return  # not times 1: a pass over all gradients
-        torch._foreach_mul_(_gradients(self.parameters), limit / had)
+        for part in self.parts:
+            if hasattr(part, "scale"):
+                part.scale = limit / had
+            else:
+                torch._foreach_mul_(_gradients(p for group in part.param_groups for p in group["params"]), limit / had)
 
     def step(self) -> None:
         """Update every parameter."""

@@ -32,6 +32,9 @@ class FactoredAdam(torch.optim.Optimizer):
     Raises `ValueError` for a parameter with fewer than two dimensions.
     """
 
+    scale: float = 1.0
+    """What the next step multiplies the gradients by."""
+
     def __init__(self, params: Iterable[Tensor] | Iterable[dict], *, lr: float, beta2: float, epsilon: float):
         super().__init__(params, {"lr": lr, "beta2": beta2, "epsilon": epsilon})
 
@@ -41,6 +44,16 @@ class FactoredAdam(torch.optim.Optimizer):
         for parameter in self.param_groups[-1]["params"]:
             if parameter.dim() < 2:
                 raise ValueError(f"a second moment of shape {tuple(parameter.shape)} cannot be factored")
+
+    @torch.no_grad()
+    def norms(self, parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+        """Return the norms of those of these gradients whose squares are a pass of their own: the step finds them."""
+        own = {parameter for group in self.param_groups for parameter in group["params"]}
+        return {
+            parameter: (_squares_of(parameter.grad).row_MR.sum() * parameter.shape[-1]).sqrt()
+            for parameter in parameters
+            if parameter in own and parameter.grad is not None and _in_kernels(parameter)
+        }
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -56,7 +69,9 @@ class FactoredAdam(torch.optim.Optimizer):
                     state["step"] += 1
                     # On the CPU, as torch's own Adam keeps it, so that reading it waits for nobody.
                     correction = 1 - group["beta2"] ** state["step"].item()
-                    _update(parameter, state, correction, group)
+                    update = _update_in_kernels if _in_kernels(parameter) else _update_by_parts
+                    update(parameter, state, correction, group, self.scale)
+        self.scale = 1.0
         return loss
 
     def _begin(self, parameter: Tensor) -> dict[str, Tensor]:
@@ -67,24 +82,40 @@ class FactoredAdam(torch.optim.Optimizer):
         return state
 
 
-def _update(parameter: Tensor, state: dict[str, Tensor], correction: float, group: dict[str, Any]) -> None:
-    if not parameter.numel():
-        return
-    if by_triton(parameter) and parameter.dtype == torch.float32:
-        _update_in_kernels(parameter, state, correction, group)
-    else:
-        _update_by_parts(parameter, state, correction, group)
+def _in_kernels(parameter: Tensor) -> bool:
+    return by_triton(parameter) and parameter.dtype == torch.float32 and parameter.numel() > 0
 
 
-def _update_in_kernels(parameter: Tensor, state: dict[str, Tensor], correction: float, group: dict[str, Any]) -> None:
-    """Two passes over all matrices, without temporaries of their size."""
-    from moe_lm.optimizer.triton_factored import divide_, square_means  # Triton is not everywhere, and slow to import
+class _Squares:
+    """The means of a gradient's squares over columns and rows of each matrix, by one pass in a kernel."""
 
+    def __init__(self, gradient: Tensor):
+        from moe_lm.optimizer.triton_factored import square_means  # Triton is not everywhere, and slow to import
+
+        self.version = gradient._version
+        self.row_MR, self.column_MC = square_means(_as_list_of(2, gradient))
+
+
+def _squares_of(gradient: Tensor) -> _Squares:
+    """Return them, made once as long as the gradient is not changed, and kept with it."""
+    if getattr(gradient, "squares", None) is None or gradient.squares.version != gradient._version:
+        gradient.squares = _Squares(gradient)
+    return gradient.squares
+
+
+def _update_in_kernels(
+    parameter: Tensor, state: dict[str, Tensor], correction: float, group: dict[str, Any], scale: float
+) -> None:
+    """Without temporaries of the matrices' size: one pass more over them, to change them."""
+    from moe_lm.optimizer.triton_factored import divide_
+
+    squares = _squares_of(parameter.grad)
     w_MRC, g_MRC = _as_list_of(2, parameter), _as_list_of(2, parameter.grad)
     row_MR, column_MC = _as_list_of(1, state["row_mean"]), _as_list_of(1, state["column_mean"])
-    for mean, new in zip((row_MR, column_MC), square_means(g_MRC), strict=True):
-        mean.lerp_(new, 1 - group["beta2"])
-    divide_(w_MRC, g_MRC, *_roots(row_MR, column_MC, correction), group["lr"], group["epsilon"])
+    for mean, new in ((row_MR, squares.row_MR), (column_MC, squares.column_MC)):
+        mean.lerp_(new * scale**2, 1 - group["beta2"])
+    a_MR, b_MC = _roots(row_MR, column_MC, correction)
+    divide_(w_MRC, g_MRC, a_MR, b_MC, scale=scale, rate=group["lr"], epsilon=group["epsilon"])
 
 
 def _roots(row_MR: Tensor, column_MC: Tensor, correction: float) -> tuple[Tensor, Tensor]:
@@ -94,8 +125,12 @@ def _roots(row_MR: Tensor, column_MC: Tensor, correction: float) -> tuple[Tensor
     return (row_MR / whole_M1).sqrt_(), (column_MC / correction).sqrt_()
 
 
-def _update_by_parts(parameter: Tensor, state: dict[str, Tensor], correction: float, group: dict[str, Any]) -> None:
+def _update_by_parts(
+    parameter: Tensor, state: dict[str, Tensor], correction: float, group: dict[str, Any], scale: float
+) -> None:
     """Walk over the matrices, several small ones or a part of a large one at a time."""
+    if not parameter.numel():
+        return
     *_, rows, columns = parameter.shape
     numbers = NUMBERS_ON_CPU if parameter.is_cpu else NUMBERS_ELSEWHERE
     scratch = parameter.new_empty(min(parameter.numel(), max(numbers, columns)))
@@ -104,6 +139,8 @@ def _update_by_parts(parameter: Tensor, state: dict[str, Tensor], correction: fl
     means = (_as_list_of(1, state["row_mean"]), _as_list_of(1, state["column_mean"]))
     parts = zip(*(tensor.split(matrices) for tensor in (*tensors, *means)), strict=True)
     for w_MRC, g_MRC, row_MR, column_MC in parts:
+        if scale != 1:
+            g_MRC.mul_(scale)
         _update_means(g_MRC, row_MR, column_MC, 1 - group["beta2"], scratch)
         a_MR, b_MC = _roots(row_MR, column_MC, correction)
         for some in _slices_of_rows(g_MRC, scratch):

@@ -19,6 +19,9 @@ class LazyAdam(torch.optim.Optimizer):
     made up when the row is next touched. State: `second_moment` (V, D), `last_step` (V), `step`.
     """
 
+    scale: float = 1.0
+    """What the next step multiplies the gradients by."""
+
     def __init__(self, params: Iterable[nn.Parameter], *, lr: float, beta2: float, epsilon: float):
         super().__init__(params, {"lr": lr, "beta2": beta2, "epsilon": epsilon})
         for group in self.param_groups:
@@ -34,9 +37,10 @@ class LazyAdam(torch.optim.Optimizer):
                 state["step"] += 1
                 touched = row_gradient(matrix)
                 if matrix.grad is not None:
-                    _update_all(matrix, touched, state, group)
+                    _update_all(matrix, touched, state, group, self.scale)
                 elif touched is not None:
-                    _update(matrix, touched, state, group)
+                    _update(matrix, touched, state, group, self.scale)
+        self.scale = 1.0
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of both forms."""
@@ -55,11 +59,15 @@ class LazyAdam(torch.optim.Optimizer):
         return self.state[matrix]
 
 
-def _update_all(matrix_VD: Tensor, more: RowGradient | None, state: dict[str, Tensor], settings: dict) -> None:
+def _update_all(
+    matrix_VD: Tensor, more: RowGradient | None, state: dict[str, Tensor], settings: dict, scale: float
+) -> None:
     """Every row has a gradient, as of a full softmax; rows taken beside it are added."""
     grad_VD, moment_VD = matrix_VD.grad, state["second_moment"]
     if more is not None:
         grad_VD.index_add_(0, more.row_U, more.value_UD)
+    if scale != 1:
+        grad_VD.mul_(scale)
     step, beta2 = state["step"].item(), settings["beta2"]
     decay_V = beta2 ** (step - state["last_step"])
     state["last_step"].fill_(step)
@@ -72,17 +80,19 @@ def _of_rows(factor_U: Tensor, value_UD: Tensor) -> Tensor:
     return factor_U.view(-1, *[1] * (value_UD.dim() - 1))
 
 
-def _update(matrix_VD: Tensor, touched: RowGradient, state: dict[str, Tensor], settings: dict) -> None:
-    row_U, grad_UD = touched
+def _update(matrix_VD: Tensor, touched: RowGradient, state: dict[str, Tensor], settings: dict, scale: float) -> None:
+    row_U, grad_UD, _ = touched
     step, beta2 = state["step"].item(), settings["beta2"]
     decay_U = beta2 ** (step - state["last_step"].index_select(0, row_U))
     state["last_step"].index_fill_(0, row_U, step)
     if by_triton(matrix_VD) and matrix_VD.dtype == torch.float32 and matrix_VD.dim() == 2:
         from moe_lm.optimizer.triton_lazy import update_rows_  # Triton is not everywhere, and slow to import
 
-        numbers = {"rate": settings["lr"], "beta2": beta2, "epsilon": settings["epsilon"]}
+        numbers = {"scale": scale, "rate": settings["lr"], "beta2": beta2, "epsilon": settings["epsilon"]}
         update_rows_(matrix_VD, state["second_moment"], touched, decay_U, correction=1 - beta2**step, **numbers)
         return
+    if scale != 1:
+        grad_UD.mul_(scale)
     moment_UD = state["second_moment"].index_select(0, row_U)
     moment_UD.mul_(_of_rows(decay_U, grad_UD)).addcmul_(grad_UD, grad_UD, value=1 - beta2)
     state["second_moment"].index_copy_(0, row_U, moment_UD)

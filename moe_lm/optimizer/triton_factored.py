@@ -28,14 +28,16 @@ def square_means(g_MRC: Tensor) -> tuple[Tensor, Tensor]:
     return of_row_MPR.sum(dim=1).div_(columns), of_column_MPC.sum(dim=1).div_(rows)
 
 
-def divide_(w_MRC: Tensor, g_MRC: Tensor, a_MR: Tensor, b_MC: Tensor, rate: float, epsilon: float) -> None:
-    """Take rate * g / (a b^T + epsilon) from each matrix, in its place."""
+def divide_(
+    w_MRC: Tensor, g_MRC: Tensor, a_MR: Tensor, b_MC: Tensor, *, scale: float, rate: float, epsilon: float
+) -> None:
+    """Take rate * scale * g / (a b^T + epsilon) from each matrix, in its place."""
     matrices, rows, columns = w_MRC.shape
     block, parts = block_of(columns), triton.cdiv(rows, _ROWS)
     assert w_MRC.is_contiguous()  # it is changed where it is
     given = [tensor.contiguous() for tensor in (g_MRC, a_MR, b_MC)]
     grid = matrices * parts, triton.cdiv(columns, block)
-    _divide[grid](w_MRC, *given, rate, epsilon, rows, columns, parts, ROWS=_ROWS, BLOCK=block)
+    _divide[grid](w_MRC, *given, scale, rate, epsilon, rows, columns, parts, ROWS=_ROWS, BLOCK=block)
 
 
 @triton.jit
@@ -57,7 +59,7 @@ def _square(g, of_row, of_column, rows, columns, parts, ROWS: tl.constexpr, PART
 
 
 @triton.jit
-def _divide(w, g, a, b, rate, epsilon, rows, columns, parts, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _divide(w, g, a, b, scale, rate, epsilon, rows, columns, parts, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     matrix = tl.program_id(0).to(tl.int64) // parts
     row = tl.program_id(0) % parts * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -66,6 +68,6 @@ def _divide(w, g, a, b, rate, epsilon, rows, columns, parts, ROWS: tl.constexpr,
     of_row = tl.load(a + matrix * rows + row, mask=row < rows, other=0.0)
     of_column = tl.load(b + matrix * columns + column, mask=column < columns, other=0.0)
     divisor = of_row[:, None] * of_column[None, :] + epsilon
-    value = tl.load(g + at, mask=inside, other=0.0)
+    value = scale * tl.load(g + at, mask=inside, other=0.0)
     weight = tl.load(w + at, mask=inside, other=0.0)
     tl.store(w + at, weight - rate * (value / divisor), mask=inside)

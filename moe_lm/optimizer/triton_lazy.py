@@ -17,6 +17,7 @@ def update_rows_(
     touched: RowGradient,
     decay_U: Tensor,
     *,
+    scale: float,
     rate: float,
     beta2: float,
     correction: float,
@@ -24,26 +25,26 @@ def update_rows_(
 ) -> None:
     """Make of touched rows m = decay m + (1 - beta2) g^2 and w -= rate g / (sqrt(m / correction) + epsilon), in place.
 
-    Rows are distinct; all other rows stay as they are.
+    g is `scale` times the gradient. Rows are distinct; all other rows stay as they are.
     """
-    row_U, grad_UD = (tensor.contiguous() for tensor in touched)
+    row_U, grad_UD = touched.row_U.contiguous(), touched.value_UD.contiguous()
     width = matrix_VD.shape[1]
     block = block_of(width)
     assert matrix_VD.is_contiguous()  # both are changed where they are
     assert moment_VD.is_contiguous()
     if grad_UD.numel():
         grid = len(row_U), triton.cdiv(width, block)
-        numbers = rate, 1 - beta2, correction, epsilon
+        numbers = scale, rate, 1 - beta2, correction, epsilon
         _update[grid](matrix_VD, moment_VD, row_U, grad_UD, decay_U.contiguous(), *numbers, width, BLOCK=block)
 
 
 @triton.jit
-def _update(matrix, moment, row, grad, decay, rate, weight, correction, epsilon, width, BLOCK: tl.constexpr):
+def _update(matrix, moment, row, grad, decay, scale, rate, weight, correction, epsilon, width, BLOCK: tl.constexpr):
     touched = tl.program_id(0).to(tl.int64)  # rows times width may pass 2^31
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     at = tl.load(row + touched) * width + column
-    slope = tl.load(grad + touched * width + column, mask=inside, other=0.0)
+    slope = scale * tl.load(grad + touched * width + column, mask=inside, other=0.0)
     square = tl.load(moment + at, mask=inside, other=0.0) * tl.load(decay + touched) + weight * slope * slope
     tl.store(moment + at, square, mask=inside)
     value = tl.load(matrix + at, mask=inside, other=0.0)

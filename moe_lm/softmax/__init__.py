@@ -16,8 +16,11 @@ class Softmax(Protocol):
     weight_VD: Tensor
     bias_V: Tensor
 
-    def __call__(self, hidden_TD: Tensor, target_T: Tensor, seed: int) -> Tensor:
-        """Return the summed nats (float64 scalar); `seed` fixes whatever is drawn."""
+    def __call__(self, hidden_TD: Tensor, target_T: Tensor, seed: int, host_T: Tensor | None = None) -> Tensor:
+        """Return the summed nats (float64 scalar); `seed` fixes whatever is drawn.
+
+        `host_T` are the targets in the host's memory, where `target_T` is a GPU's.
+        """
         ...
 
     def token_nats(self, hidden_TD: Tensor, target_T: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class FullSoftmax(InBlocks):
         self.bias_V = nn.Parameter(torch.zeros(self.share.size))
         initialize_words_(self.weight_VD, width**-0.5, self.share.rows)
 
-    def forward(self, hidden_TD: Tensor, target_T: Tensor, seed: int) -> Tensor:  # noqa: ARG002
+    def forward(self, hidden_TD: Tensor, target_T: Tensor, seed: int, host_T: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """Return the summed nats; nothing is drawn."""
         if not torch.is_grad_enabled():
             return self.token_nats(hidden_TD, target_T).sum()

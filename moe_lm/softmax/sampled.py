@@ -15,7 +15,7 @@ from moe_lm.divided_vocabulary import exact_divided, take_divided
 from moe_lm.group import divided
 from moe_lm.initial import initialize_words_
 from moe_lm.mistake import Mistake
-from moe_lm.rows import Distinct
+from moe_lm.rows import Distinct, sent
 from moe_lm.softmax.blocks import InBlocks
 
 
@@ -46,24 +46,22 @@ class SampledSoftmax(InBlocks):
         self.bias_V = nn.Parameter(torch.zeros(self.share.size))
         initialize_words_(self.weight_VD, width**-0.5, self.share.rows)
 
-    def forward(self, hidden_TD: Tensor, target_T: Tensor, seed: int) -> Tensor:
+    def forward(self, hidden_TD: Tensor, target_T: Tensor, seed: int, host_T: Tensor | None = None) -> Tensor:
         """Return the summed nats; equal seeds draw equal words."""
         if not self.training:
             return self.token_nats(hidden_TD, target_T).sum()
         size = self.share.total
         if self.num_sampled >= size:
-            candidate_S, log_count = torch.arange(size, device=target_T.device), None
+            drawn_S, num_tries = torch.arange(size), None
         else:
-            candidate_S, num_tries = draw_distinct(self.num_sampled, size, seed)
-            if target_T.is_cuda:  # from pinned memory, or the host would wait for all that the GPU has to do
-                candidate_S = candidate_S.pin_memory().to(target_T.device, non_blocking=True)
-            log_count = _log_expected_count(torch.cat([candidate_S, target_T]), num_tries, size)
+            drawn_S, num_tries = draw_distinct(self.num_sampled, size, seed)
+        candidate_S = sent(drawn_S, target_T.device)
         # One gather for both: its gradient may be a whole (V, D) matrix.
         word = torch.cat([candidate_S, target_T])
-        distinct = Distinct(word)
+        distinct = Distinct(word, None if host_T is None else torch.cat([drawn_S, host_T]))
         rows, bias = (take_divided(matrix, distinct, self.share) for matrix in (self.weight_VD, self.bias_V))
-        if log_count is not None:
-            bias = bias - log_count.to(bias.dtype)
+        if num_tries is not None:
+            bias = bias - _log_expected_count(word, num_tries, size).to(bias.dtype)
         num_candidates = len(candidate_S)
         true_T = (hidden_TD * rows[num_candidates:]).sum(dim=1) + bias[num_candidates:]
         hit_T = _find(candidate_S, target_T)

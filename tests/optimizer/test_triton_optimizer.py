@@ -5,13 +5,13 @@ import os
 
 import pytest
 import torch
-from optimizers_in_kernels import MATRICES, VOCABULARIES, factored_steps, lazy_steps
+from optimizers_in_kernels import MATRICES, SETTINGS, VOCABULARIES, factored_steps, lazy_steps
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("tests/gpu runs the kernels themselves", allow_module_level=True)
 
-from moe_lm.optimizer import factored, lazy, triton_factored, triton_lazy
+from moe_lm.optimizer import Together, factored, lazy, triton_factored, triton_lazy
 
 
 @pytest.fixture
@@ -39,7 +39,30 @@ def test_factored(shape, in_kernels):
     """Weights and averages after four steps; a parameter in float64 is torch's."""
     for got, want in zip(factored_steps(shape, torch.float32), factored_steps(shape, torch.float64), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-    assert in_kernels == ["square_means", "divide_"] * (4 if math.prod(shape) else 0)
+    # Of the third step's gradient the norm was asked for, and then it was changed.
+    counted = ["square_means", "divide_"] * 2 + ["square_means"] + ["square_means", "divide_"] * 2
+    assert in_kernels == (counted if math.prod(shape) else [])
+
+
+def test_norms(in_kernels):
+    """Those of gradients in kernels, and of all together with others'; `None` and foreign gradients are left out."""
+    torch.manual_seed(0)
+    some, idle, none, other = (torch.nn.Parameter(torch.zeros(3, 5, 7)) for _ in range(4))
+    for parameter in (some, other):
+        parameter.grad = torch.randn(3, 5, 7)
+    empty = torch.nn.Parameter(torch.zeros(0, 5, 7))
+    empty.grad, idle.grad = torch.zeros(0, 5, 7), torch.zeros(3, 5, 7)
+    ours = factored.FactoredAdam([some, idle, none, empty], **SETTINGS)
+    both = Together([ours, torch.optim.Adam([other])])
+    found = ours.norms([some, idle, none, empty, other])
+    assert {id(p) for p in found} == {id(some), id(idle)}
+    assert found[some].item() == pytest.approx(some.grad.double().norm().item(), rel=1e-6)
+    whole = torch.cat([some.grad, other.grad]).double().norm().item()
+    assert both.norm().item() == pytest.approx(whole, rel=1e-6)
+    assert both.norm([other]).item() == pytest.approx(other.grad.double().norm().item(), rel=1e-6)
+    assert both.norm([some, idle]).item() == pytest.approx(some.grad.double().norm().item(), rel=1e-6)
+    some.grad[0, 0, 0] = torch.inf
+    assert both.norm().item() == math.inf
 
 
 @pytest.mark.parametrize("shape", [*VOCABULARIES, (7,)], ids=str)
