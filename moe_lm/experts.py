@@ -14,7 +14,8 @@ from moe_lm.distributed import ALONE, Processes
 from moe_lm.expert_parallel import at_their_experts
 from moe_lm.gate import Gating
 from moe_lm.group import Share, divided
-from moe_lm.grouped_mixture import grouped, grouped_mixture, parts_of
+from moe_lm.grouped_gemm import grouped_by
+from moe_lm.grouped_mixture import grouped_mixture
 from moe_lm.initial import initialize_experts_
 from moe_lm.looped_mixture import looped_mixture
 
@@ -101,13 +102,13 @@ def grouped_products(
 
     `recompute` keeps the arguments alone for the backward pass, neither h_AH nor anything cast to `dtype`.
     """
-    arguments = x_AD, ends_E.to(torch.int32), w1_EDH, w2_EHD, dtype
+    arguments = x_AD, ends_E, w1_EDH, w2_EHD, dtype
     if recompute:
         return checkpoint(_grouped, *arguments, use_reentrant=False, preserve_rng_state=False)
     return _grouped(*arguments)
 
 
 def _grouped(x_AD: Tensor, ends_E: Tensor, w1_EDH: Tensor, w2_EHD: Tensor, dtype: torch.dtype) -> Tensor:
-    parts = parts_of(ends_E, len(x_AD))
-    h_AH = grouped(x_AD.to(dtype), w1_EDH.to(dtype), ends_E, parts).relu()
-    return grouped(h_AH, w2_EHD.to(dtype), ends_E, parts)
+    by = grouped_by(ends_E, len(x_AD), dtype)
+    h_AH = by.differentiable(x_AD.to(dtype), by.cast(w1_EDH)).relu()
+    return by.differentiable(h_AH, by.cast(w2_EHD))

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_lm.grouped_gemm import InKernels
+from moe_lm.kernels import by_triton
+
 _MOST_PADDING = 4
 """Padded rows for each row, at most, before the slower product without padding is taken."""
 
@@ -16,12 +19,15 @@ def grouped_product(x_TD: Tensor, weight_GDE: Tensor, group_T: Tensor) -> Tensor
 
     No Python loop, and as many operators whatever the number of groups. On a CPU torch's grouped product (which loops
     inside) is the fastest: 0.4 to 0.9 of the padded one's time, forward and backward. On a GPU it has no fast form in
-    float32, the type of all gating, so there the groups are padded to the longest and make one batched product.
+    float32, the type of all gating: our kernel makes it where factors may be rounded to TF32, else the groups are
+    padded to the longest, for which the host waits, and make one batched product.
     """
     num_groups, width, _ = weight_GDE.shape
     every_G = torch.arange(num_groups, device=group_T.device)
     ends_G = torch.searchsorted(group_T, every_G, right=True)
     grouped = weight_GDE.dtype == torch.float32  # torch's product takes no float64
+    if grouped and by_triton(x_TD) and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return InKernels(ends_G, len(x_TD)).differentiable(x_TD, weight_GDE)
     if grouped and not x_TD.is_cuda:
         return _unpadded(x_TD, weight_GDE, ends_G)
     starts_G = torch.cat([ends_G.new_zeros(1), ends_G[:-1]])

@@ -9,14 +9,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moe_lm import triton_lstm, triton_rows, triton_softmax
+from moe_lm import triton_lstm, triton_products, triton_rows, triton_softmax
 from moe_lm.gate import triton_choice
 from moe_lm.optimizer import triton_factored, triton_lazy
 
-INTEGERS = {"token", "order", "ends", "expert", "hit", "row"}
+INTEGERS = {"token", "order", "ends", "expert", "first", "hit", "row"}
 """Pointers to int64; all others are to float32, or to bfloat16 where a kernel is compiled so."""
 NUMBERS = {"epsilon", "scale", "rate", "weight", "correction"}
 SIZES = {"width", "rows", "parts", "hidden", "columns", "tokens", "experts", "chance_stride", "units", "h_stride"}
+SIZES |= {"inputs", "outputs", "shares", "w_expert", "w_row", "w_column"}
 
 
 def compiled(kernel, half: tuple[str, ...] = (), **constants: int) -> None:
@@ -42,6 +43,13 @@ def main() -> None:
     for weighted in (True, False):
         compiled(triton_rows._sum, ("y",), WEIGHTED=weighted, BLOCK=512)
     compiled(triton_rows._mask_and_dot, ("grad", "h"), BLOCK=1024)
+    for half, precision, side in ((("x", "out", "grad"), "ieee", 128), ((), "tf32", 32)):
+        sizes = {"PRECISION": precision, "DEPTH": 64 if half else 32}
+        for strides in ({"w_column": 1}, {"w_row": 1}, {}):  # of matrices as they are, transposed, anyhow
+            shape = {"ROWS": 128, "COLUMNS": side, "RELU": bool(half), "TAKEN": bool(half)}
+            compiled(triton_products._product, half, **strides, **shape, **sizes)
+        factors = tuple(name for name in half if name != "out")  # the sums stay float32
+        compiled(triton_products._outer, factors, DOWN=128, ACROSS=side, TAKEN=bool(half), **sizes)
     compiled(triton_softmax._probabilities, ("logits",), BLOCK=1024)
     for num_experts in (4, 256, 4096):
         largest, (_, sizes) = min(5, num_experts), triton_choice._layout(100, num_experts)

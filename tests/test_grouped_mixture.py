@@ -3,13 +3,23 @@
 Shape suffixes: T tokens, A assignments, E experts.
 """
 
+import os
+
 import pytest
 import torch
 from made import Made
 from mixture_by_hand import COUNTS, by_assignment, gradients, make
 
-from moe_lm import grouped_mixture as module
+from moe_lm import grouped_gemm
 from moe_lm.grouped_mixture import grouped_mixture
+
+
+def in_kernels(monkeypatch):
+    """Products by Triton's interpreter, the passes between them by torch's operators, as elsewhere here."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("tests/gpu runs the kernels themselves")
+    monkeypatch.setattr(grouped_gemm, "by_triton", lambda _: True)
 
 
 def mixture(experts, x_TD, gating, counts, dtype, recompute=False):
@@ -18,15 +28,17 @@ def mixture(experts, x_TD, gating, counts, dtype, recompute=False):
     return grouped_mixture(x_TD, *assignments, experts.w1_EDH, experts.w2_EHD, dtype, recompute=recompute)
 
 
-@pytest.mark.parametrize("most", [1, 3, 1023])
+@pytest.mark.parametrize("most", [0, 1, 3, 1023])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_equals_one_assignment_at_a_time(counts, recompute, most, monkeypatch):
     """Outputs and all gradients, gates' too; a token without any gets zeros, an expert without any a gradient of 0.
 
-    Also where there are more experts than one grouped product takes.
+    Also where there are more experts than one grouped product takes; 0: by our kernels.
     """
-    monkeypatch.setattr(module, "_MOST_GROUPS", most)
+    if most == 0:
+        in_kernels(monkeypatch)
+    monkeypatch.setattr(grouped_gemm, "most_in_torch", most)
     experts, x_TD, gating = make(counts, torch.float32)
     inputs = (x_TD, gating.gate_A, experts.w1_EDH, experts.w2_EHD)
     got_TD = mixture(experts, x_TD, gating, counts, torch.float32, recompute)
@@ -69,7 +81,7 @@ def test_two_backward_passes_are_equal():
 
 def test_gradients_of_many_experts_are_never_all_in_two_types(monkeypatch):
     """Where they come in parts: of 4 billion parameters each copy in bfloat16 takes 8 GB."""
-    monkeypatch.setattr(module, "_MOST_GROUPS", 3)
+    monkeypatch.setattr(grouped_gemm, "most_in_torch", 3)
     experts, x_TD, gating = make([4, 5, 3, 6, 2, 8, 1], torch.float32, width=16, hidden=24)
     y_TD = mixture(experts, x_TD, gating, [4, 5, 3, 6, 2, 8, 1], torch.bfloat16)
     with Made() as made:

@@ -1,0 +1,140 @@
+"""Grouped GEMM: each row times the matrix of its expert, without a launch for each expert.
+
+torch's operator is the faster one as long as products bound it, but takes fewer than 1,024 matrices, and in the type of
+the rows alone. Beyond, where the matrices' reading and casting bound it, our kernels take any number, as they are.
+
+Shape suffixes: T tokens, A rows, D inputs, H outputs, E experts.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from moe_lm.kernels import by_triton
+
+most_in_torch = 1023
+"""Experts of torch's grouped product, at most: on Hopper it takes fewer than 1,024."""
+
+
+class Grouped(Protocol):
+    """Products of rows that are sorted by expert."""
+
+    def cast(self, weight_EDH: Tensor) -> Tensor:
+        """Return the matrices as the products take them."""
+        ...
+
+    def rows(self, x_TD: Tensor, token_A: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return these tokens' rows as the products take them: made, or where they are to be found."""
+        ...
+
+    def products(self, x: Tensor, token_A: Tensor | None, weight_EDH: Tensor, *, relu: bool = False) -> Tensor:
+        """Return each row times its expert's matrix (A, H); `relu`: of it the ReLU. Not differentiable."""
+        ...
+
+    def outer_products(self, x: Tensor, token_A: Tensor | None, grad_AH: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return each expert's x^T grad (E, D, H) in this type; zeros for one without rows."""
+        ...
+
+    def differentiable(self, x_AD: Tensor, weight_EDH: Tensor) -> Tensor:
+        """Return each row times its expert's matrix (A, H), differentiable in both."""
+        ...
+
+
+def grouped_by(ends_E: Tensor, num_rows: int, dtype: torch.dtype) -> Grouped:
+    """Return the products in this type of so many rows, those of expert e ending at `ends_E[e]`."""
+    if len(ends_E) > most_in_torch and by_triton(ends_E):
+        return InKernels(ends_E, num_rows)
+    return _InTorch(ends_E.to(torch.int32), num_rows, dtype)
+
+
+class _InTorch:
+    """Of more experts than it takes several products are made; the host then waits for where their rows end."""
+
+    def __init__(self, ends_E: Tensor, num_rows: int, dtype: torch.dtype):
+        self._dtype, self._ends_E = dtype, ends_E
+        num_experts = len(ends_E)
+        num_parts = max(1, -(-num_experts // most_in_torch))  # of 1,024 experts not one part of 1,023 and one of 1
+        firsts = [part * num_experts // num_parts for part in range(num_parts)]
+        lasts = [*firsts[1:], num_experts]
+        stops = [num_rows] if num_parts == 1 else ends_E[[last - 1 for last in lasts]].tolist()
+        experts, rows = map(slice, firsts, lasts), map(slice, [0, *stops[:-1]], stops)
+        self._parts = list(zip(experts, rows, strict=True))
+
+    def cast(self, weight_EDH: Tensor) -> Tensor:
+        return weight_EDH.to(self._dtype)
+
+    def rows(self, x_TD: Tensor, token_A: Tensor) -> tuple[Tensor, None]:
+        return x_TD.index_select(0, token_A), None
+
+    def products(self, x_AD: Tensor, _: None, weight_EDH: Tensor, *, relu: bool = False) -> Tensor:
+        y_AH = self.differentiable(x_AD, weight_EDH)
+        return y_AH.relu_() if relu else y_AH
+
+    def outer_products(self, x_AD: Tensor, _: None, grad_AH: Tensor, dtype: torch.dtype) -> Tensor:
+        if len(self._parts) == 1:
+            return F.grouped_mm(x_AD.t(), grad_AH, offs=self._ends_E).to(dtype)
+        # Of many experts never all are in two types.
+        made_EDH = x_AD.new_empty(len(self._ends_E), x_AD.shape[1], grad_AH.shape[1], dtype=dtype)
+        for experts, rows in self._parts:
+            if rows.stop > rows.start:
+                made_EDH[experts] = F.grouped_mm(x_AD[rows].t(), grad_AH[rows], offs=self._offsets(experts, rows))
+            else:
+                made_EDH[experts] = 0
+        return made_EDH
+
+    def differentiable(self, x_AD: Tensor, weight_EDH: Tensor) -> Tensor:
+        made = [
+            F.grouped_mm(x_AD[rows], weight_EDH[experts], offs=self._offsets(experts, rows))
+            for experts, rows in self._parts
+            if rows.stop > rows.start or len(self._parts) == 1
+        ]
+        if not made:
+            return x_AD.new_empty(0, weight_EDH.shape[2])
+        return made[0] if len(made) == 1 else torch.cat(made)
+
+    def _offsets(self, experts: slice, rows: slice) -> Tensor:
+        ends_E = self._ends_E[experts]
+        return ends_E - rows.start if rows.start else ends_E
+
+
+class InKernels:
+    """By Triton, of any number of experts: neither rows nor matrices are copied, and the host waits for nothing."""
+
+    def __init__(self, ends_E: Tensor, num_rows: int):
+        from moe_lm import triton_products  # Triton is not everywhere, and slow to import
+
+        self._kernels, self._tiles = triton_products, triton_products.tiles_of(ends_E, num_rows)
+
+    def cast(self, weight_EDH: Tensor) -> Tensor:
+        return weight_EDH
+
+    def rows(self, x_TD: Tensor, token_A: Tensor) -> tuple[Tensor, Tensor]:
+        return x_TD, token_A
+
+    def products(self, x: Tensor, token_A: Tensor | None, weight_EDH: Tensor, *, relu: bool = False) -> Tensor:
+        return self._kernels.products(x, token_A, weight_EDH, self._tiles, relu=relu)
+
+    def outer_products(self, x: Tensor, token_A: Tensor | None, grad_AH: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._kernels.outer_products(x, token_A, grad_AH, self._tiles, dtype)
+
+    def differentiable(self, x_AD: Tensor, weight_EDH: Tensor) -> Tensor:
+        return _InKernels.apply(x_AD, weight_EDH, self)
+
+
+class _InKernels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_AD, weight_EDH, by):
+        ctx.save_for_backward(x_AD, weight_EDH)
+        ctx.by = by
+        return by.products(x_AD, None, weight_EDH)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_AH):
+        x_AD, weight_EDH = ctx.saved_tensors
+        of_x, of_weight, _ = ctx.needs_input_grad
+        grad_x_AD = ctx.by.products(grad_AH, None, weight_EDH.mT) if of_x else None
+        return grad_x_AD, ctx.by.outer_products(x_AD, None, grad_AH, weight_EDH.dtype) if of_weight else None, None

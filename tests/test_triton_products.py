@@ -1,0 +1,90 @@
+"""Products by Triton's interpreter on the CPU against float64, an expert at a time.
+
+Shape suffixes: A rows, D inputs, H outputs, E experts, M tiles.
+"""
+
+import os
+
+import pytest
+import torch
+from products_in_kernels import SIZES, made
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("tests/gpu runs the kernels themselves", allow_module_level=True)
+
+from moe_lm import grouped_product as module
+from moe_lm import triton_products
+from moe_lm.grouped_gemm import InKernels
+from moe_lm.grouped_product import grouped_product
+from moe_lm.update import _float32_as_tf32
+
+
+@pytest.mark.parametrize("taken", [False, True], ids=["rows", "tokens"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)  # its products of bfloat16 are wrong
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_products(sizes, dtype, taken):
+    """Of rows with matrices in float32, as they are and transposed, with ReLU; outer ones in float32."""
+    for place, (got, want) in enumerate(made(*sizes, dtype, taken=taken)):
+        assert got.dtype == (torch.float32 if place == 3 else dtype)
+        precision = 1e-6 if got.dtype == torch.float32 else 1e-3
+        torch.testing.assert_close(got.double(), want, rtol=precision, atol=precision)
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 300, 17, 2, 0], [0], [64] * 5, [1] * 40])
+def test_each_row_is_in_one_tile(counts):
+    """Of its expert; the other tiles are nobody's."""
+    tiles = triton_products.tiles_of(torch.tensor(counts).cumsum(0), sum(counts))
+    expert_A = [e for e, count in enumerate(counts) for _ in range(count)]
+    found = {}
+    for expert, first in zip(tiles.expert_M.tolist(), tiles.first_M.tolist(), strict=True):
+        if expert < len(counts):
+            for row in range(first, min(first + tiles.side, tiles.ends_E[expert])):
+                assert row not in found
+                found[row] = expert
+    assert found == dict(enumerate(expert_A))
+
+
+@pytest.mark.parametrize("programs", [1, 8, 1000])
+def test_outer_products_of_an_experts_rows_in_shares(programs, monkeypatch):
+    """Whatever the number of programs; in float64's sums, as an expert's share may be empty."""
+    monkeypatch.setattr(triton_products, "_PROGRAMS", programs)
+    for dtype in (torch.float32, torch.float16):
+        got, want = made([300, 0, 1, 90], 20, 24, dtype, taken=True)[3]
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_no_number_stays():
+    """NaN goes through the ReLU, and into the rows and matrices of its expert alone."""
+    x_AD, weight_EDH, ends_E = torch.ones(5, 8), torch.ones(2, 8, 4), torch.tensor([3, 5])
+    x_AD[1, 2] = torch.nan
+    by = InKernels(ends_E, 5)
+    y_AH = by.products(x_AD, None, weight_EDH, relu=True)
+    assert y_AH.isnan().all(dim=1).tolist() == [False, True, False, False, False]
+    outer_EDH = by.outer_products(x_AD, None, y_AH, torch.float32)
+    assert outer_EDH[0].isnan().all()
+    assert not outer_EDH[1].isnan().any()
+
+
+@pytest.mark.parametrize("sizes", [[0, 5, 0], [60, 1, 1, 0], [4] * 6, [0, 0]], ids=str)
+@pytest.mark.parametrize("frozen", [None, "x", "weight"])
+@_float32_as_tf32(True)
+def test_gates_products(sizes, frozen, monkeypatch):
+    """Where a GPU may round to TF32 the rows of groups meet their matrices in our kernel; gradients as needed."""
+    made = []
+    real = module.InKernels
+    monkeypatch.setattr(module, "InKernels", lambda *args: made.append(args) or real(*args))
+    monkeypatch.setattr(module, "by_triton", lambda _: True)
+    torch.manual_seed(0)
+    group_T = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    x_TD, weight_GDE = torch.randn(sum(sizes), 20), torch.randn(len(sizes), 20, 12)
+    leaves = [x.requires_grad_(name != frozen) for name, x in (("x", x_TD), ("weight", weight_GDE))]
+    needed = [x for x in leaves if x.requires_grad]
+    y_TE = grouped_product(x_TD, weight_GDE, group_T)
+    assert len(made) == 1
+    want_TE = torch.einsum("td,tde->te", x_TD.double(), weight_GDE.double()[group_T])
+    torch.testing.assert_close(y_TE.double(), want_TE, rtol=1e-5, atol=1e-5)
+    factor_TE = torch.randn(12, sum(sizes)).t()
+    got, want = (torch.autograd.grad((y * factor_TE).sum(), needed) for y in (y_TE, want_TE))
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
