@@ -31,7 +31,7 @@ class Distinct:
 
     def __init__(self, row_T: Tensor, host_T: Tensor | None = None):
         self.row_T = row_T
-        self._host_T = row_T if row_T.device.type == "cpu" else host_T
+        self._host_T = row_T if host_T is None and row_T.device.type == "cpu" else host_T
 
     @cached_property
     def found(self) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -12,9 +12,18 @@ if not Path("/dev/nvidia0").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from tiny_training import TRAINING, Outcome, call, signal_handlers, working_in, write_corpus
+from tiny_training import TRAINING, Outcome, call, signal_handlers, with_overrides, working_in, write_corpus
 
 from moe_lm import kernels
+from moe_lm.commands import build as make
+from moe_lm.commands.configuration import composed, resolved
+from moe_lm.commands.data import prepared_data
+from moe_lm.commands.training import trainer_of
+from moe_lm.run import Run
+from moe_lm.trainer import Trainer
+
+WIDTH = ["model.width=16", "model.expert_hidden=32", "model.num_experts=8"]
+"""Of `trainer`: rows of 16 bytes, as a GPU's products want them."""
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +104,29 @@ def workspace(tmp_path, monkeypatch) -> Path:
     write_corpus(tmp_path / "text")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def trainer(workspace):
+    """Make a trainer of the tiny training, on a device and with a precision."""
+
+    def made(on: torch.device, *overrides: str, precision: str = "float32") -> Trainer:
+        machine = [f"machine.device={on.type}", f"machine.precision={precision}"]
+        arguments = with_overrides(TRAINING, *WIDTH, "model.dropout=0", *overrides, *machine, f"name={on.type}")
+        unread = "softmax.num_sampled" if "softmax=full" in arguments else None
+        config = resolved(composed("train", [a for a in arguments if a.partition("=")[0] != unread]))
+        run = Run(Path("runs") / on.type)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        data = prepared_data(config, say=lambda line: None)
+        make.be_deterministic(on)
+        found, _ = trainer_of(config, data, run, on, lambda line: None)
+        generator = torch.Generator().manual_seed(7)
+        for name, parameter in found.model.named_parameters():
+            if name.endswith(("gate_DE", "noise_DE")):  # at zero all logits would tie
+                parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        return found
+
+    return made
 
 
 @pytest.fixture

@@ -88,3 +88,14 @@ def test_gates_products(sizes, frozen, monkeypatch):
     got, want = (torch.autograd.grad((y * factor_TE).sum(), needed) for y in (y_TE, want_TE))
     for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_no_program_writes_anothers_rows():
+    """In the opposite order the answers are the same: a GPU runs them side by side."""
+    counts = [40, 3, 0, 65, 17]
+    torch.manual_seed(0)
+    x_AD, weight_EDH = torch.randn(125, 8), torch.randn(5, 8, 6)
+    tiles = triton_products.tiles_of(torch.tensor(counts).cumsum(0), 125)
+    flipped = tiles._replace(expert_M=tiles.expert_M.flip(0), first_M=tiles.first_M.flip(0))
+    one, other = (triton_products.products(x_AD, None, weight_EDH, order) for order in (tiles, flipped))
+    assert torch.equal(one, other)

@@ -11,8 +11,10 @@ from choices_of_kernels import SIZES, chosen
 from lstm_of_torch import ours_and_theirs
 from mixture_by_hand import make
 from optimizers_in_kernels import MATRICES, VOCABULARIES, factored_steps, lazy_steps
+from products_in_kernels import SIZES as PRODUCTS
+from products_in_kernels import made
 
-from moe_lm import kernels
+from moe_lm import grouped_gemm, kernels
 from moe_lm.cross_entropy import exact_nats, summed_nats
 from moe_lm.experts import Experts, recompute_hidden
 from moe_lm.gate import Gating
@@ -69,8 +71,10 @@ def test_experts_in_bfloat16(gpu, counts, recompute):
     assert (experts.w1_EDH.grad[[count == 0 for count in counts]] == 0).all()
 
 
-def test_kernels_are_torchs_operators(gpu, monkeypatch):
-    """With our kernels the mixture and all its gradients are those without, to bfloat16's rounding."""
+@pytest.mark.parametrize("most_in_torch", [0, 1023])
+def test_kernels_are_torchs_operators(gpu, monkeypatch, most_in_torch):
+    """With our kernels, 0: for the products too, mixture and gradients are those without, to bfloat16's rounding."""
+    monkeypatch.setattr(grouped_gemm, "most_in_torch", most_in_torch)
     experts, x_TD, gating = make([30, 0, 50, 9], torch.float32, width=32, hidden=64)
     experts, x_TD = experts.to(gpu), x_TD.detach().to(gpu).requires_grad_()
     on_gpu = {name: getattr(gating, name).detach().to(gpu) for name in ("token_A", "expert_A", "gate_A")}
@@ -84,6 +88,15 @@ def test_kernels_are_torchs_operators(gpu, monkeypatch):
         results.append([y_TD, *torch.autograd.grad(y_TD.square().sum(), inputs)])
     for ours, theirs in zip(*results, strict=True):
         assert (ours - theirs).norm() <= 0.01 * theirs.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("sizes", [*PRODUCTS, ([300, 0, 77, 900] * 64, 512, 1024), ([40000, 9], 512, 32)], ids=str)
+def test_products_of_any_number_of_experts(gpu, sizes, dtype):
+    """By our kernels, of factors that all types hold: sums in float32, rounded once."""
+    for got, want in made(*sizes, dtype, taken=True, on="cuda"):
+        precision = {torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float32: 1e-5}[got.dtype]
+        torch.testing.assert_close(got.cpu().double(), want, rtol=precision, atol=precision)
 
 
 @pytest.mark.parametrize("max_logits", [64, 10_000])
@@ -164,6 +177,21 @@ def test_numbers_beyond_32_bits(large_gpu):
     assert torch.equal(many[-1], alone[0])
     assert alone.any()
     assert not many[:2].any()
+
+
+def test_products_beyond_32_bits(large_gpu):
+    """The last of 4,100 experts has 5 rows, all others none."""
+    ends_E = torch.zeros(4100, dtype=torch.int64, device=large_gpu)
+    ends_E[-1] = 5
+    by = grouped_gemm.InKernels(ends_E, 5)
+    weight_EDH = torch.zeros(4100, 512, 1024, device=large_gpu)
+    weight_EDH[-1].normal_()
+    x_AD = torch.randn(5, 512, device=large_gpu).bfloat16()
+    y_AH = by.products(x_AD, None, weight_EDH)
+    torch.testing.assert_close(y_AH, x_AD @ weight_EDH[-1].bfloat16(), rtol=0.02, atol=0.1)
+    outer_EDH = by.outer_products(x_AD, None, y_AH, torch.float32)
+    torch.testing.assert_close(outer_EDH[-1], x_AD.float().t() @ y_AH.float(), rtol=1e-3, atol=1e-2)
+    assert not outer_EDH[:-1].any()
 
 
 def test_rows_beyond_32_bits(large_gpu):

@@ -6,7 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_training import TRAINING, with_overrides
+
+from moe_lm import grouped_gemm
+from moe_lm.update import _float32_as_tf32
 
 ON_GPU = with_overrides(TRAINING, "machine.device=cuda", "model.width=16", "model.expert_hidden=32")
 
@@ -36,6 +40,26 @@ def test_goes_on_where_it_stopped(workspace, moe_lm):
         [line["nats_per_word"] for line in lines(run) if "nats_per_word" in line] for run in ("whole", "tiny")
     )
     assert parts == pytest.approx(whole, rel=0.02)
+
+
+@pytest.mark.parametrize("most_in_torch", [0, 1023])
+@pytest.mark.parametrize("layer", ["moe", "hierarchical_moe"])
+def test_the_passes_of_an_update_wait_for_nothing(trainer, gpu, monkeypatch, layer, most_in_torch):
+    """CUDA itself would say so; tests/test_waits.py says it of what runs without a GPU."""
+    monkeypatch.setattr(grouped_gemm, "most_in_torch", most_in_torch)
+    sizes = ["model.num_experts=16", *(["model.num_groups=4"] if layer == "hierarchical_moe" else [])]
+    overrides = [f"layer@model.layers.middle={layer}", *sizes, "optimizer.experts=factored"]
+    made = trainer(gpu, *overrides, precision="bfloat16")
+    made.model.train()
+    for step in range(2):
+        assert made.update(made.batches.step(step), step, 1e-3).made
+    batch = made.batches.step(2)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        with _float32_as_tf32(True):
+            made.update._passes(batch, 2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_torchrun_of_one(workspace):
