@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from moe_lm.fused_rows import Places, places
+from moe_lm.kernels import by_triton
+
 
 class RowGradient(NamedTuple):
     """The gradient of a matrix of which all other rows' gradients are zero."""
@@ -40,6 +43,12 @@ class Distinct:
             return *self.row_T.unique(return_inverse=True), None
         host_U, place_T = self._host_T.unique(return_inverse=True)
         return *(sent(x, self.row_T.device) for x in (host_U, place_T)), host_U
+
+    @cached_property
+    def places(self) -> Places:
+        """Where those of each distinct row are among the taken ones."""
+        row_U, place_T, _ = self.found
+        return places(place_T, len(row_U))
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
@@ -104,6 +113,11 @@ def summed_rows(row_T: Tensor, grad_TD: Tensor) -> RowGradient:
 
 def _summed(distinct: Distinct, grad_TD: Tensor) -> RowGradient:
     row_U, place_T, host_U = distinct.found
+    if by_triton(grad_TD) and grad_TD.dtype == torch.float32:
+        from moe_lm.triton_rows import summed_runs  # Triton is not everywhere, and slow to import
+
+        value_UD = summed_runs(grad_TD.reshape(len(grad_TD), -1), *distinct.places)
+        return RowGradient(row_U, value_UD.view(len(row_U), *grad_TD.shape[1:]), host_U)
     value_UD = grad_TD.new_zeros(len(row_U), *grad_TD.shape[1:]).index_add_(0, place_T, grad_TD)
     return RowGradient(row_U, value_UD, host_U)
 

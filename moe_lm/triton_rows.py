@@ -11,6 +11,9 @@ from torch import Tensor
 _LARGEST_BLOCK = 1024
 """Columns that one program holds at a time."""
 
+_PIECE = 64
+"""Rows that one program adds up, of a sum that may have thousands."""
+
 
 def gathered(x_TD: Tensor, token_A: Tensor, gate_A: Tensor) -> Tensor:
     """Return gate * x of each assignment's token, in the type of x."""
@@ -33,6 +36,24 @@ def summed_by_token(y_AD: Tensor, order_A: Tensor, ends_T: Tensor, gate_A: Tenso
         grid = num_tokens, triton.cdiv(width, block)
         _sum[grid](*rows, out_TD, width, WEIGHTED=gate_A is not None, BLOCK=block)
     return out_TD
+
+
+def summed_runs(y_AD: Tensor, order_A: Tensor, ends_U: Tensor) -> Tensor:
+    """Return what `summed_by_token` does, in two passes: a row may have thousands, as a frequent word's gradient has.
+
+    A program sums a piece of a row's; another, a row's pieces. A GPU's own additions to one row wait for one another.
+    """
+    if not len(ends_U):
+        return y_AD.new_empty(0, y_AD.shape[1], dtype=torch.float32)
+    starts_U = torch.cat([ends_U.new_zeros(1), ends_U[:-1]])
+    pieces_U = (ends_U - starts_U + _PIECE - 1) // _PIECE
+    last_U = pieces_U.cumsum(dim=0)
+    piece_M = torch.arange(len(order_A) // _PIECE + min(len(order_A), len(ends_U)), device=ends_U.device)  # at most
+    row_M = torch.searchsorted(last_U, piece_M, right=True).clamp_(max=len(ends_U) - 1)
+    place_M = piece_M - (last_U - pieces_U).index_select(0, row_M)
+    end_M = starts_U.index_select(0, row_M) + (place_M + 1) * _PIECE
+    sum_MD = summed_by_token(y_AD, order_A, torch.minimum(end_M, ends_U.index_select(0, row_M)), None)
+    return summed_by_token(sum_MD, piece_M, last_U, None)
 
 
 def hidden_gradient_(grad_AH: Tensor, h_AH: Tensor, gate_A: Tensor) -> Tensor:

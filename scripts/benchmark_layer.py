@@ -6,8 +6,9 @@ Forward and backward with all weight gradients and balance losses are timed in t
 ratios to the dense layer, round by round, and with --json writes them. `moe` routes by gate matrices drawn at random
 (its noise on), `balanced` gives every expert equally many tokens, `products` is the experts alone, as balanced,
 `grouped` is a sort and torch's grouped product without any loss, `moe_plain` is `moe` without our own kernels and
-compiled loops. On a GPU `moe_bfloat16` keeps the experts' parameters and gradients in bfloat16, as scattermoe does, and
-`scattermoe_float32` keeps them in float32, as `moe` does.
+compiled loops. On a GPU `moe_kernels` makes the experts' products by our kernels however few experts there are,
+`moe_bfloat16` keeps the experts' parameters and gradients in bfloat16, as scattermoe does, and `scattermoe_float32`
+keeps them in float32, as `moe` does.
 --peers takes copies of others' layers (scripts/peers.py says which and whence). --memory measures each layer's peak in
 a process of its own.
 """
@@ -36,7 +37,7 @@ from peers import NAMES, Passed, Sizes, peers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_lm import kernels
+from moe_lm import grouped_gemm, kernels
 from moe_lm.balance.importance import Importance
 from moe_lm.balance.load import Load
 from moe_lm.commands.build import device, keep_memory
@@ -50,8 +51,8 @@ from moe_lm.layer.feed_forward import FeedForward
 from moe_lm.layer.moe import MoE
 from moe_lm.sentences import Sentences
 
-DENSE, PLAIN = "dense", "moe_plain"
-_OURS = ("moe", "balanced", "products", "grouped", PLAIN, "moe_bfloat16")
+DENSE, PLAIN, KERNELS = "dense", "moe_plain", "moe_kernels"
+_OURS = ("moe", "balanced", "products", "grouped", PLAIN, KERNELS, "moe_bfloat16")
 _BYTES = 4 * 2
 """Of a parameter and its gradient."""
 
@@ -135,6 +136,7 @@ def _layers(options: argparse.Namespace, sizes: Sizes, on: torch.device) -> dict
         PLAIN: lambda: _moe(sizes, on, gate_DE),
     }
     if on.type == "cuda":
+        makers[KERNELS] = lambda: _moe(sizes, on, gate_DE)
         makers["moe_bfloat16"] = lambda: _moe(sizes, on, gate_DE, torch.bfloat16)
     wanted = options.layers or [*makers, *(() if options.peers is None else NAMES)]
     found = {name: make() for name, make in makers.items() if name == DENSE or name in wanted}
@@ -149,9 +151,10 @@ def _work(name: str, module: nn.Module, passed: Passed, sizes: Sizes, on: torch.
     """Forward and backward, from a gradient of the output, with fresh gradients as after an update."""
     x_TD = torch.randn(sizes.tokens, sizes.width, device=on, requires_grad=True)
     grad_TD = torch.randn_like(x_TD)
+    most_in_torch = 0 if name == KERNELS else grouped_gemm.most_in_torch
 
     def work() -> None:
-        kernels.plain = name == PLAIN
+        kernels.plain, grouped_gemm.most_in_torch = name == PLAIN, most_in_torch
         for parameter in module.parameters():
             forget_gradient(parameter)
         x_TD.grad = None

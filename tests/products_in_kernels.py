@@ -6,8 +6,6 @@ Shape suffixes: T tokens, A rows, D inputs, H outputs, E experts.
 import torch
 from torch import Tensor
 
-from moe_lm import triton_products
-
 SIZES = [
     ([3, 0, 5, 1], 8, 12),
     ([0, 0, 300, 17, 2, 0], 130, 33),
@@ -24,6 +22,8 @@ def made(counts: list[int], width: int, hidden: int, dtype: torch.dtype, *, take
 
     Factors are multiples of 1/8 that 16 bits hold, so that only sums are rounded.
     """
+    from moe_lm import triton_products  # Triton is not everywhere
+
     generator = torch.Generator().manual_seed(sum(counts))
     draw = lambda *shape: torch.randint(-8, 9, shape, generator=generator).double() / 8  # noqa: E731
     ends_E, num_rows = torch.tensor(counts).cumsum(0), sum(counts)

@@ -7,13 +7,13 @@ import os
 
 import pytest
 import torch
-from rows_of_tokens import SIZES, rows_of
+from rows_of_tokens import RUNS, SIZES, rows_of, run_of
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("tests/gpu runs the kernels themselves", allow_module_level=True)
 
-from moe_lm import fused_rows, triton_rows
+from moe_lm import fused_rows, rows, triton_rows
 
 TYPES = [torch.float32, torch.bfloat16]
 
@@ -48,6 +48,32 @@ def test_summed_by_token(sizes, dtype, weighted):
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(fused_rows.summed_by_token(y_AD, token_A, places, gate_A if weighted else None), got)
+
+
+@pytest.mark.parametrize("width", [1, 20])
+@pytest.mark.parametrize("counts", RUNS, ids=str)
+def test_summed_runs(counts, width):
+    """However many rows a sum has, and in whatever order they come: several pieces, one that is full, none."""
+    place_T, y_TD, want_UD = run_of(counts, width)
+    got = triton_rows.summed_runs(y_TD, *fused_rows.places(place_T, len(counts)))
+    torch.testing.assert_close(got.double(), want_UD, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(9, 3), (9,)], ids=str)
+def test_gradients_of_rows_taken_often(shape, monkeypatch):
+    """Of a matrix and a vector, over two micro-batches, as torch's additions make them in float64."""
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        monkeypatch.setattr(rows, "by_triton", lambda x: True)  # but not in float64
+        matrix = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
+        rows.keep_row_gradients(matrix)
+        for row_T in (torch.tensor([3] * 150 + [0, 8, 3]), torch.tensor([1, 3, 8])):
+            weight = torch.randn(len(row_T), *shape[1:]).to(dtype)
+            (rows.take_rows(matrix, row_T) * weight).sum().backward()
+        results.append(rows.row_gradient(matrix))
+    assert results[0].row_U.tolist() == results[1].row_U.tolist() == [0, 1, 3, 8]
+    torch.testing.assert_close(results[0].value_UD.double(), results[1].value_UD, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

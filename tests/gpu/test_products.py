@@ -13,10 +13,12 @@ from mixture_by_hand import make
 from optimizers_in_kernels import MATRICES, VOCABULARIES, factored_steps, lazy_steps
 from products_in_kernels import SIZES as PRODUCTS
 from products_in_kernels import made
+from rows_of_tokens import RUNS, run_of
 
 from moe_lm import grouped_gemm, kernels
 from moe_lm.cross_entropy import exact_nats, summed_nats
 from moe_lm.experts import Experts, recompute_hidden
+from moe_lm.fused_rows import places
 from moe_lm.gate import Gating
 from moe_lm.gate.noisy_choice import _ChoiceInAKernel, _NoisyChoice
 from moe_lm.optimizer.factored import FactoredAdam
@@ -97,6 +99,19 @@ def test_products_of_any_number_of_experts(gpu, sizes, dtype):
     for got, want in made(*sizes, dtype, taken=True, on="cuda"):
         precision = {torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float32: 1e-5}[got.dtype]
         torch.testing.assert_close(got.cpu().double(), want, rtol=precision, atol=precision)
+
+
+@pytest.mark.parametrize("width", [1, 20, 512])
+@pytest.mark.parametrize("counts", [*RUNS, [20_000, *[1] * 3000, 900]], ids=lambda counts: str(counts[:5]))
+def test_sums_of_many_rows(gpu, counts, width):
+    """As additions in float64 make them; twice the same bits."""
+    from moe_lm import triton_rows  # not everywhere
+
+    place_T, y_TD, want_UD = run_of(counts, width)
+    arguments = y_TD.to(gpu), *places(place_T.to(gpu), len(counts))
+    got, again = (triton_rows.summed_runs(*arguments) for _ in range(2))
+    torch.testing.assert_close(got.cpu().double(), want_UD, rtol=1e-5, atol=1e-4)
+    assert torch.equal(got, again)
 
 
 @pytest.mark.parametrize("max_logits", [64, 10_000])
