@@ -106,11 +106,17 @@ def compared(seconds: Seconds, to: str) -> dict[str, dict[str, float]]:
     return rows
 
 
-def product_ceiling(device: torch.device, dtype: torch.dtype, size: int, rounds: int = 5) -> float:
-    """Return the FLOP/s of the fastest of some products of square matrices: what this machine can do."""
+def product_ceiling(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """Return the FLOP/s of the fastest of a second's products of square matrices, or of five: what this machine can do.
+
+    A second, as others on the machine may hold it up for tenths of one.
+    """
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds_of(lambda: a @ b, device)
-    return 2 * size**3 / min(seconds_of(lambda: a @ b, device) for _ in range(rounds))
+    taken: list[float] = []
+    while len(taken) < 5 or sum(taken) < 1:
+        taken.append(seconds_of(lambda: a @ b, device))
+    return 2 * size**3 / min(taken)
 
 
 def peak_bytes(device: torch.device) -> int:
