@@ -12,6 +12,10 @@ from moe_lm.kernels import by_triton
 _MOST_ROWS_ON_CPU = 512
 """Tokens a block in training: the passes over its logits find some in the cache, its products are large enough."""
 
+_LINE = 16
+"""Numbers of a cache line, of which rows of logits are whole ones: a product may take twice as long where they begin
+amid one (docs/performance.md)."""
+
 _FAINT = 1e-30
 """A probability below which float32's rounding begins to show in its logarithm."""
 
@@ -39,21 +43,26 @@ def exact_nats(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor, target_T: T
     nats_T = hidden_TD.new_zeros(hidden_TD.shape[0], dtype=torch.float64)
     # A block of few tokens would read the whole of a large vocabulary's matrix again and again.
     rows = min(max(1, max_logits // weight_VD.shape[0], _LEAST_ROWS), max_logits)
+    columns = max_logits // rows
+    columns = min(columns // _LINE * _LINE or columns, _whole_lines(weight_VD.shape[0]))
+    room_TC = weight_VD.new_empty(min(rows, hidden_TD.shape[0]), columns)
     with torch.autocast(hidden_TD.device.type, enabled=False):
         for first in range(0, hidden_TD.shape[0], rows):
             block = slice(first, first + rows)
             hidden = hidden_TD[block].to(weight_VD.dtype)
-            nats_T[block] = _block_nats(hidden, weight_VD, bias_V, target_T[block], max(1, max_logits // rows))
+            nats_T[block] = _block_nats(hidden, weight_VD, bias_V, target_T[block], room_TC[: len(hidden)])
     return nats_T
 
 
-def _block_nats(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor, target_T: Tensor, columns: int) -> Tensor:
-    """Walk over the vocabulary, `columns` words at a time, adding up the words' exponentials in log space."""
+def _block_nats(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor, target_T: Tensor, room_TC: Tensor) -> Tensor:
+    """Walk over the vocabulary, as many words at a time as the room has columns, summing exponentials in log space."""
     log_sum_T = hidden_TD.new_full((hidden_TD.shape[0],), -torch.inf, dtype=torch.float64)
     true_T = torch.zeros_like(log_sum_T)
+    columns = room_TC.shape[1]
     for first in range(0, weight_VD.shape[0], columns):
         block = slice(first, first + columns)
-        logits = torch.addmm(bias_V[block], hidden_TD, weight_VD[block].t())
+        bias = bias_V[block]
+        logits = torch.addmm(bias, hidden_TD, weight_VD[block].t(), out=room_TC[:, : len(bias)])
         place_T = target_T - first
         inside_T = (place_T >= 0) & (place_T < logits.shape[1])
         own_T = logits.gather(1, place_T.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
@@ -81,7 +90,7 @@ class _SummedNats(torch.autograd.Function):
         most_rows = _MOST_ROWS_ON_CPU if hidden_TD.is_cpu else hidden_TD.shape[0]
         in_a_kernel = by_triton(weight)
         # Without the kernel the true word's logit stands beside the candidates'.
-        columns = weight.shape[0] + (0 if in_a_kernel else 1)
+        columns = weight.shape[0] if in_a_kernel else _whole_lines(weight.shape[0] + 1)
         rows = max(1, min(max_logits // columns, most_rows))
         # One memory for all blocks, which the cache may hold; the kernel has its own.
         room_TC = None if in_a_kernel else bias_C.new_empty(min(rows, hidden_TD.shape[0]), columns)
@@ -118,7 +127,7 @@ def _probabilities(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the candidates' probabilities (T, C), the true word's, and -log of the latter; None: by the kernel.
 
-    The room has a column more than there are candidates.
+    The room has more columns than there are candidates.
     """
     if room_TC is None:
         from moe_lm.triton_softmax import probabilities_  # Triton is not everywhere, and slow to import
@@ -126,16 +135,21 @@ def _probabilities(
         logits_TC = torch.mm(hidden_TD, weight_CD.t())
         return logits_TC, *probabilities_(logits_TC, bias_C, true_T, hit_T)
     # With the true word's logit as one more column torch's softmax, one pass, serves all of them.
-    every = room_TC[: len(true_T)]
-    _logits(hidden_TD, weight_CD, bias_C, hit_T, every[:, :-1])
-    every[:, -1] = true_T
+    every, num_candidates = room_TC[: len(true_T)], len(weight_CD)
+    _logits(hidden_TD, weight_CD, bias_C, hit_T, every[:, :num_candidates])
+    every[:, num_candidates] = true_T
+    every[:, num_candidates + 1 :] = -torch.inf
     torch.softmax(every, dim=1, out=every)
-    probability_T = every[:, -1]
+    probability_T = every[:, num_candidates]
     nats_T = -probability_T.log()
     faint = (probability_T < _FAINT).nonzero().squeeze(1)
     for some in faint.split(max(1, len(true_T) // 8)):  # a few, as their logits need room once more
         nats_T[some] = _nats(hidden_TD[some], weight_CD, bias_C, true_T[some], hit_T[some])
-    return every[:, :-1], probability_T, nats_T
+    return every[:, :num_candidates], probability_T, nats_T
+
+
+def _whole_lines(columns: int) -> int:
+    return -(-columns // _LINE) * _LINE
 
 
 def _logits(hidden_TD: Tensor, weight_CD: Tensor, bias_C: Tensor, hit_T: Tensor, to_TC: Tensor) -> None:
