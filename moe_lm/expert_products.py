@@ -1,10 +1,13 @@
 """Each expert's matrix product with its own rows, one expert after another: on a CPU.
 
-On one thread a product of few rows is cut into pieces of the matrix: MKL takes up to twice as long for the whole one,
-with several threads less (docs/performance.md).
+On one thread of an Intel processor a product of few rows is cut into pieces of the matrix: MKL takes up to twice as long
+for the whole one there, with several threads or on an AMD processor less (docs/performance.md).
 
 Shape suffixes: R rows, D width, H expert hidden, E experts.
 """
+
+import functools
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,7 +21,7 @@ _OUTER_FEW, _OUTER_PIECE = range(44, 193), 128
 
 def products(x_RD: Tensor, sizes: list[int], w_EDH: Tensor, out_RH: Tensor) -> Tensor:
     """Fill each expert's rows of `out_RH` with the product of its rows of x and its matrix; return it."""
-    cut = _one_thread() and w_EDH.shape[1] > _PIECE and w_EDH.shape[2] >= _WIDE and w_EDH.stride(2) == 1
+    cut = _cuts() and w_EDH.shape[1] > _PIECE and w_EDH.shape[2] >= _WIDE and w_EDH.stride(2) == 1
     for x, weight, out in zip(x_RD.split(sizes), w_EDH.unbind(), out_RH.split(sizes), strict=True):
         if cut and len(x) in _FEW:
             first, *others = zip(x.split(_PIECE, dim=1), weight.split(_PIECE), strict=True)
@@ -32,7 +35,7 @@ def products(x_RD: Tensor, sizes: list[int], w_EDH: Tensor, out_RH: Tensor) -> T
 
 def outer_products(x_RD: Tensor, sizes: list[int], grad_RH: Tensor, out_EDH: Tensor) -> None:
     """Fill each expert's matrix with the product of its rows' transpose and gradients; one of no rows with zeros."""
-    cut = _one_thread() and out_EDH.shape[1] > _OUTER_PIECE
+    cut = _cuts() and out_EDH.shape[1] > _OUTER_PIECE
     for x, grad, out in zip(x_RD.split(sizes), grad_RH.split(sizes), out_EDH.unbind(), strict=True):
         if cut and len(x) in _OUTER_FEW:
             for columns, piece in zip(x.t().split(_OUTER_PIECE), out.split(_OUTER_PIECE), strict=True):
@@ -41,5 +44,13 @@ def outer_products(x_RD: Tensor, sizes: list[int], grad_RH: Tensor, out_EDH: Ten
             torch.mm(x.t(), grad, out=out)
 
 
-def _one_thread() -> bool:
-    return torch.get_num_threads() == 1
+def _cuts() -> bool:
+    return torch.get_num_threads() == 1 and _on_intel()
+
+
+@functools.cache
+def _on_intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:  # no Linux
+        return False
