@@ -1,7 +1,7 @@
 """Each expert's matrix product with its own rows, one expert after another: on a CPU.
 
-On one thread of an Intel processor a product of few rows is cut into pieces of the matrix: MKL takes up to twice as long
-for the whole one there, with several threads or on an AMD processor less (docs/performance.md).
+On one thread of an Intel processor a product of few rows is cut into pieces of the matrix: MKL takes up to twice as
+long for the whole one there, with several threads or on an AMD processor less (docs/performance.md).
 
 Shape suffixes: R rows, D width, H expert hidden, E experts.
 """
