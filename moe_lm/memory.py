@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from moe_lm.group import Group, divided
+from moe_lm.grouped_gemm import most_in_torch
 from moe_lm.model import LanguageModel
 from moe_lm.optimizer import EXPERTS, KINDS, VOCABULARY, OptimizerRecipe, kind_of
 from moe_lm.sizes import BFLOAT16, FLOAT32, Step
@@ -44,11 +45,16 @@ def held(model: LanguageModel, recipe: OptimizerRecipe, step: Step) -> dict[str,
     for kind, name, parameter, rows in parameters_of(model, step):
         part = _share(model, name, parameter, step)
         weights = part.numel() * part.element_size()
-        if step.bfloat16 and kind != VOCABULARY and part.dim() > 1 and ".lstm." not in name:
+        if step.bfloat16 and part.dim() > 1 and _is_cast(kind, name, part):
             weights += part.numel() * BFLOAT16  # the copy that the products read
         bytes_ = (part.numel(), weights, recipe.gradient_bytes(name, part, rows), recipe.state_bytes(name, part))
         sums[kind] = [total + more for total, more in zip(sums[kind], bytes_, strict=True)]
     return {kind: Held(*total) for kind, total in sums.items()}
+
+
+def _is_cast(kind: str, name: str, parameter: Tensor) -> bool:
+    """Whether under autocast there is a copy of the parameter: kernels for very many experts read them as they are."""
+    return kind != VOCABULARY and ".lstm." not in name and not (kind == EXPERTS and len(parameter) > most_in_torch)
 
 
 def second_gradient_bytes(model: LanguageModel, recipe: OptimizerRecipe, step: Step) -> int:

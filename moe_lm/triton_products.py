@@ -6,6 +6,7 @@ parameters no copy is made in the rows' type. The host does not wait for how man
 Shape suffixes: A rows, T tokens, D inputs, H outputs, E experts, M tiles of rows.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor
 _SIDE, _LEAST = 128, 16
 """Rows and columns of a tile at most and, as tensor cores want them, at least."""
 
-_DEPTH_BYTES = 128
-"""Of a row that one step of a product reads: 64 numbers of 16 bits, 32 of 32."""
+_DEPTH_BYTES, _SHARED_BYTES = 128, 140 << 10
+"""Of a row that one step of a product reads: 64 numbers of 16 bits, 32 of 32. Half where a program has less shared
+memory than the steps on their way take."""
 
 _PROGRAMS = 512
 """Programs that outer products should be: where there are fewer, an expert's rows are shared out among several."""
@@ -122,7 +124,16 @@ def _power_of_two(size: int) -> int:
 
 
 def _depth(x: Tensor) -> int:
-    return _DEPTH_BYTES // x.element_size()
+    return _DEPTH_BYTES // x.element_size() // (1 if _shared_bytes(x.device) >= _SHARED_BYTES else 2)
+
+
+@functools.cache
+def _shared_bytes(device: torch.device) -> int:
+    """Return what a program on this device may have of fast memory; for the interpreter enough."""
+    if device.type != "cuda":
+        return _SHARED_BYTES
+    found = torch.cuda.get_device_properties(device)
+    return getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)  # AMD's have the latter alone
 
 
 def _taken(token_A: Tensor | None, tiles: Tiles) -> list[Tensor]:

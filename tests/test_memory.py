@@ -216,6 +216,15 @@ def test_bfloat16_halves_what_products_keep_and_copies_their_matrices():
     assert halves["vocabulary"] == parts["vocabulary"]
 
 
+def test_very_many_experts_are_not_copied():
+    """1,023 of a process have copies in bfloat16, 1,024 none."""
+    for count, copied in ((1023, True), (1024, False)):
+        layer = MoE(width=WIDTH, hidden=3, num_experts=count, k=2, gate=partial(NoisyTopK, noise_epsilon=0.01))
+        half = Step(words=WORDS, micro_words=WORDS, bfloat16=True)
+        single, mixed = (held(make(layer), recipe(), step)["experts"].weights for step in (STEP, half))
+        assert mixed == (1.5 if copied else 1) * single
+
+
 def test_logits_are_a_block():
     """As many rows of candidates as max_logits allows, never more than there are tokens, never less than one."""
     few = Step(words=5, micro_words=5)
