@@ -6,7 +6,7 @@ Forward and backward with all weight gradients and balance losses are timed in t
 ratios to the dense layer, round by round, and with --json writes them. `moe` routes by gate matrices drawn at random
 (its noise on), `balanced` gives every expert equally many tokens, `products` is the experts alone, as balanced,
 `grouped` is a sort and torch's grouped product without any loss, `moe_plain` is `moe` without our own kernels and
-compiled loops. On a GPU `moe_kernels` makes the experts' products by our kernels however few experts there are,
+compiled loops. On a GPU `moe_kernels`, if asked for, makes the experts' products by our kernels however few there are,
 `moe_bfloat16` keeps the experts' parameters and gradients in bfloat16, as scattermoe does, and `scattermoe_float32`
 keeps them in float32, as `moe` does.
 --peers takes copies of others' layers (scripts/peers.py says which and whence). --memory measures each layer's peak in
@@ -138,7 +138,10 @@ def _layers(options: argparse.Namespace, sizes: Sizes, on: torch.device) -> dict
     if on.type == "cuda":
         makers[KERNELS] = lambda: _moe(sizes, on, gate_DE)
         makers["moe_bfloat16"] = lambda: _moe(sizes, on, gate_DE, torch.bfloat16)
-    wanted = options.layers or [*makers, *(() if options.peers is None else NAMES)]
+    wanted = options.layers or [
+        *(name for name in makers if name != KERNELS),
+        *(() if options.peers is None else NAMES),
+    ]
     found = {name: make() for name, make in makers.items() if name == DENSE or name in wanted}
     if options.peers is not None:
         found |= peers(options.peers, sizes, gate_DE, wanted)

@@ -151,8 +151,10 @@ is_large() {
 }
 
 profile() {
-    run profile_256 120 benchmark_step.py --model moe_256 --words $words --vocabulary $vocabulary --square $square \
+    run profile_256 75 benchmark_step.py --model moe_256 --words $words --vocabulary $vocabulary --square $square \
         --profile --overrides "${small[@]}"
+    run layer_kernels 45 benchmark_layer.py --experts "${flat[@]}" --tokens $tokens --square $square \
+        --layers moe moe_kernels
 }
 
 # One model of the study, for as many words as all others.
@@ -189,7 +191,8 @@ pack)
     pack "${2:-}"
     exit
     ;;
-tests | profile) works="" ;;
+tests) works="" ;;
+profile) works="profile_256 layer_kernels" ;;
 bench) works="layer layer_1024 layer_4096 training training_4096 data evaluation" ;;
 study1) works="moe_1_wide moe_4 moe_32" ;;
 study2) works="moe_256 moe_4096_h" ;;

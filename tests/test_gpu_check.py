@@ -65,7 +65,7 @@ def test_works_by_name(check):
     assert "nonesuch" in said
     assert "layer_4096" in said
     assert check("study1", "out", "moe_256")[0] == 2
-    assert check("profile", "out", "profile_256")[0] == 2
+    assert check("profile", "out", "layer")[0] == 2
     for wrong in (["bench"], ["nonesuch", "out"], []):
         code, said, _ = check(*wrong)
         assert code == 2
