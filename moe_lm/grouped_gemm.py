@@ -16,7 +16,10 @@ from torch.nn import functional as F
 from moe_lm.kernels import by_triton
 
 most_in_torch = 1023
-"""Experts of torch's grouped product, at most: on Hopper it takes fewer than 1,024."""
+"""Experts whose products are torch's, at most, where there are our kernels."""
+
+_MOST_GROUPS = 1023
+"""Of one grouped product: torch's for Hopper takes fewer than 1,024."""
 
 
 class Grouped(Protocol):
@@ -56,7 +59,7 @@ class _InTorch:
     def __init__(self, ends_E: Tensor, num_rows: int, dtype: torch.dtype):
         self._dtype, self._ends_E = dtype, ends_E
         num_experts = len(ends_E)
-        num_parts = max(1, -(-num_experts // most_in_torch))  # of 1,024 experts not one part of 1,023 and one of 1
+        num_parts = max(1, -(-num_experts // _MOST_GROUPS))  # of 1,024 experts not one part of 1,023 and one of 1
         firsts = [part * num_experts // num_parts for part in range(num_parts)]
         lasts = [*firsts[1:], num_experts]
         stops = [num_rows] if num_parts == 1 else ends_E[[last - 1 for last in lasts]].tolist()

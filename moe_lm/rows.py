@@ -116,7 +116,7 @@ def _summed(distinct: Distinct, grad_TD: Tensor) -> RowGradient:
     if by_triton(grad_TD) and grad_TD.dtype == torch.float32:
         from moe_lm.triton_rows import summed_runs  # Triton is not everywhere, and slow to import
 
-        value_UD = summed_runs(grad_TD.reshape(len(grad_TD), -1), *distinct.places)
+        value_UD = summed_runs(grad_TD.unsqueeze(1).flatten(1), *distinct.places)  # of a vector columns of one
         return RowGradient(row_U, value_UD.view(len(row_U), *grad_TD.shape[1:]), host_U)
     value_UD = grad_TD.new_zeros(len(row_U), *grad_TD.shape[1:]).index_add_(0, place_T, grad_TD)
     return RowGradient(row_U, value_UD, host_U)

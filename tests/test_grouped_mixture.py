@@ -20,6 +20,7 @@ def in_kernels(monkeypatch):
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("tests/gpu runs the kernels themselves")
     monkeypatch.setattr(grouped_gemm, "by_triton", lambda _: True)
+    monkeypatch.setattr(grouped_gemm, "most_in_torch", 0)
 
 
 def mixture(experts, x_TD, gating, counts, dtype, recompute=False):
@@ -38,7 +39,8 @@ def test_equals_one_assignment_at_a_time(counts, recompute, most, monkeypatch):
     """
     if most == 0:
         in_kernels(monkeypatch)
-    monkeypatch.setattr(grouped_gemm, "most_in_torch", most)
+    else:
+        monkeypatch.setattr(grouped_gemm, "_MOST_GROUPS", most)
     experts, x_TD, gating = make(counts, torch.float32)
     inputs = (x_TD, gating.gate_A, experts.w1_EDH, experts.w2_EHD)
     got_TD = mixture(experts, x_TD, gating, counts, torch.float32, recompute)
@@ -81,7 +83,7 @@ def test_two_backward_passes_are_equal():
 
 def test_gradients_of_many_experts_are_never_all_in_two_types(monkeypatch):
     """Where they come in parts: of 4 billion parameters each copy in bfloat16 takes 8 GB."""
-    monkeypatch.setattr(grouped_gemm, "most_in_torch", 3)
+    monkeypatch.setattr(grouped_gemm, "_MOST_GROUPS", 3)
     experts, x_TD, gating = make([4, 5, 3, 6, 2, 8, 1], torch.float32, width=16, hidden=24)
     y_TD = mixture(experts, x_TD, gating, [4, 5, 3, 6, 2, 8, 1], torch.bfloat16)
     with Made() as made:

@@ -61,14 +61,18 @@ def test_summed_runs(counts, width):
 
 @pytest.mark.parametrize("shape", [(9, 3), (9,)], ids=str)
 def test_gradients_of_rows_taken_often(shape, monkeypatch):
-    """Of a matrix and a vector, over two micro-batches, as torch's additions make them in float64."""
+    """Of a matrix and a vector, over three micro-batches, one of no rows, as torch's additions make them in float64."""
     results = []
     for dtype in (torch.float32, torch.float64):
         torch.manual_seed(0)
         monkeypatch.setattr(rows, "by_triton", lambda x: True)  # but not in float64
         matrix = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
         rows.keep_row_gradients(matrix)
-        for row_T in (torch.tensor([3] * 150 + [0, 8, 3]), torch.tensor([1, 3, 8])):
+        for row_T in (
+            torch.tensor([3] * 150 + [0, 8, 3]),
+            torch.tensor([1, 3, 8]),
+            torch.tensor([], dtype=torch.int64),
+        ):
             weight = torch.randn(len(row_T), *shape[1:]).to(dtype)
             (rows.take_rows(matrix, row_T) * weight).sum().backward()
         results.append(rows.row_gradient(matrix))
