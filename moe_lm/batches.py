@@ -42,9 +42,10 @@ class MicroBatch:
     """What this one is a copy of, on a GPU."""
 
     @property
-    def host(self) -> "MicroBatch":
-        """The same in the host's memory: who reads it does not wait for a GPU."""
-        return self if self.source is None else self.source
+    def on_host(self) -> "tuple[Tensor, Tensor] | tuple[None, None]":
+        """Inputs and targets in the host's memory, where it has them: who reads these does not wait for a GPU."""
+        there = self if self.source is None and self.input_T.device.type == "cpu" else self.source
+        return (None, None) if there is None else (there.input_T, there.target_T)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Return a copy on this device."""

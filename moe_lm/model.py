@@ -48,12 +48,14 @@ class LanguageModel(nn.Module):
     def forward(self, batch: MicroBatch, seed: int = 0) -> tuple[Tensor, dict[str, Gating]]:
         """Return the summed nats of the micro-batch (float64) and each gated layer's decision by name."""
         hidden_TD, gatings = self.hidden(batch)
-        return self.softmax(hidden_TD, batch.target_T, seed, batch.host.target_T), gatings
+        _, host_target_T = batch.on_host
+        return self.softmax(hidden_TD, batch.target_T, seed, host_target_T), gatings
 
     def hidden(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Gating]]:
         """Return the last layer's states and the gatings."""
         gatings = {}
-        x_TD = take_divided(self.embedding_VD, Distinct(batch.input_T, batch.host.input_T), self.share)
+        host_input_T, _ = batch.on_host
+        x_TD = take_divided(self.embedding_VD, Distinct(batch.input_T, host_input_T), self.share)
         x_TD = self._dropped(x_TD)
         for name, layer in self.layers.items():
             y_TD, gating = layer(x_TD, batch.sentences)
