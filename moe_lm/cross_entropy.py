@@ -42,7 +42,7 @@ def exact_nats(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor, target_T: T
     """Return each token's -log p(target) over all V words, float64 (T,); at most `max_logits` logits at a time."""
     nats_T = hidden_TD.new_zeros(hidden_TD.shape[0], dtype=torch.float64)
     # A block of few tokens would read the whole of a large vocabulary's matrix again and again.
-    rows = min(max(1, max_logits // weight_VD.shape[0], _LEAST_ROWS), max_logits)
+    rows = min(max(1, max_logits // _whole_lines(weight_VD.shape[0]), _LEAST_ROWS), max_logits)
     columns = max_logits // rows
     columns = min(columns // _LINE * _LINE or columns, _whole_lines(weight_VD.shape[0]))
     room_TC = weight_VD.new_empty(min(rows, hidden_TD.shape[0]), columns)
@@ -90,7 +90,9 @@ class _SummedNats(torch.autograd.Function):
         most_rows = _MOST_ROWS_ON_CPU if hidden_TD.is_cpu else hidden_TD.shape[0]
         in_a_kernel = by_triton(weight)
         # Without the kernel the true word's logit stands beside the candidates'.
-        columns = weight.shape[0] if in_a_kernel else _whole_lines(weight.shape[0] + 1)
+        columns = weight.shape[0] if in_a_kernel else weight.shape[0] + 1
+        if not in_a_kernel and _whole_lines(columns) <= max_logits:
+            columns = _whole_lines(columns)
         rows = max(1, min(max_logits // columns, most_rows))
         # One memory for all blocks, which the cache may hold; the kernel has its own.
         room_TC = None if in_a_kernel else bias_C.new_empty(min(rows, hidden_TD.shape[0]), columns)

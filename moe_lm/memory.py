@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from moe_lm import grouped_gemm
 from moe_lm.group import Group, divided
-from moe_lm.grouped_gemm import most_in_torch
 from moe_lm.model import LanguageModel
 from moe_lm.optimizer import EXPERTS, KINDS, VOCABULARY, OptimizerRecipe, kind_of
 from moe_lm.sizes import BFLOAT16, FLOAT32, Step
@@ -53,8 +53,12 @@ def held(model: LanguageModel, recipe: OptimizerRecipe, step: Step) -> dict[str,
 
 
 def _is_cast(kind: str, name: str, parameter: Tensor) -> bool:
-    """Whether under autocast there is a copy of the parameter: kernels for very many experts read them as they are."""
-    return kind != VOCABULARY and ".lstm." not in name and not (kind == EXPERTS and len(parameter) > most_in_torch)
+    """Whether under autocast there is a copy of the parameter.
+
+    Very many experts have none, where Triton runs: our kernels read them as they are.
+    """
+    in_kernels = kind == EXPERTS and len(parameter) > grouped_gemm.most_in_torch
+    return kind != VOCABULARY and ".lstm." not in name and not in_kernels
 
 
 def second_gradient_bytes(model: LanguageModel, recipe: OptimizerRecipe, step: Step) -> int:

@@ -57,7 +57,8 @@ def tiles_of(ends_E: Tensor, num_rows: int) -> Tiles:
 def products(x: Tensor, token_A: Tensor | None, weight_EDH: Tensor, tiles: Tiles, *, relu: bool = False) -> Tensor:
     """Return each row times its expert's matrix (A, H) in the rows' type, sums in float32; `relu`: of it the ReLU.
 
-    Row a is `x[token_A[a]]` or, without tokens, `x[a]`; the matrices may be views, as transposed ones are.
+    Row a is `x[token_A[a]]` or, without tokens, `x[a]`; the matrices may be views, as transposed ones are, each within
+    2^31 numbers.
     """
     x = x.contiguous()
     num_experts, num_inputs, num_outputs = weight_EDH.shape
@@ -141,7 +142,7 @@ def _taken(token_A: Tensor | None, tiles: Tiles) -> list[Tensor]:
 
 
 def _precision() -> str:
-    """Return how float32 factors are rounded, as torch's own products do it."""
+    """Return how much of float32 factors counts: TF32's 10 bits of mantissa where torch's products may take these."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 

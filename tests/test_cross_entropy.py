@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from made import Made
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -123,6 +124,27 @@ def test_logits_never_exist_all_at_once(exact):
         else:
             ours(*inputs, target_T, 3000).backward()
     assert 300 < sizes.largest <= 3000
+
+
+@pytest.mark.parametrize("max_logits", [34, 47, 48, 200])
+def test_whole_lines_take_no_more_than_may_be(max_logits):
+    """Of 33 words, with the true one 34 columns or 48 in three lines: as many as fit; the sum is torch's."""
+    hidden_TD, weight_VD, bias_V = torch.randn(7, 2), torch.randn(33, 2), torch.randn(33)
+    target_T = torch.randint(33, (7,))
+    want = F.cross_entropy(hidden_TD.double() @ weight_VD.double().t() + bias_V, target_T, reduction="sum")
+    for exact in (False, True):
+        with Sizes() as sizes:
+            got = (exact_nats if exact else ours)(hidden_TD, weight_VD, bias_V, target_T, max_logits).sum()
+        assert sizes.largest <= max(max_logits, weight_VD.numel())
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
+
+
+def test_exact_evaluation_of_few_words_is_one_product_a_block():
+    """Of 33 words, 200 tokens and 100,000 logits at most: not one of 32 words and one of the last."""
+    hidden_TD, weight_VD, bias_V = torch.randn(200, 2), torch.randn(33, 2), torch.zeros(33)
+    with Made() as made:
+        exact_nats(hidden_TD, weight_VD, bias_V, torch.zeros(200, dtype=torch.int64), 100_000)
+    assert made.calls[torch.ops.aten.addmm.out] == 1
 
 
 def test_on_a_cpu_a_block_in_training_has_at_most_512_tokens():

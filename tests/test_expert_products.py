@@ -3,6 +3,8 @@
 Shape suffixes: R rows, D width, H hidden, E experts.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 from made import Made
@@ -25,6 +27,19 @@ def cuts(request, monkeypatch, threads):
     """Whether products are cut: on one thread of an Intel processor."""
     monkeypatch.setattr(expert_products, "_on_intel", lambda: request.param)
     return request.param and threads == 1
+
+
+@pytest.mark.parametrize(("vendor", "found"), [("GenuineIntel", True), ("AuthenticAMD", False), (None, False)])
+def test_the_processor(vendor, found, monkeypatch):
+    """Linux tells who made it; elsewhere it is nobody's."""
+
+    def read_text(self):
+        if vendor is None:
+            raise FileNotFoundError(self)
+        return f"processor\t: 0\nvendor_id\t: {vendor}\n"
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert expert_products._on_intel.__wrapped__() is found
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["as stored", "transposed"])

@@ -54,6 +54,54 @@ def test_outer_products_of_an_experts_rows_in_shares(programs, monkeypatch):
         torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
 
 
+def test_steps_are_half_as_long_where_shared_memory_is_small(monkeypatch):
+    """64 numbers of 16 bits, 32 of 32; the products are the same."""
+    steps = []
+    for shared in (227 << 10, 99 << 10):
+        monkeypatch.setattr(triton_products, "_shared_bytes", lambda device, shared=shared: shared)
+        steps.append([triton_products._depth(torch.ones(1, dtype=dtype)) for dtype in (torch.float16, torch.float32)])
+        for got, want in made([3, 0, 40], 100, 40, torch.float32, taken=True):
+            torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
+    assert steps == [[64, 32], [32, 16]]
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_precision_is_that_of_torchs_products(allowed, monkeypatch):
+    """TF32 where torch's may take it, else all of float32's bits; both kernels are told."""
+    told = []
+
+    class Told:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: told.append(kwargs["PRECISION"])
+
+    for name in ("_product", "_outer"):
+        monkeypatch.setattr(triton_products, name, Told(getattr(triton_products, name)))
+    with _float32_as_tf32(allowed):
+        made([3, 2], 8, 8, torch.float32, taken=False)
+    assert told == ["tf32" if allowed else "ieee"] * 4
+
+
+def test_gates_products_without_tf32_are_torchs(monkeypatch):
+    """In all of float32's bits cuBLAS is faster."""
+    monkeypatch.setattr(module, "by_triton", lambda _: True)
+    monkeypatch.setattr(module, "InKernels", None)
+    y_TE = grouped_product(torch.ones(3, 4), torch.ones(2, 4, 8), torch.tensor([0, 0, 1]))
+    assert (y_TE == 4).all()
+
+
+def test_tokens_with_gaps():
+    """Every other number of a longer list."""
+    token_A = torch.tensor([1, 9, 0, 9, 1, 9])[::2]
+    x_TD, weight_EDH = torch.arange(6.0).view(2, 3), torch.eye(3).unsqueeze(0)
+    by = InKernels(torch.tensor([3]), 3)
+    assert torch.equal(by.products(x_TD, token_A, weight_EDH), x_TD[[1, 0, 1]])
+    outer_EDH = by.outer_products(x_TD, token_A, torch.ones(3, 1), torch.float32)
+    assert torch.equal(outer_EDH[0], x_TD[[1, 0, 1]].sum(dim=0, keepdim=True).t())
+
+
 def test_what_is_no_number_stays():
     """NaN goes through the ReLU, and into the rows and matrices of its expert alone."""
     x_AD, weight_EDH, ends_E = torch.ones(5, 8), torch.ones(2, 8, 4), torch.tensor([3, 5])

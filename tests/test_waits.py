@@ -1,7 +1,8 @@
 """The host waits for a GPU once an update: seen on a CPU, by following what would lie on the device.
 
 Kernels run in Triton's interpreter. An operator on the device's tensors gives the device's tensors; one whose result's
-size, or whose Python number, depends on their values is what a host would wait for.
+size, or whose Python number, depends on their values is what a host would wait for. Copies are not seen here, neither
+from the device nor, out of memory that is not pinned, to it.
 """
 
 import os

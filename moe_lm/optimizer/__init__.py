@@ -90,13 +90,12 @@ class Together:
     @torch.no_grad()
     def clip(self, limit: float, had: float) -> None:
         """Scale the whole gradient down to the norm `limit` if the one that it had is longer."""
-        if had <= limit:
-            return  # not times 1: a pass over all gradients
+        factor = min(1.0, limit / had)
         for part in self.parts:
             if hasattr(part, "scale"):
-                part.scale = limit / had
-            else:
-                torch._foreach_mul_(_gradients(p for group in part.param_groups for p in group["params"]), limit / had)
+                part.scale = factor
+            elif factor < 1:  # not times 1: a pass over all gradients
+                torch._foreach_mul_(_gradients(p for group in part.param_groups for p in group["params"]), factor)
 
     def step(self) -> None:
         """Update every parameter."""
@@ -109,6 +108,8 @@ class Together:
             forget_gradient(parameter)
         for part in self.parts:
             part.zero_grad(set_to_none=True)
+            if hasattr(part, "scale"):
+                part.scale = 1.0
 
 
 def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:

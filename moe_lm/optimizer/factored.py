@@ -47,7 +47,10 @@ class FactoredAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def norms(self, parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-        """Return the norms of those of these gradients whose squares are a pass of their own: the step finds them."""
+        """Return the norms of those of these gradients whose squares are a pass of their own: the step finds them.
+
+        It makes them anew where torch knows that the gradient was changed meanwhile (`.data` hides it).
+        """
         own = {parameter for group in self.param_groups for parameter in group["params"]}
         return {
             parameter: (_squares_of(parameter.grad).row_MR.sum() * parameter.shape[-1]).sqrt()

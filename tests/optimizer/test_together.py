@@ -101,6 +101,27 @@ def test_clipping_scales_all_gradients_of_one_step(experts, vocabulary, softmax,
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("between", ["zero_grad", "clip"])
+def test_a_scale_is_of_one_gradient(between):
+    """Who drops a clipped gradient, or clips it anew and need not, does not scale the next one."""
+    results = []
+    for clipped in (False, True):
+        model, _, optimizer = setting("optimizer.experts=factored", "optimizer.vocabulary=lazy")
+        parts = optimizer.parts[:] if between == "zero_grad" else [p for p in optimizer.parts if hasattr(p, "scale")]
+        optimizer.parts = parts  # torch's own are scaled where they are
+        if clipped:
+            optimizer.clip(0.5, 1.0)
+            if between == "clip":
+                optimizer.clip(1.0, 0.5)
+        if between == "zero_grad":
+            optimizer.zero_grad()
+            backward(model)
+        optimizer.step()
+        results.append([p.detach().clone() for p in optimizer.parameters])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_a_short_gradient_is_left_alone():
     """A norm above the gradient's changes no bit of it."""
     model, _, optimizer = setting()
