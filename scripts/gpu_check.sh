@@ -136,7 +136,7 @@ bench() {
         --layers moe scattermoe --room 0 --rounds 3
     run training 50 benchmark_training.py --words $words --vocabulary $vocabulary --experts "${flat[@]}" \
         --hierarchical $hierarchical --rounds 5 --overrides "${small[@]}"
-    # Weights and gradients of 4 G parameters with a copy in bfloat16 take 43 GB, 307,200 words some 40 beside it.
+    # Weights and gradients of 4 G parameters take 34 GB, 307,200 words some 40 beside it: too near to 80.
     if asked training_4096 && is_large; then words_4096=$words recompute=false; fi
     run training_4096 80 benchmark_training.py --words $words_4096 --vocabulary $vocabulary --experts \
         --hierarchical $most_h --rounds 5 --overrides optimizer.experts=factored machine.recompute=$recompute "${small[@]}"
