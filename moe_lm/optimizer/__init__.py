@@ -90,7 +90,7 @@ class Together:
     @torch.no_grad()
     def clip(self, limit: float, had: float) -> None:
         """Scale the whole gradient down to the norm `limit` if the one that it had is longer."""
-        factor = min(1.0, limit / had)
+        factor = 1.0 if had <= limit else limit / had
         for part in self.parts:
             if hasattr(part, "scale"):
                 part.scale = factor

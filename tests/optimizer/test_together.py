@@ -123,10 +123,11 @@ def test_a_scale_is_of_one_gradient(between):
 
 
 def test_a_short_gradient_is_left_alone():
-    """A norm above the gradient's changes no bit of it."""
+    """A norm above the gradient's changes no bit of it, nor one above that of a gradient of zeros."""
     model, _, optimizer = setting()
     before = [row_gradient(p).value_UD.clone() if p.grad is None else p.grad.clone() for p in model.parameters()]
     optimizer.clip(1e9, optimizer.norm().item())
+    optimizer.clip(1.0, 0.0)
     assert all(getattr(part, "scale", 1) == 1 for part in optimizer.parts)
     after = [row_gradient(p).value_UD if p.grad is None else p.grad for p in model.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
