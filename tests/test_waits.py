@@ -104,10 +104,11 @@ def waits_of(trainer, device):
     return device.waits
 
 
+SMALL = ["batch.words=60", "batch.micro_words=30"]
 CASES = {
     "flat": [],
     "hierarchical": ["layer@model.layers.middle=hierarchical_moe", "model.num_experts=12", "model.num_groups=4"],
-    "one micro-batch": ["batch.micro_words=200"],
+    "one micro-batch": ["batch.micro_words=60"],
     "top_k": ["gate@model.layers.middle.gate=top_k", "balance=[switch,z_loss]"],
     "loss_free": ["gate@model.layers.middle.gate=loss_free", "balance=[]"],
     "recompute": ["machine.recompute=true"],
@@ -122,7 +123,7 @@ def test_once_an_update(trainer, device, overrides, experts, monkeypatch):
     try:
         if experts == "many":
             monkeypatch.setattr(grouped_gemm, "most_in_torch", 0)
-        made = trainer(torch.device("cpu"), "optimizer.experts=factored", *overrides)
+        made = trainer(torch.device("cpu"), *SMALL, "optimizer.experts=factored", *overrides)
         assert waits_of(made, device) == ["tolist"]
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -136,5 +137,5 @@ def test_what_waits_is_seen(trainer, device, monkeypatch):
         self.row_T, self._host_T = row_T, None
 
     monkeypatch.setattr(rows.Distinct, "__init__", without)
-    made = trainer(torch.device("cpu"), "batch.micro_words=200")
+    made = trainer(torch.device("cpu"), "batch.words=60", "batch.micro_words=60")
     assert waits_of(made, device) == ["_unique2", "_unique2", "tolist"]
