@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_lm.triton_rows import pieces_of
+
 _SIDE, _LEAST = 128, 16
 """Rows and columns of a tile at most and, as tensor cores want them, at least."""
 
@@ -41,16 +43,9 @@ class Tiles(NamedTuple):
 
 def tiles_of(ends_E: Tensor, num_rows: int) -> Tiles:
     """Return the tiles of so many rows in all, sorted by expert, those of expert e ending at `ends_E[e]`."""
-    num_experts = len(ends_E)
-    side = _power_of_two(2 * num_rows // (3 * num_experts))  # of a mean expert all rows, or nearly
+    side = _power_of_two(2 * num_rows // (3 * len(ends_E)))  # of a mean expert all rows, or nearly
     ends_E = ends_E.long()
-    starts_E = torch.cat([ends_E.new_zeros(1), ends_E[:-1]])
-    tiles_E = (ends_E - starts_E + side - 1) // side
-    last_E = tiles_E.cumsum(dim=0)
-    tile_M = torch.arange(num_rows // side + min(num_experts, num_rows), device=ends_E.device)  # at most
-    expert_M = torch.searchsorted(last_E, tile_M, right=True)
-    some_M = expert_M.clamp(max=num_experts - 1)
-    first_M = (starts_E - (last_E - tiles_E) * side).index_select(0, some_M) + tile_M * side
+    expert_M, first_M, _ = pieces_of(ends_E, num_rows, side)
     return Tiles(expert_M, first_M, ends_E, num_rows, side)
 
 

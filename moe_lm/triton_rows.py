@@ -45,15 +45,25 @@ def summed_runs(y_AD: Tensor, order_A: Tensor, ends_U: Tensor) -> Tensor:
     """
     if not len(ends_U):
         return y_AD.new_empty(0, y_AD.shape[1], dtype=torch.float32)
-    starts_U = torch.cat([ends_U.new_zeros(1), ends_U[:-1]])
-    pieces_U = (ends_U - starts_U + _PIECE - 1) // _PIECE
-    last_U = pieces_U.cumsum(dim=0)
-    piece_M = torch.arange(len(order_A) // _PIECE + min(len(order_A), len(ends_U)), device=ends_U.device)  # at most
-    row_M = torch.searchsorted(last_U, piece_M, right=True).clamp_(max=len(ends_U) - 1)
-    place_M = piece_M - (last_U - pieces_U).index_select(0, row_M)
-    end_M = starts_U.index_select(0, row_M) + (place_M + 1) * _PIECE
-    sum_MD = summed_by_token(y_AD, order_A, torch.minimum(end_M, ends_U.index_select(0, row_M)), None)
-    return summed_by_token(sum_MD, piece_M, last_U, None)
+    row_M, first_M, last_U = pieces_of(ends_U, len(order_A), _PIECE)
+    end_M = torch.minimum(first_M + _PIECE, ends_U.index_select(0, row_M.clamp(max=len(ends_U) - 1)))
+    sum_MD = summed_by_token(y_AD, order_A, end_M, None)
+    return summed_by_token(sum_MD, torch.arange(len(end_M), device=end_M.device), last_U, None)
+
+
+def pieces_of(ends_E: Tensor, num_rows: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut rows, those of e ending at `ends_E[e]`, into pieces of `size` rows of one e each; its last may have fewer.
+
+    Return of each piece whose it is and its first row, and where the pieces of each e end. As the host does not know
+    how many there are, there are as many as there can be: the last ones are nobody's, of number E.
+    """
+    starts_E = torch.cat([ends_E.new_zeros(1), ends_E[:-1]])
+    pieces_E = (ends_E - starts_E + size - 1) // size
+    last_E = pieces_E.cumsum(dim=0)
+    piece_M = torch.arange(num_rows // size + min(len(ends_E), num_rows), device=ends_E.device)
+    of_M = torch.searchsorted(last_E, piece_M, right=True)
+    offset_E = starts_E - (last_E - pieces_E) * size
+    return of_M, offset_E.index_select(0, of_M.clamp(max=len(ends_E) - 1)) + piece_M * size, last_E
 
 
 def hidden_gradient_(grad_AH: Tensor, h_AH: Tensor, gate_A: Tensor) -> Tensor:
