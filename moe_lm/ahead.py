@@ -10,7 +10,11 @@ class Ahead:
     """Hands out what `Batches` does, one step ahead: a GPU need not wait for the sorting and laying out of text."""
 
     def __init__(self, batches: Batches, turns: Callable[[int], list[int | None]], *, pinned: bool):
-        """`turns` says which of a step's micro-batches are this process's; `pinned` ones lie where a GPU can read."""
+        """`turns` says which of a step's micro-batches are this process's.
+
+        `pinned` ones lie where a GPU can read, with their distinct inputs found: else it would wait for the host at
+        the beginning of each step.
+        """
         self._batches, self._turns, self._pinned = batches, turns, pinned
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._next: tuple[int, Future[GlobalBatch]] | None = None
@@ -38,5 +42,5 @@ class Ahead:
         _ = batch.num_words, batch.num_tokens  # counted once, and kept
         for number in dict.fromkeys(self._turns(len(batch))):
             micro = batch.idle() if number is None else batch[number]
-            batch.ready[number] = micro.pinned() if self._pinned else micro
+            batch.ready[number] = micro.with_rows().pinned() if self._pinned else micro
         return batch

@@ -40,6 +40,8 @@ class MicroBatch:
     """Words that the targets spell, `</S>` included: what perplexity divides by."""
     source: "MicroBatch | None" = field(default=None, compare=False, repr=False)
     """What this one is a copy of, on a GPU."""
+    input_rows: "tuple[Tensor, Tensor] | None" = field(default=None, compare=False, repr=False)
+    """The distinct inputs, ascending, and where among them each input is, where they were found ahead (int64)."""
 
     @property
     def on_host(self) -> "tuple[Tensor, Tensor] | tuple[None, None]":
@@ -54,6 +56,17 @@ class MicroBatch:
         pinned = self.pinned()
         return replace(pinned._changed(lambda x: x.to(device, non_blocking=True)), source=pinned)
 
+    @property
+    def found_rows(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """`input_rows` and once more the first of them, in the host's memory; None where not found ahead."""
+        if self.input_rows is None:
+            return None
+        return *self.input_rows, (self if self.source is None else self.source).input_rows[0]
+
+    def with_rows(self) -> "MicroBatch":
+        """Return the same with its `input_rows` found."""
+        return replace(self, input_rows=self.input_T.unique(return_inverse=True))
+
     def pinned(self) -> "MicroBatch":
         """Return a copy in memory from which a GPU reads by itself; the same where it lies there already."""
         return self._changed(lambda x: x.pin_memory())
@@ -67,6 +80,7 @@ class MicroBatch:
             Sentences(place.num_steps, place.num_sentences, position_T),
             change(self.sentence_T),
             self.num_words,
+            input_rows=None if self.input_rows is None else tuple(map(change, self.input_rows)),
         )
 
 

@@ -18,6 +18,7 @@ from moe_lm.grouped_gemm import grouped_by
 from moe_lm.grouped_mixture import grouped_mixture
 from moe_lm.initial import initialize_experts_
 from moe_lm.looped_mixture import looped_mixture
+from moe_lm.runs import ends_of_runs
 
 
 class Experts(nn.Module):
@@ -83,9 +84,8 @@ class Experts(nn.Module):
         return torch.get_autocast_dtype("cuda") if grouped else None
 
     def _ends(self, expert_A: Tensor) -> Tensor:
-        """Return where each expert's rows end. Not by bincount: on a GPU that waits for the counts."""
-        every_E = torch.arange(self.share.size, device=expert_A.device)
-        return torch.searchsorted(expert_A, every_E, right=True)
+        """Return where each expert's rows end."""
+        return ends_of_runs(expert_A, self.share.size)
 
 
 def recompute_hidden(model: nn.Module, on: bool) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_lm.kernels import by_triton
+from moe_lm.runs import ends_of_runs
 
 
 class Places(NamedTuple):
@@ -26,8 +27,7 @@ class Places(NamedTuple):
 def places(token_A: Tensor, num_tokens: int) -> Places:
     """Return the places of all tokens' rows."""
     sorted_A, order_A = token_A.sort(stable=True)
-    every_T = torch.arange(num_tokens, device=token_A.device)
-    return Places(order_A, torch.searchsorted(sorted_A, every_T, right=True))
+    return Places(order_A, ends_of_runs(sorted_A, num_tokens))
 
 
 def gathered(x_TD: Tensor, token_A: Tensor, gate_A: Tensor | None = None) -> Tensor:

@@ -18,6 +18,9 @@ from moe_lm.kernels import by_triton
 most_in_torch = 1023
 """Experts whose products are torch's, at most, where there are our kernels."""
 
+hidden_in_kernel = True
+"""Whether beside torch's products our kernel makes the first one: it gathers its rows and takes the ReLU by itself."""
+
 _MOST_GROUPS = 1023
 """Of one grouped product: torch's for Hopper takes fewer than 1,024."""
 
@@ -33,8 +36,12 @@ class Grouped(Protocol):
         """Return these tokens' rows as the products take them: made, or where they are to be found."""
         ...
 
-    def products(self, x: Tensor, token_A: Tensor | None, weight_EDH: Tensor, *, relu: bool = False) -> Tensor:
-        """Return each row times its expert's matrix (A, H); `relu`: of it the ReLU. Not differentiable."""
+    def hidden(self, x_TD: Tensor, token_A: Tensor, weight_EDH: Tensor) -> Tensor:
+        """Return the ReLU of these tokens' rows times their expert's matrix (A, H). Not differentiable."""
+        ...
+
+    def products(self, x: Tensor, token_A: Tensor | None, weight_EDH: Tensor) -> Tensor:
+        """Return each row times its expert's matrix (A, H). Not differentiable."""
         ...
 
     def outer_products(self, x: Tensor, token_A: Tensor | None, grad_AH: Tensor, dtype: torch.dtype) -> Tensor:
@@ -57,7 +64,7 @@ class _InTorch:
     """Of more experts than it takes several products are made; the host then waits for where their rows end."""
 
     def __init__(self, ends_E: Tensor, num_rows: int, dtype: torch.dtype):
-        self._dtype, self._ends_E = dtype, ends_E
+        self._dtype, self._ends_E, self._num_rows = dtype, ends_E, num_rows
         num_experts = len(ends_E)
         num_parts = max(1, -(-num_experts // _MOST_GROUPS))  # of 1,024 experts not one part of 1,023 and one of 1
         firsts = [part * num_experts // num_parts for part in range(num_parts)]
@@ -72,9 +79,13 @@ class _InTorch:
     def rows(self, x_TD: Tensor, token_A: Tensor) -> tuple[Tensor, None]:
         return x_TD.index_select(0, token_A), None
 
-    def products(self, x_AD: Tensor, _: None, weight_EDH: Tensor, *, relu: bool = False) -> Tensor:
-        y_AH = self.differentiable(x_AD, weight_EDH)
-        return y_AH.relu_() if relu else y_AH
+    def hidden(self, x_TD: Tensor, token_A: Tensor, weight_EDH: Tensor) -> Tensor:
+        if hidden_in_kernel and by_triton(x_TD):
+            return InKernels(self._ends_E, self._num_rows).hidden(x_TD, token_A, weight_EDH)
+        return self.differentiable(*self.rows(x_TD, token_A)[:1], weight_EDH).relu_()
+
+    def products(self, x_AD: Tensor, _: None, weight_EDH: Tensor) -> Tensor:
+        return self.differentiable(x_AD, weight_EDH)
 
     def outer_products(self, x_AD: Tensor, _: None, grad_AH: Tensor, dtype: torch.dtype) -> Tensor:
         if len(self._parts) == 1:
@@ -117,8 +128,11 @@ class InKernels:
     def rows(self, x_TD: Tensor, token_A: Tensor) -> tuple[Tensor, Tensor]:
         return x_TD, token_A
 
-    def products(self, x: Tensor, token_A: Tensor | None, weight_EDH: Tensor, *, relu: bool = False) -> Tensor:
-        return self._kernels.products(x, token_A, weight_EDH, self._tiles, relu=relu)
+    def hidden(self, x_TD: Tensor, token_A: Tensor, weight_EDH: Tensor) -> Tensor:
+        return self._kernels.products(x_TD, token_A, weight_EDH, self._tiles, relu=True)
+
+    def products(self, x: Tensor, token_A: Tensor | None, weight_EDH: Tensor) -> Tensor:
+        return self._kernels.products(x, token_A, weight_EDH, self._tiles)
 
     def outer_products(self, x: Tensor, token_A: Tensor | None, grad_AH: Tensor, dtype: torch.dtype) -> Tensor:
         return self._kernels.outer_products(x, token_A, grad_AH, self._tiles, dtype)

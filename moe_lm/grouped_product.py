@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from moe_lm.grouped_gemm import InKernels
 from moe_lm.kernels import by_triton
+from moe_lm.runs import ends_of_runs
 
 _MOST_PADDING = 4
 """Padded rows for each row, at most, before the slower product without padding is taken."""
@@ -23,8 +24,7 @@ def grouped_product(x_TD: Tensor, weight_GDE: Tensor, group_T: Tensor) -> Tensor
     padded to the longest, for which the host waits, and make one batched product.
     """
     num_groups, width, _ = weight_GDE.shape
-    every_G = torch.arange(num_groups, device=group_T.device)
-    ends_G = torch.searchsorted(group_T, every_G, right=True)
+    ends_G = ends_of_runs(group_T, num_groups)
     grouped = weight_GDE.dtype == torch.float32  # torch's product takes no float64
     if grouped and by_triton(x_TD) and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return InKernels(ends_G, len(x_TD)).differentiable(x_TD, weight_GDE)
@@ -34,7 +34,8 @@ def grouped_product(x_TD: Tensor, weight_GDE: Tensor, group_T: Tensor) -> Tensor
     longest = int((ends_G - starts_G).max())
     if grouped and num_groups * longest > _MOST_PADDING * len(x_TD):
         return _unpadded(x_TD, weight_GDE, ends_G)
-    place_T = torch.arange(len(x_TD), device=group_T.device) + (every_G * longest - starts_G).index_select(0, group_T)
+    every_T, every_G = (torch.arange(count, device=group_T.device) for count in (len(x_TD), num_groups))
+    place_T = every_T + (every_G * longest - starts_G).index_select(0, group_T)
     padded = x_TD.new_zeros(num_groups * longest, width).index_copy(0, place_T, x_TD)
     y = torch.bmm(padded.view(num_groups, longest, width), weight_GDE)
     return y.flatten(0, 1).index_select(0, place_T)

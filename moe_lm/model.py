@@ -55,7 +55,7 @@ class LanguageModel(nn.Module):
         """Return the last layer's states and the gatings."""
         gatings = {}
         host_input_T, _ = batch.on_host
-        x_TD = take_divided(self.embedding_VD, Distinct(batch.input_T, host_input_T), self.share)
+        x_TD = take_divided(self.embedding_VD, Distinct(batch.input_T, host_input_T, batch.found_rows), self.share)
         x_TD = self._dropped(x_TD)
         for name, layer in self.layers.items():
             y_TD, gating = layer(x_TD, batch.sentences)

@@ -29,10 +29,14 @@ class Distinct:
     """Rows to take of several matrices, whose distinct ones are found once.
 
     Of rows on a GPU `host_T` are the same in the host's memory: without them the host waits for the GPU to say how
-    many are distinct.
+    many are distinct. `found` may be given.
     """
 
-    def __init__(self, row_T: Tensor, host_T: Tensor | None = None):
+    def __init__(
+        self, row_T: Tensor, host_T: Tensor | None = None, found: tuple[Tensor, Tensor, Tensor | None] | None = None
+    ):
+        if found is not None:
+            self.found = found
         self.row_T = row_T
         self._host_T = row_T if host_T is None and row_T.device.type == "cpu" else host_T
 

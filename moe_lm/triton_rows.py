@@ -51,6 +51,14 @@ def summed_runs(y_AD: Tensor, order_A: Tensor, ends_U: Tensor) -> Tensor:
     return summed_by_token(sum_MD, torch.arange(len(end_M), device=end_M.device), last_U, None)
 
 
+def summed_numbers(x_A: Tensor, ends_R: Tensor) -> Tensor:
+    """Return the sum of the numbers of each run, r's ending at `ends_R[r]`."""
+    out_R = x_A.new_empty(len(ends_R))
+    if len(ends_R):
+        _sum_of_run[(len(ends_R),)](*_rows(x_A, ends_R), out_R, BLOCK=_LARGEST_BLOCK)
+    return out_R
+
+
 def pieces_of(ends_E: Tensor, num_rows: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Cut rows, those of e ending at `ends_E[e]`, into pieces of `size` rows of one e each; its last may have fewer.
 
@@ -111,6 +119,18 @@ def _sum(y, gate, order, ends, out, width, WEIGHTED: tl.constexpr, BLOCK: tl.con
             value *= tl.load(gate + row).to(tl.float32)
         total += value
     tl.store(out + token * width + column, total, mask=inside)
+
+
+@triton.jit
+def _sum_of_run(x, ends, out, BLOCK: tl.constexpr):
+    run = tl.program_id(0)
+    first = tl.load(ends + run - 1, mask=run > 0, other=0)
+    last = tl.load(ends + run)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(first, last, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        total += tl.load(x + place, mask=place < last, other=0.0)
+    tl.store(out + run, tl.sum(total, axis=0))
 
 
 @triton.jit

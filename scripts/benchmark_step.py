@@ -22,7 +22,7 @@ from torch._C._profiler import _ExperimentalConfig
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from moe_lm import grouped_mixture, looped_mixture
+from moe_lm import grouped_gemm, grouped_mixture, looped_mixture
 from moe_lm.commands import build as make
 from moe_lm.experts import Experts
 from moe_lm.layer.lstm import Lstm, ProjectedLstm
@@ -210,6 +210,8 @@ def _mark_way_to_experts(line: TimeLine) -> None:
     for module, adds in ((looped_mixture, "add_"), (grouped_mixture, "summed_by_token")):
         module.gathered = _apart(module.gathered, line, "dispatch", "combine, backward")
         setattr(module, adds, _apart(getattr(module, adds), line, "combine", "dispatch, backward"))
+    for products in (grouped_gemm._InTorch, grouped_gemm.InKernels):
+        products.outer_products = _marking(products.outer_products, line, "experts, backward")
     at_once = looped_mixture.at_once
 
     def marked(works: list) -> None:
@@ -272,7 +274,9 @@ def _profiled(trainer: Trainer, on: torch.device, steps: int = 3) -> dict[str, o
     others = {k: took / whole for k, took in self_seconds.items() if names[k] not in _PRODUCTS + _LSTMS}
     found = {"seconds": whole / steps, "shares": shares, "others": _largest(others)}
     if cuda:
-        kernels = {key[:120]: took / whole for key, took in _kernel_seconds(seen).items()}
+        kernels = defaultdict(float)
+        for key, took in _kernel_seconds(seen).items():
+            kernels[key[:120]] += took / whole  # templates may differ in what comes later
         found |= {"busy": sum(kernels.values()), "kernels": _largest(kernels)}
     return found
 

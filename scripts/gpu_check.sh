@@ -151,9 +151,12 @@ is_large() {
 }
 
 profile() {
-    run profile_256 75 benchmark_step.py --model moe_256 --words $words --vocabulary $vocabulary --square $square \
+    run profile_256 45 benchmark_step.py --model moe_256 --words $words --vocabulary $vocabulary --square $square \
         --profile --overrides "${small[@]}"
-    run layer_kernels 45 benchmark_layer.py --experts "${flat[@]}" --tokens $tokens --square $square \
+    run profile_4096_h 50 benchmark_step.py --model moe_4096_h --words $((words / 2)) --vocabulary $vocabulary \
+        --square $square --profile --overrides optimizer.experts=factored machine.recompute=true \
+        model.num_experts=$most_h "${small[@]}"
+    run layer_kernels 25 benchmark_layer.py --experts "${flat[@]}" --tokens $tokens --square $square \
         --layers moe moe_kernels
 }
 
@@ -192,7 +195,7 @@ pack)
     exit
     ;;
 tests) works="" ;;
-profile) works="profile_256 layer_kernels" ;;
+profile) works="profile_256 profile_4096_h layer_kernels" ;;
 bench) works="layer layer_1024 layer_4096 training training_4096 data evaluation" ;;
 study1) works="moe_1_wide moe_4 moe_32" ;;
 study2) works="moe_256 moe_4096_h" ;;

@@ -42,6 +42,7 @@ def main() -> None:
     compiled(triton_rows._gather, ("x", "out"), BLOCK=512)
     for weighted in (True, False):
         compiled(triton_rows._sum, ("y",), WEIGHTED=weighted, BLOCK=512)
+    compiled(triton_rows._sum_of_run, BLOCK=1024)
     compiled(triton_rows._mask_and_dot, ("grad", "h"), BLOCK=1024)
     for half, precision, side in ((("x", "out", "grad"), "ieee", 128), ((), "tf32", 32)):
         sizes = {"PRECISION": precision, "DEPTH": 64 if half else 32}
@@ -49,6 +50,7 @@ def main() -> None:
             shape = {"ROWS": 128, "COLUMNS": side, "RELU": bool(half), "TAKEN": bool(half)}
             compiled(triton_products._product, half, **strides, **shape, **sizes)
         factors = tuple(name for name in half if name != "out")  # the sums stay float32
+        sizes["PRECISION"] = "ieee" if half else "bf16x3"
         compiled(triton_products._outer, factors, DOWN=128, ACROSS=side, TAKEN=bool(half), **sizes)
     compiled(triton_softmax._probabilities, ("logits",), BLOCK=1024)
     for num_experts in (4, 256, 4096):

@@ -1,6 +1,7 @@
 """Batches laid out one step ahead: the same ones, in whatever order steps are asked for."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from moe_lm.ahead import Ahead
 from moe_lm.batches import Batches
 from moe_lm.prepared import Split
+from moe_lm.rows import Distinct
 
 
 def batches():
@@ -78,3 +80,18 @@ def test_a_fault_of_the_thread_is_told_where_its_batch_is_asked_for():
     ahead.step(0)
     with pytest.raises(OSError, match="no such page"):
         ahead.step(1)
+
+
+def test_for_a_gpu_distinct_inputs_are_found_ahead(monkeypatch):
+    """Where it would wait for the host; a copy has them on its device and still in the host's memory."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)  # as there is no GPU here
+    batch = Ahead(batches(), both, pinned=True).step(0)
+    monkeypatch.setattr(torch.Tensor, "unique", None)
+    for number in (0, 1):
+        micro = batch[number]
+        copy = micro._changed(lambda x: x.to("meta"))
+        row_U, place_T, host_U = Distinct(micro.input_T, None, replace(copy, source=micro).found_rows).found
+        assert (row_U.device.type, place_T.device.type) == ("meta", "meta")
+        assert host_U.tolist() == sorted(set(micro.input_T.tolist()))
+        assert torch.equal(host_U[micro.input_rows[1]], micro.input_T)
+    assert batches().step(0)[0].found_rows is None

@@ -31,6 +31,7 @@ ORDER = [
     ["gate", "cross_entropy", "looped_mixture", "grouped_mixture"],
     ["grouped_product", "rows"],
     ["expert_products", "fused_rows", "grouped_gemm", "cached_rows", "mixed_lstm"],
+    ["runs"],
     ["kernels"],
     ["triton_products"],
     ["triton_rows", "triton_softmax", "triton_lstm", "numba_rows"],

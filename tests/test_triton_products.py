@@ -54,34 +54,73 @@ def test_outer_products_of_an_experts_rows_in_shares(programs, monkeypatch):
         torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
 
 
-def test_steps_are_half_as_long_where_shared_memory_is_small(monkeypatch):
-    """64 numbers of 16 bits, 32 of 32; the products are the same."""
-    steps = []
-    for shared in (227 << 10, 99 << 10):
-        monkeypatch.setattr(triton_products, "_shared_bytes", lambda device, shared=shared: shared)
-        steps.append([triton_products._depth(torch.ones(1, dtype=dtype)) for dtype in (torch.float16, torch.float32)])
-        for got, want in made([3, 0, 40], 100, 40, torch.float32, taken=True):
-            torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
-    assert steps == [[64, 32], [32, 16]]
-
-
-@pytest.mark.parametrize("allowed", [False, True])
-def test_precision_is_that_of_torchs_products(allowed, monkeypatch):
-    """TF32 where torch's may take it, else all of float32's bits; both kernels are told."""
-    told = []
+def told(monkeypatch, key):
+    """What both kernels are told of this name, call by call."""
+    found = []
 
     class Told:
         def __init__(self, kernel):
             self.kernel = kernel
 
         def __getitem__(self, grid):
-            return lambda *args, **kwargs: told.append(kwargs["PRECISION"])
+            return lambda *args, **kwargs: found.append(kwargs[key])
 
     for name in ("_product", "_outer"):
         monkeypatch.setattr(triton_products, name, Told(getattr(triton_products, name)))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shared", [227 << 10, 64 << 10, 1 << 10], ids=["Hopper", "little", "least"])
+def test_steps_on_their_way_fit_shared_memory(shared, dtype, monkeypatch):
+    """Of rows and matrices together, in whatever type each is; one at least."""
+    monkeypatch.setattr(triton_products, "_shared_bytes", lambda _: shared)
+    stages, size = told(monkeypatch, "num_stages"), torch.finfo(dtype).bits // 8
+    made([200, 0, 200], 512, 512, dtype, taken=True)
+    form, outer = triton_products._FORMS[size, 4], triton_products._OUTER_FORMS[size]
+    step = form.depth * (triton_products._MOST_ROWS * size + form.columns * 4)
+    outer_step = outer.depth * (triton_products._DOWN + outer.columns) * size
+    assert stages[:3] == [max(1, min(form.stages, shared // step))] * 3
+    assert stages[3:] == [max(1, min(outer.stages, shared // outer_step))]
+    assert min(stages) >= (1 if shared < 64 << 10 else 2)
+
+
+@pytest.mark.parametrize("form", [(256, 64, 2), (16, 16, 1)], ids=str)
+def test_in_any_form(form, monkeypatch):
+    """Of tiles as wide as a matrix, of narrow ones; the least of steps."""
+    form = triton_products._Form(*form)
+    monkeypatch.setattr(triton_products, "_FORMS", {(4, 4): form})
+    monkeypatch.setattr(triton_products, "_OUTER_FORMS", {4: form})
+    monkeypatch.setattr(triton_products, "_DOWN", 64)
+    for got, want in made([3, 0, 300], 130, 260, torch.float32, taken=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_precision_is_that_of_torchs_products(allowed, monkeypatch):
+    """TF32 where torch's may take it, else all of float32's bits; both kernels are told."""
+    precisions = told(monkeypatch, "PRECISION")
     with _float32_as_tf32(allowed):
         made([3, 2], 8, 8, torch.float32, taken=False)
-    assert told == ["tf32" if allowed else "ieee"] * 4
+    assert precisions == ["tf32" if allowed else "ieee"] * 4
+
+
+def test_of_32_bits_the_matrix_lies_along_the_inputs(monkeypatch):
+    """As tensor cores take TF32: transposed in memory, unless it lies so already; else it stays as it is."""
+    strides = []
+
+    class Seen:
+        def __getitem__(self, grid):
+            return lambda *args, **_: strides.append(args[-2:])  # of the matrix: a row's, a column's
+
+    monkeypatch.setattr(triton_products, "_product", Seen())
+    tiles = triton_products.tiles_of(torch.tensor([3, 5]), 5)
+    x, weight_EDH = torch.ones(5, 8), torch.ones(2, 8, 12)
+    for allowed, matrices in ((True, weight_EDH), (True, weight_EDH.mT.contiguous().mT), (False, weight_EDH)):
+        with _float32_as_tf32(allowed):
+            triton_products.products(x, None, matrices, tiles)
+            triton_products.products(x.half(), None, matrices, tiles)
+    assert strides == [(1, 8), (12, 1), (1, 8), (1, 8), (12, 1), (12, 1)]
 
 
 def test_gates_products_without_tf32_are_torchs(monkeypatch):
@@ -107,7 +146,7 @@ def test_what_is_no_number_stays():
     x_AD, weight_EDH, ends_E = torch.ones(5, 8), torch.ones(2, 8, 4), torch.tensor([3, 5])
     x_AD[1, 2] = torch.nan
     by = InKernels(ends_E, 5)
-    y_AH = by.products(x_AD, None, weight_EDH, relu=True)
+    y_AH = by.hidden(x_AD, torch.arange(5), weight_EDH)
     assert y_AH.isnan().all(dim=1).tolist() == [False, True, False, False, False]
     outer_EDH = by.outer_products(x_AD, None, y_AH, torch.float32)
     assert outer_EDH[0].isnan().all()

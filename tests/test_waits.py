@@ -133,7 +133,7 @@ def test_once_an_update(trainer, device, overrides, experts, monkeypatch):
 def test_what_waits_is_seen(trainer, device, monkeypatch):
     """Without the host's own words the distinct rows are asked of the device, of both vocabulary matrices."""
 
-    def without(self, row_T, host_T):
+    def without(self, row_T, host_T, found=None):
         self.row_T, self._host_T = row_T, None
 
     monkeypatch.setattr(rows.Distinct, "__init__", without)

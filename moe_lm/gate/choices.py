@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moe_lm.gate import Gating
 from moe_lm.grouped_product import grouped_product
+from moe_lm.runs import sizes_of_runs, sums_of_runs
 
 
 def initial_matrix(width: int, num_experts: int, num_groups: int | None) -> nn.Parameter:
@@ -38,17 +39,12 @@ def tokens_of_groups(num_tokens: int, group_T: Tensor | None, num_groups: int | 
     """Return how many tokens each group has (float64, G); without groups all are one."""
     if group_T is None:
         return torch.tensor([num_tokens], dtype=torch.float64)
-    # Not bincount: on a GPU that waits for the counts.
-    every_G = torch.arange(num_groups, device=group_T.device)
-    ends_G = torch.searchsorted(group_T, every_G, right=True)
-    return ends_G.diff(prepend=ends_G.new_zeros(1)).double()
+    return sizes_of_runs(group_T, num_groups).double()
 
 
 def summed(x_TE: Tensor, group_T: Tensor | None, num_groups: int | None) -> Tensor:
     """Return the sums over each group's tokens (G, E); without groups all are one."""
-    if group_T is None:
-        return x_TE.sum(dim=0, keepdim=True)
-    return x_TE.new_zeros(num_groups, x_TE.shape[1]).index_add(0, group_T, x_TE)
+    return x_TE.sum(dim=0, keepdim=True) if group_T is None else sums_of_runs(x_TE, group_T, num_groups)
 
 
 def of_tokens(x_GE: Tensor, group_T: Tensor | None) -> Tensor:
@@ -72,14 +68,13 @@ def token_choice(
         place_A = kept_TK.reshape(-1).index_select(0, order_A).nonzero().squeeze(1)
         expert_A, order_A = expert_A.index_select(0, place_A), order_A.index_select(0, place_A)
     gate_A = gate_TK.reshape(-1).index_select(0, order_A)
-    zeros_E = gate_A.new_zeros(num_experts)
     return Gating(
         token_A=order_A // k,
         expert_A=expert_A,
         gate_A=gate_A,
         num_tokens=num_tokens,
-        importance_E=zeros_E.index_add(0, expert_A, gate_A),
-        load_E=zeros_E.index_add(0, expert_A, torch.ones_like(gate_A.detach())) if load_E is None else load_E,
+        importance_E=sums_of_runs(gate_A, expert_A, num_experts),
+        load_E=sizes_of_runs(expert_A, num_experts).to(gate_A.dtype) if load_E is None else load_E,
         num_asked=num_tokens * k,
         num_dropped=num_tokens * k - expert_A.numel(),
         sums=sums or {},
@@ -101,14 +96,14 @@ def expert_choice(
         expert_A, order_A = (group_T.index_select(0, token_A) * num_experts + column_A).sort(stable=True)
         column_A, token_A = column_A.index_select(0, order_A), token_A.index_select(0, order_A)
     gate_A = gate_TE.reshape(-1).index_select(0, token_A * num_experts + column_A)
-    zeros_E = gate_TE.new_zeros(num_experts * (num_groups or 1))
+    every = num_experts * (num_groups or 1)
     return Gating(
         token_A=token_A,
         expert_A=expert_A,
         gate_A=gate_A,
         num_tokens=num_tokens,
-        importance_E=zeros_E.index_add(0, expert_A, gate_A),
-        load_E=zeros_E.index_add(0, expert_A, torch.ones_like(gate_A.detach())),
+        importance_E=sums_of_runs(gate_A, expert_A, every),
+        load_E=sizes_of_runs(expert_A, every).to(gate_A.dtype),
         num_asked=token_A.numel(),
         sums=sums or {},
     )

@@ -13,6 +13,7 @@ from moe_lm.distributed import ALONE, Processes
 from moe_lm.experts import Experts
 from moe_lm.gate import Gate, Gating, offers_of
 from moe_lm.mistake import Mistake
+from moe_lm.runs import sizes_of_runs, sums_of_runs
 from moe_lm.sentences import Sentences
 
 _PRODUCTS = ("load_E", "asked_E", "first_choice_E", "probability_E")
@@ -125,7 +126,7 @@ def joined(primary: Gating, secondary: Gating, k: int) -> HierarchicalGating:
         expert_A=secondary.expert_A,
         gate_A=gate_A,
         num_tokens=primary.num_tokens,
-        importance_E=gate_A.new_zeros(secondary.num_experts).index_add(0, secondary.expert_A, gate_A),
+        importance_E=sums_of_runs(gate_A, secondary.expert_A, secondary.num_experts),
         load_E=load_E,
         num_asked=secondary.num_asked + k * primary.num_dropped,
         num_dropped=secondary.num_dropped + k * primary.num_dropped,
@@ -158,8 +159,7 @@ def of_both_levels(parts: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tenso
 
 def _counts(primary: Gating) -> Tensor:
     """|X^(i)|: how many tokens each group is sent; a constant, as the gradient reaches the gate through its load."""
-    ones_A = primary.gate_A.detach().new_ones(primary.gate_A.shape)
-    return ones_A.new_zeros(primary.num_experts).index_add(0, primary.expert_A, ones_A)
+    return sizes_of_runs(primary.expert_A, primary.num_experts).to(primary.gate_A.dtype)
 
 
 def _check(k: int, primary_k: int, *, num_experts: int, num_groups: int, **sizes: int) -> None:

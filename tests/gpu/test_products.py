@@ -21,9 +21,11 @@ from moe_lm.experts import Experts, recompute_hidden
 from moe_lm.fused_rows import places
 from moe_lm.gate import Gating
 from moe_lm.gate.noisy_choice import _ChoiceInAKernel, _NoisyChoice
+from moe_lm.grouped_product import grouped_product
 from moe_lm.optimizer.factored import FactoredAdam
 from moe_lm.optimizer.lazy import LazyAdam
 from moe_lm.rows import RowGradient, replace_row_gradient
+from moe_lm.update import _float32_as_tf32
 
 COUNTS = [[3, 0, 5, 1], [0, 0, 7, 0], [200, 17, 0, 64], [0, 4, 0, 9]]
 
@@ -99,6 +101,21 @@ def test_products_of_any_number_of_experts(gpu, sizes, dtype):
     for got, want in made(*sizes, dtype, taken=True, on="cuda"):
         precision = {torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float32: 1e-5}[got.dtype]
         torch.testing.assert_close(got.cpu().double(), want, rtol=precision, atol=precision)
+
+
+def test_products_in_tf32(gpu):
+    """As gates take them: to 10 bits of mantissa, outer ones to 16."""
+    torch.manual_seed(0)
+    x_AD, weight_GDE, grad_AE = torch.randn(1000, 512), torch.randn(3, 512, 96), torch.randn(1000, 96)
+    group_A = torch.arange(3).repeat_interleave(torch.tensor([700, 0, 300]))
+    ours, theirs = [], []
+    for found, on, dtype in ((ours, gpu, torch.float32), (theirs, "cpu", torch.float64)):
+        leaves = [x.to(on, dtype, copy=True).requires_grad_() for x in (x_AD, weight_GDE)]
+        with _float32_as_tf32(found is ours):
+            y_AE = grouped_product(*leaves, group_A.to(on))
+            found += [y_AE, *torch.autograd.grad(y_AE, leaves, grad_AE.to(on, dtype))]
+    for got, want, precision in zip(ours, theirs, (1e-3, 1e-3, 2e-5), strict=True):
+        assert (got.detach().cpu().double() - want.detach()).norm() <= precision * want.detach().norm()
 
 
 @pytest.mark.parametrize("width", [1, 20, 512])

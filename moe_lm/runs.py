@@ -1,0 +1,51 @@
+"""Rows that are sorted by whose they are: where those of each end, how many they are, and their sums.
+
+Shape suffixes: A rows, R runs, D width.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_lm.kernels import by_triton
+
+
+def ends_of_runs(of_A: Tensor, num_runs: int) -> Tensor:
+    """Return where in the ascending `of_A` the rows of each number end (int64, R).
+
+    Not by bincount: on a GPU that waits for the counts.
+    """
+    return torch.searchsorted(of_A, torch.arange(num_runs, device=of_A.device), right=True)
+
+
+def sizes_of_runs(of_A: Tensor, num_runs: int) -> Tensor:
+    """Return how often each number stands in the ascending `of_A` (int64, R)."""
+    ends_R = ends_of_runs(of_A, num_runs)
+    return ends_R.diff(prepend=ends_R.new_zeros(1))
+
+
+def sums_of_runs(x: Tensor, of_A: Tensor, num_runs: int) -> Tensor:
+    """Return the sums of the rows (A, D), or numbers (A), of each one in the ascending `of_A`; differentiable in x."""
+    if by_triton(x) and x.dtype == torch.float32:
+        return _Sums.apply(x, of_A, num_runs)
+    return x.new_zeros(num_runs, *x.shape[1:]).index_add(0, of_A, x)
+
+
+class _Sums(torch.autograd.Function):
+    """Not by a GPU's additions to few rows, which wait for one another."""
+
+    @staticmethod
+    def forward(ctx, x, of_A, num_runs):
+        from moe_lm import triton_rows  # Triton is not everywhere, and slow to import
+
+        ctx.save_for_backward(of_A)
+        ends_R = ends_of_runs(of_A, num_runs)
+        if x.dim() == 1:
+            return triton_rows.summed_numbers(x, ends_R)
+        return triton_rows.summed_runs(x, torch.arange(len(of_A), device=of_A.device), ends_R)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (of_A,) = ctx.saved_tensors
+        return grad.index_select(0, of_A), None, None

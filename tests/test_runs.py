@@ -1,0 +1,67 @@
+"""Sums, sizes and ends of rows sorted by whose they are, by torch's operators and by Triton's interpreter.
+
+Shape suffixes: A rows, R runs, D width.
+"""
+
+import os
+
+import pytest
+import torch
+from rows_of_tokens import RUNS
+
+from moe_lm import dispatch, fused_rows, runs
+
+BY = [
+    "torch",
+    pytest.param(
+        "kernels", marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="tests/gpu runs them")
+    ),
+]
+
+
+@pytest.fixture(params=BY)
+def made_by(request, monkeypatch):
+    """Who makes the sums."""
+    for module in (runs, dispatch, fused_rows):
+        monkeypatch.setattr(module, "by_triton", lambda _: request.param == "kernels")
+    return request.param
+
+
+@pytest.mark.parametrize("counts", RUNS, ids=str)
+def test_ends_and_sizes(counts):
+    """Also of runs without rows, and of no runs."""
+    of_A = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.int64))
+    assert runs.sizes_of_runs(of_A, len(counts)).tolist() == counts
+    assert runs.ends_of_runs(of_A, len(counts)).tolist() == torch.tensor(counts).cumsum(0).tolist()
+
+
+@pytest.mark.parametrize("width", [(5,), ()], ids=["rows", "numbers"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("counts", [*RUNS, [2050, 0, 1]], ids=str)
+def test_sums(counts, dtype, width, made_by):
+    """Of each run its rows' sum, zeros without rows; a row's gradient is its run's."""
+    torch.manual_seed(0)
+    of_A = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.int64))
+    x = torch.randn(len(of_A), *width, dtype=dtype, requires_grad=True)
+    total = runs.sums_of_runs(x, of_A, len(counts))
+    assert (total.dtype, total.shape) == (dtype, (len(counts), *width))
+    for own, part in zip(total, x.split(counts), strict=True):
+        torch.testing.assert_close(own.double(), part.double().sum(dim=0), rtol=1e-5, atol=1e-5)
+    grad = torch.randn_like(total)
+    total.backward(grad)
+    torch.testing.assert_close(x.grad, grad[of_A])
+
+
+def test_gradients_of_dispatched_tokens(made_by):
+    """A token's is the sum of its rows', zeros where it was sent nowhere."""
+    torch.manual_seed(0)
+    token_A = torch.tensor([0, 2, 5, 2, 0, 2])
+    gating = type("Gating", (), {"token_A": token_A})
+    x_TD = torch.randn(6, 4, requires_grad=True)
+    x_AD, grad_AD = dispatch.dispatch(x_TD, gating), torch.randn(6, 4)
+    assert torch.equal(x_AD, x_TD.detach()[token_A])
+    x_AD.backward(grad_AD)
+    want_TD = torch.zeros(6, 4, dtype=torch.float64)
+    for token, grad in zip(token_A.tolist(), grad_AD.double(), strict=True):
+        want_TD[token] += grad
+    torch.testing.assert_close(x_TD.grad.double(), want_TD)
