@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_lm.kernels import by_triton
-from moe_lm.runs import ends_of_runs
+from moe_lm.runs import ends_of_runs, sorted_below
 
 
 class Places(NamedTuple):
@@ -26,7 +26,7 @@ class Places(NamedTuple):
 
 def places(token_A: Tensor, num_tokens: int) -> Places:
     """Return the places of all tokens' rows."""
-    sorted_A, order_A = token_A.sort(stable=True)
+    sorted_A, order_A = sorted_below(token_A, num_tokens)
     return Places(order_A, ends_of_runs(sorted_A, num_tokens))
 
 

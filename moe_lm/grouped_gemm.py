@@ -18,8 +18,9 @@ from moe_lm.kernels import by_triton
 most_in_torch = 1023
 """Experts whose products are torch's, at most, where there are our kernels."""
 
-hidden_in_kernel = True
-"""Whether beside torch's products our kernel makes the first one: it gathers its rows and takes the ReLU by itself."""
+in_kernels = frozenset({"relu"})
+"""What our kernels make beside torch's products, as they gather rows by themselves: the product with the ReLU after it,
+other products of `gathered` rows, `outer` products."""
 
 _MOST_GROUPS = 1023
 """Of one grouped product: torch's for Hopper takes fewer than 1,024."""
@@ -32,20 +33,15 @@ class Grouped(Protocol):
         """Return the matrices as the products take them."""
         ...
 
-    def rows(self, x_TD: Tensor, token_A: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return these tokens' rows as the products take them: made, or where they are to be found."""
-        ...
+    def products(self, x: Tensor, token_A: Tensor | None, weight_EDH: Tensor, *, relu: bool = False) -> Tensor:
+        """Return each row times its expert's matrix (A, H); `relu`: of it the ReLU. Not differentiable.
 
-    def hidden(self, x_TD: Tensor, token_A: Tensor, weight_EDH: Tensor) -> Tensor:
-        """Return the ReLU of these tokens' rows times their expert's matrix (A, H). Not differentiable."""
-        ...
-
-    def products(self, x: Tensor, token_A: Tensor | None, weight_EDH: Tensor) -> Tensor:
-        """Return each row times its expert's matrix (A, H). Not differentiable."""
+        Row a is `x[token_A[a]]` or, without tokens, `x[a]`.
+        """
         ...
 
     def outer_products(self, x: Tensor, token_A: Tensor | None, grad_AH: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return each expert's x^T grad (E, D, H) in this type; zeros for one without rows."""
+        """Return each expert's x^T grad (E, D, H) of its rows in this type; zeros for one without rows."""
         ...
 
     def differentiable(self, x_AD: Tensor, weight_EDH: Tensor) -> Tensor:
@@ -76,18 +72,18 @@ class _InTorch:
     def cast(self, weight_EDH: Tensor) -> Tensor:
         return weight_EDH.to(self._dtype)
 
-    def rows(self, x_TD: Tensor, token_A: Tensor) -> tuple[Tensor, None]:
-        return x_TD.index_select(0, token_A), None
+    def products(self, x: Tensor, token_A: Tensor | None, weight_EDH: Tensor, *, relu: bool = False) -> Tensor:
+        if token_A is not None:
+            if ("relu" if relu else "gathered") in in_kernels and by_triton(x):
+                return InKernels(self._ends_E, self._num_rows).products(x, token_A, weight_EDH, relu=relu)
+            x = x.index_select(0, token_A)
+        y_AH = self.differentiable(x, weight_EDH)
+        return y_AH.relu_() if relu else y_AH
 
-    def hidden(self, x_TD: Tensor, token_A: Tensor, weight_EDH: Tensor) -> Tensor:
-        if hidden_in_kernel and by_triton(x_TD):
-            return InKernels(self._ends_E, self._num_rows).hidden(x_TD, token_A, weight_EDH)
-        return self.differentiable(*self.rows(x_TD, token_A)[:1], weight_EDH).relu_()
-
-    def products(self, x_AD: Tensor, _: None, weight_EDH: Tensor) -> Tensor:
-        return self.differentiable(x_AD, weight_EDH)
-
-    def outer_products(self, x_AD: Tensor, _: None, grad_AH: Tensor, dtype: torch.dtype) -> Tensor:
+    def outer_products(self, x: Tensor, token_A: Tensor | None, grad_AH: Tensor, dtype: torch.dtype) -> Tensor:
+        if "outer" in in_kernels and by_triton(x):
+            return InKernels(self._ends_E, self._num_rows).outer_products(x, token_A, grad_AH, dtype)
+        x_AD = x if token_A is None else x.index_select(0, token_A)
         if len(self._parts) == 1:
             return F.grouped_mm(x_AD.t(), grad_AH, offs=self._ends_E).to(dtype)
         # Of many experts never all are in two types.
@@ -125,14 +121,8 @@ class InKernels:
     def cast(self, weight_EDH: Tensor) -> Tensor:
         return weight_EDH
 
-    def rows(self, x_TD: Tensor, token_A: Tensor) -> tuple[Tensor, Tensor]:
-        return x_TD, token_A
-
-    def hidden(self, x_TD: Tensor, token_A: Tensor, weight_EDH: Tensor) -> Tensor:
-        return self._kernels.products(x_TD, token_A, weight_EDH, self._tiles, relu=True)
-
-    def products(self, x: Tensor, token_A: Tensor | None, weight_EDH: Tensor) -> Tensor:
-        return self._kernels.products(x, token_A, weight_EDH, self._tiles)
+    def products(self, x: Tensor, token_A: Tensor | None, weight_EDH: Tensor, *, relu: bool = False) -> Tensor:
+        return self._kernels.products(x, token_A, weight_EDH, self._tiles, relu=relu)
 
     def outer_products(self, x: Tensor, token_A: Tensor | None, grad_AH: Tensor, dtype: torch.dtype) -> Tensor:
         return self._kernels.outer_products(x, token_A, grad_AH, self._tiles, dtype)

@@ -39,7 +39,7 @@ class _GroupedMixture(torch.autograd.Function):
         of_tokens = places(token_A, len(x_TD))
         by = ctx.by = grouped_by(ends_E, len(token_A), dtype)
         x, w1, w2 = x_TD.to(dtype), by.cast(w1_EDH), by.cast(w2_EHD)
-        h_AH = by.hidden(x, token_A, w1)
+        h_AH = by.products(x, token_A, w1, relu=True)
         y_AD = by.products(h_AH, None, w2)
         kept = (x_TD, w1_EDH, w2_EHD, None) if recompute else (x, w1, w2, h_AH)
         ctx.save_for_backward(token_A, gate_A, *of_tokens, *kept)
@@ -54,15 +54,15 @@ class _GroupedMixture(torch.autograd.Function):
         x_TD, grad_TD = x_TD.to(ctx.dtype), grad_TD.to(ctx.dtype)
         w1_EDH, w2_EHD = by.cast(w1_EDH), by.cast(w2_EHD)
         if h_AH is None:
-            h_AH = by.hidden(x_TD, token_A, w1_EDH)
-        grad_h_AH = by.products(*by.rows(grad_TD, token_A), w2_EHD.mT)
+            h_AH = by.products(x_TD, token_A, w1_EDH, relu=True)
+        grad_h_AH = by.products(grad_TD, token_A, w2_EHD.mT)
         del w2_EHD  # where it was recomputed, a copy: of billions of parameters each counts
         grad_gate_A = hidden_gradient_(grad_h_AH, h_AH, gate_A)
         grad_x_AD = by.products(grad_h_AH, None, w1_EDH.mT)
         del w1_EDH
         grad_x_TD = summed_by_token(grad_x_AD, token_A, Places(order_A, ends_T)).to(of_x)
         del grad_x_AD
-        grad_w1_EDH = by.outer_products(*by.rows(x_TD, token_A), grad_h_AH, of_w1)
+        grad_w1_EDH = by.outer_products(x_TD, token_A, grad_h_AH, of_w1)
         del grad_h_AH
         grad_w2_EHD = by.outer_products(h_AH, None, gathered(grad_TD, token_A, gate_A), of_w2)
         return grad_x_TD, None, grad_gate_A.to(gate_A.dtype), None, grad_w1_EDH, grad_w2_EHD, None, None

@@ -1,4 +1,4 @@
-"""Rows that are sorted by whose they are: where those of each end, how many they are, and their sums.
+"""Rows sorted by whose they are: their order, where those of each end, how many they are, and their sums.
 
 Shape suffixes: A rows, R runs, D width.
 """
@@ -8,6 +8,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_lm.kernels import by_triton
+
+
+def sorted_below(x_A: Tensor, bound: int) -> tuple[Tensor, Tensor]:
+    """Return these numbers, from 0 to below `bound`, ascending, and their places before, equal ones in order (int64).
+
+    In as few bits as hold them: a radix sort makes a pass for each eight.
+    """
+    few = torch.int16 if bound <= 2**15 else torch.int32 if bound <= 2**31 else torch.int64
+    sorted_A, order_A = x_A.to(few).sort(stable=True)
+    return sorted_A.long(), order_A
 
 
 def ends_of_runs(of_A: Tensor, num_runs: int) -> Tensor:

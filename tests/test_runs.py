@@ -27,6 +27,17 @@ def made_by(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.parametrize("bound", [1, 2**15, 2**15 + 1, 2**31, 2**31 + 1, 2**40])
+def test_sorted(bound):
+    """The largest and the least that there can be, and of equal ones the earlier first."""
+    x_A = torch.tensor([bound - 1, 0, bound // 2, bound - 1, 0])
+    sorted_A, order_A = runs.sorted_below(x_A, bound)
+    want = sorted(range(5), key=lambda place: (int(x_A[place]), place))
+    assert order_A.tolist() == want
+    assert sorted_A.tolist() == [int(x_A[place]) for place in want]
+    assert sorted_A.dtype == torch.int64
+
+
 @pytest.mark.parametrize("counts", RUNS, ids=str)
 def test_ends_and_sizes(counts):
     """Also of runs without rows, and of no runs."""

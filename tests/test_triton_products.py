@@ -146,7 +146,7 @@ def test_what_is_no_number_stays():
     x_AD, weight_EDH, ends_E = torch.ones(5, 8), torch.ones(2, 8, 4), torch.tensor([3, 5])
     x_AD[1, 2] = torch.nan
     by = InKernels(ends_E, 5)
-    y_AH = by.hidden(x_AD, torch.arange(5), weight_EDH)
+    y_AH = by.products(x_AD, None, weight_EDH, relu=True)
     assert y_AH.isnan().all(dim=1).tolist() == [False, True, False, False, False]
     outer_EDH = by.outer_products(x_AD, None, y_AH, torch.float32)
     assert outer_EDH[0].isnan().all()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moe_lm.gate import Gating
 from moe_lm.grouped_product import grouped_product
-from moe_lm.runs import sizes_of_runs, sums_of_runs
+from moe_lm.runs import sizes_of_runs, sorted_below, sums_of_runs
 
 
 def initial_matrix(width: int, num_experts: int, num_groups: int | None) -> nn.Parameter:
@@ -63,7 +63,7 @@ def token_choice(
 ) -> Gating:
     """Return the gating of tokens that each chose K of all `num_experts` experts, without those not `kept_TK`."""
     num_tokens, k = expert_TK.shape
-    expert_A, order_A = expert_TK.reshape(-1).sort(stable=True)
+    expert_A, order_A = sorted_below(expert_TK.reshape(-1), num_experts)
     if kept_TK is not None:
         place_A = kept_TK.reshape(-1).index_select(0, order_A).nonzero().squeeze(1)
         expert_A, order_A = expert_A.index_select(0, place_A), order_A.index_select(0, place_A)
