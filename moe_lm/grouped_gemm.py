@@ -2,6 +2,7 @@
 
 torch's operator is the faster one as long as products bound it, but takes fewer than 1,024 matrices, and in the type of
 the rows alone. Beyond, where the matrices' reading and casting bound it, our kernels take any number, as they are.
+Beside torch's products they make those that would else need passes over all rows, before or after.
 
 Shape suffixes: T tokens, A rows, D inputs, H outputs, E experts.
 """
@@ -18,9 +19,9 @@ from moe_lm.kernels import by_triton
 most_in_torch = 1023
 """Experts whose products are torch's, at most, where there are our kernels."""
 
-in_kernels = frozenset({"relu"})
-"""What our kernels make beside torch's products, as they gather rows by themselves: the product with the ReLU after it,
-other products of `gathered` rows, `outer` products."""
+most_rows_of_outer = 1536
+"""Rows that a mean expert may have for our kernel to make its gradient beside torch's products: of more it takes longer
+than torch's outer product, which is cast afterwards."""
 
 _MOST_GROUPS = 1023
 """Of one grouped product: torch's for Hopper takes fewer than 1,024."""
@@ -73,17 +74,15 @@ class _InTorch:
         return weight_EDH.to(self._dtype)
 
     def products(self, x: Tensor, token_A: Tensor | None, weight_EDH: Tensor, *, relu: bool = False) -> Tensor:
-        if token_A is not None:
-            if ("relu" if relu else "gathered") in in_kernels and by_triton(x):
-                return InKernels(self._ends_E, self._num_rows).products(x, token_A, weight_EDH, relu=relu)
-            x = x.index_select(0, token_A)
-        y_AH = self.differentiable(x, weight_EDH)
+        if token_A is not None and relu and by_triton(x):  # which gathers by itself, and takes the ReLU
+            return self._in_kernels().products(x, token_A, weight_EDH, relu=True)
+        y_AH = self.differentiable(_rows(x, token_A), weight_EDH)
         return y_AH.relu_() if relu else y_AH
 
     def outer_products(self, x: Tensor, token_A: Tensor | None, grad_AH: Tensor, dtype: torch.dtype) -> Tensor:
-        if "outer" in in_kernels and by_triton(x):
-            return InKernels(self._ends_E, self._num_rows).outer_products(x, token_A, grad_AH, dtype)
-        x_AD = x if token_A is None else x.index_select(0, token_A)
+        if self._num_rows <= most_rows_of_outer * len(self._ends_E) and by_triton(x):
+            return self._in_kernels().outer_products(x, token_A, grad_AH, dtype)
+        x_AD = _rows(x, token_A)
         if len(self._parts) == 1:
             return F.grouped_mm(x_AD.t(), grad_AH, offs=self._ends_E).to(dtype)
         # Of many experts never all are in two types.
@@ -105,9 +104,16 @@ class _InTorch:
             return x_AD.new_empty(0, weight_EDH.shape[2])
         return made[0] if len(made) == 1 else torch.cat(made)
 
+    def _in_kernels(self) -> "InKernels":
+        return InKernels(self._ends_E, self._num_rows)
+
     def _offsets(self, experts: slice, rows: slice) -> Tensor:
         ends_E = self._ends_E[experts]
         return ends_E - rows.start if rows.start else ends_E
+
+
+def _rows(x: Tensor, token_A: Tensor | None) -> Tensor:
+    return x if token_A is None else x.index_select(0, token_A)
 
 
 class InKernels:

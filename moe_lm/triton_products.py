@@ -34,7 +34,7 @@ class _Form(NamedTuple):
 _FORMS = {(2, 2): _Form(128, 64, 3), (2, 4): _Form(128, 32, 4), (4, 4): _Form(128, 32, 3)}
 """By the bytes of a row's numbers and of its matrix's: the fastest tried (docs/performance.md)."""
 
-_DOWN, _OUTER_FORMS = 128, {2: _Form(128, 64, 3), 4: _Form(128, 32, 3)}
+_DOWN, _OUTER_FORMS = 64, {2: _Form(128, 64, 3), 4: _Form(128, 32, 4)}
 """An outer product's rows at most, and its other sizes by the bytes of its factors' numbers, likewise."""
 
 _PROGRAMS = 512

@@ -14,14 +14,14 @@ from moe_lm import grouped_gemm
 from moe_lm.grouped_mixture import grouped_mixture
 
 
-def in_kernels(monkeypatch, *also):
-    """Products by Triton's interpreter (all of them, or these beside torch's), the passes between them by torch."""
+def in_kernels(monkeypatch, most_in_torch, most_rows_of_outer):
+    """Products by Triton's interpreter, all of them or some beside torch's; the passes between them by torch."""
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("tests/gpu runs the kernels themselves")
     monkeypatch.setattr(grouped_gemm, "by_triton", lambda _: True)
-    monkeypatch.setattr(grouped_gemm, "in_kernels", frozenset(also))
-    monkeypatch.setattr(grouped_gemm, "most_in_torch", 1023 if also else 0)
+    monkeypatch.setattr(grouped_gemm, "most_rows_of_outer", most_rows_of_outer)
+    monkeypatch.setattr(grouped_gemm, "most_in_torch", most_in_torch)
 
 
 def mixture(experts, x_TD, gating, counts, dtype, recompute=False):
@@ -30,7 +30,7 @@ def mixture(experts, x_TD, gating, counts, dtype, recompute=False):
     return grouped_mixture(x_TD, *assignments, experts.w1_EDH, experts.w2_EHD, dtype, recompute=recompute)
 
 
-@pytest.mark.parametrize("most", ["all", "relu", "gathered", "outer", 1, 3, 1023])
+@pytest.mark.parametrize("most", [(0, 0), (1023, 0), (1023, 1536), 1, 3, 1023])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_equals_one_assignment_at_a_time(counts, recompute, most, monkeypatch):
@@ -38,8 +38,8 @@ def test_equals_one_assignment_at_a_time(counts, recompute, most, monkeypatch):
 
     Also where there are more experts than one grouped product takes, and where our kernels make products.
     """
-    if isinstance(most, str):
-        in_kernels(monkeypatch, *({most} - {"all"}))
+    if isinstance(most, tuple):
+        in_kernels(monkeypatch, *most)
     else:
         monkeypatch.setattr(grouped_gemm, "_MOST_GROUPS", most)
     experts, x_TD, gating = make(counts, torch.float32)

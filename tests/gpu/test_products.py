@@ -75,10 +75,11 @@ def test_experts_in_bfloat16(gpu, counts, recompute):
     assert (experts.w1_EDH.grad[[count == 0 for count in counts]] == 0).all()
 
 
-@pytest.mark.parametrize("most_in_torch", [0, 1023])
-def test_kernels_are_torchs_operators(gpu, monkeypatch, most_in_torch):
-    """With our kernels, 0: for the products too, mixture and gradients are those without, to bfloat16's rounding."""
+@pytest.mark.parametrize(("most_in_torch", "most_rows_of_outer"), [(0, 0), (1023, 0), (1023, 1536)])
+def test_kernels_are_torchs_operators(gpu, monkeypatch, most_in_torch, most_rows_of_outer):
+    """With our kernels, for some products or all, mixture and gradients are those without, to bfloat16's rounding."""
     monkeypatch.setattr(grouped_gemm, "most_in_torch", most_in_torch)
+    monkeypatch.setattr(grouped_gemm, "most_rows_of_outer", most_rows_of_outer)
     experts, x_TD, gating = make([30, 0, 50, 9], torch.float32, width=32, hidden=64)
     experts, x_TD = experts.to(gpu), x_TD.detach().to(gpu).requires_grad_()
     on_gpu = {name: getattr(gating, name).detach().to(gpu) for name in ("token_A", "expert_A", "gate_A")}
