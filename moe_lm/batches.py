@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_lm.distinct import distinct
 from moe_lm.mistake import Mistake
 from moe_lm.prepared import Split
 from moe_lm.seeds import random_keys
@@ -65,7 +66,7 @@ class MicroBatch:
 
     def with_rows(self) -> "MicroBatch":
         """Return the same with its `input_rows` found."""
-        return replace(self, input_rows=self.input_T.unique(return_inverse=True))
+        return replace(self, input_rows=distinct(self.input_T))
 
     def pinned(self) -> "MicroBatch":
         """Return a copy in memory from which a GPU reads by itself; the same where it lies there already."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from moe_lm.distinct import distinct
 from moe_lm.fused_rows import Places, places
 from moe_lm.kernels import by_triton
 
@@ -45,7 +46,7 @@ class Distinct:
         """The distinct rows, ascending, where among them each taken one is, and the former as the host has them."""
         if self._host_T is None:
             return *self.row_T.unique(return_inverse=True), None
-        host_U, place_T = self._host_T.unique(return_inverse=True)
+        host_U, place_T = distinct(self._host_T)
         return *(sent(x, self.row_T.device) for x in (host_U, place_T)), host_U
 
     @cached_property
@@ -67,10 +68,10 @@ def keep_row_gradients(matrix_VD: nn.Parameter) -> None:
 
 def take_rows(matrix_VD: Tensor, rows: Tensor | Distinct) -> Tensor:
     """Return the rows (T, D), differentiable in the matrix; matrices of which the same are taken share a `Distinct`."""
-    distinct = rows if isinstance(rows, Distinct) else Distinct(rows)
-    row_T = distinct.row_T
+    taken = rows if isinstance(rows, Distinct) else Distinct(rows)
+    row_T = taken.row_T
     if torch.is_grad_enabled() and hasattr(matrix_VD, "row_gradients"):
-        return _Take.apply(matrix_VD, distinct)
+        return _Take.apply(matrix_VD, taken)
     return F.embedding(row_T, matrix_VD) if matrix_VD.dim() == 2 else matrix_VD.index_select(0, row_T)
 
 
@@ -115,12 +116,12 @@ def summed_rows(row_T: Tensor, grad_TD: Tensor) -> RowGradient:
     return _summed(Distinct(row_T), grad_TD)
 
 
-def _summed(distinct: Distinct, grad_TD: Tensor) -> RowGradient:
-    row_U, place_T, host_U = distinct.found
+def _summed(taken: Distinct, grad_TD: Tensor) -> RowGradient:
+    row_U, place_T, host_U = taken.found
     if by_triton(grad_TD) and grad_TD.dtype == torch.float32:
         from moe_lm.triton_rows import summed_runs  # Triton is not everywhere, and slow to import
 
-        value_UD = summed_runs(grad_TD.unsqueeze(1).flatten(1), *distinct.places)  # of a vector columns of one
+        value_UD = summed_runs(grad_TD.unsqueeze(1).flatten(1), *taken.places)  # of a vector columns of one
         return RowGradient(row_U, value_UD.view(len(row_U), *grad_TD.shape[1:]), host_U)
     value_UD = grad_TD.new_zeros(len(row_U), *grad_TD.shape[1:]).index_add_(0, place_T, grad_TD)
     return RowGradient(row_U, value_UD, host_U)
@@ -130,13 +131,13 @@ class _Take(torch.autograd.Function):
     """A gather whose backward pass makes no matrix of the whole size; it hands the gradient over by itself."""
 
     @staticmethod
-    def forward(ctx, matrix_VD, distinct):
-        ctx.matrix_VD, ctx.distinct = matrix_VD, distinct
-        _ = distinct.found  # now, while a GPU still has enough to do
-        return matrix_VD.index_select(0, distinct.row_T)
+    def forward(ctx, matrix_VD, taken):
+        ctx.matrix_VD, ctx.taken = matrix_VD, taken
+        _ = taken.found  # now, while a GPU still has enough to do
+        return matrix_VD.index_select(0, taken.row_T)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_TD):
-        _keep(ctx.matrix_VD.row_gradients, _summed(ctx.distinct, grad_TD))
+        _keep(ctx.matrix_VD.row_gradients, _summed(ctx.taken, grad_TD))
         return None, None

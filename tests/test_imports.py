@@ -40,7 +40,7 @@ ORDER = [
     ["ahead"],
     ["batches", "initial", "sizes"],
     ["threads"],
-    ["sentences"],
+    ["sentences", "distinct"],
     ["prepared"],
     ["preparation"],
     ["passes", "published"],

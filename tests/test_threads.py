@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moe_lm import threads
+from moe_lm.commands import build as make
 from moe_lm.threads import at_once
 
 
@@ -82,3 +83,12 @@ def test_a_forked_process_has_threads_of_its_own():
     finally:
         child.kill()
         child.join()
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "left"), [(None, "cpu", 2), (2, "cuda", 2), (None, "cuda", 1)], ids=["CPU", "asked for", "GPU"]
+)
+def test_training_on_a_gpu_leaves_the_cpus_threads(asked, device, left):
+    """To others on the machine, unless they were asked for."""
+    make.leave_threads(asked, torch.device(device))
+    assert torch.get_num_threads() == left

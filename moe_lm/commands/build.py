@@ -51,6 +51,15 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+def leave_threads(threads: int | None, on: torch.device) -> None:
+    """On a GPU keep one CPU thread, where none are asked for: what is left to the host has no use for more.
+
+    Of trainings side by side on one machine, each with a thread for every core, each step would wait for all others'.
+    """
+    if threads is None and on.type == "cuda":
+        torch.set_num_threads(1)
+
+
 def be_deterministic(on: torch.device) -> None:
     """Choose reproducible kernels on the CPU; a GPU promises its results to rounding only."""
     torch.use_deterministic_algorithms(on.type == "cpu")

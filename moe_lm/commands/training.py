@@ -93,6 +93,7 @@ def _update(
 ) -> Update:
     torch.manual_seed(config["seed"])
     model = make.build_model(config, vocabulary_size, processes).to(on)
+    make.leave_threads(config["machine"]["threads"], on)  # which have drawn the weights
     recompute_hidden(model, config["machine"]["recompute"])
     balance = _balance(config)
     want(model, balance)
