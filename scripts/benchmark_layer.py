@@ -49,6 +49,7 @@ from moe_lm.gate.noisy_top_k import NoisyTopK
 from moe_lm.gradient_memory import forget_gradient
 from moe_lm.layer.feed_forward import FeedForward
 from moe_lm.layer.moe import MoE
+from moe_lm.mistake import Mistake
 from moe_lm.sentences import Sentences
 
 DENSE, PLAIN, KERNELS = "dense", "moe_plain", "moe_kernels"
@@ -262,7 +263,11 @@ def _print_peak(options: argparse.Namespace, on: torch.device) -> None:
 def _peak_of(name: str, num_experts: int) -> float:
     arguments = [argument for argument in sys.argv[1:] if argument != "--memory"]
     command = [sys.executable, __file__, *arguments, "--experts", str(num_experts), "--peak", name]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["killed"]
+        raise Mistake(f"--memory: no peak of {name} with {num_experts} experts: {said[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _print(num_experts: int, name: str, row: dict[str, float]) -> None:

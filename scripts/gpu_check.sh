@@ -168,7 +168,7 @@ train() {
     rm -rf "${runs:?}/$name" "$out/$name.result.json" "$out/$name.metrics.jsonl" # of another time
     within "$seconds" "$python" -m moe_lm train "$@" "${study[@]}" name="$name" runs="$runs" corpus=text \
         "corpus.train=$packed/text/*.train.*" "corpus.valid=$packed/text/*.valid.*" "corpus.test=$packed/text/*.test.*" \
-        training.log_every=50 training.valid_every=1000 checkpoint.every_seconds=100000 checkpoint.keep_last=1 ||
+        training.log_every=50 training.valid_every=100000 checkpoint.every_seconds=100000 checkpoint.keep_last=1 ||
         failed+=("$name ($?)")
     for file in result.json metrics.jsonl; do
         [ ! -f "$runs/$name/$file" ] || cp "$runs/$name/$file" "$out/$name.$file"
