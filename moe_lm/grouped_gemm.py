@@ -120,18 +120,22 @@ class InKernels:
     """By Triton, of any number of experts: neither rows nor matrices are copied, and the host waits for nothing."""
 
     def __init__(self, ends_E: Tensor, num_rows: int):
-        from moe_lm import triton_products  # Triton is not everywhere, and slow to import
+        from moe_lm.tiles import tiles_of  # Triton is not everywhere, and slow to import
 
-        self._kernels, self._tiles = triton_products, triton_products.tiles_of(ends_E, num_rows)
+        self._tiles = tiles_of(ends_E, num_rows)
 
     def cast(self, weight_EDH: Tensor) -> Tensor:
         return weight_EDH
 
     def products(self, x: Tensor, token_A: Tensor | None, weight_EDH: Tensor, *, relu: bool = False) -> Tensor:
-        return self._kernels.products(x, token_A, weight_EDH, self._tiles, relu=relu)
+        from moe_lm.triton_products import products
+
+        return products(x, token_A, weight_EDH, self._tiles, relu=relu)
 
     def outer_products(self, x: Tensor, token_A: Tensor | None, grad_AH: Tensor, dtype: torch.dtype) -> Tensor:
-        return self._kernels.outer_products(x, token_A, grad_AH, self._tiles, dtype)
+        from moe_lm.triton_outer_products import outer_products
+
+        return outer_products(x, token_A, grad_AH, self._tiles, dtype)
 
     def differentiable(self, x_AD: Tensor, weight_EDH: Tensor) -> Tensor:
         return _InKernels.apply(x_AD, weight_EDH, self)

@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moe_lm import triton_lstm, triton_products, triton_rows, triton_softmax
+from moe_lm import triton_lstm, triton_outer_products, triton_products, triton_rows, triton_softmax
 from moe_lm.gate import triton_choice
 from moe_lm.optimizer import triton_factored, triton_lazy
 
@@ -51,7 +51,7 @@ def main() -> None:
             compiled(triton_products._product, half, **strides, **shape, **sizes)
         factors = tuple(name for name in half if name != "out")  # the sums stay float32
         sizes["PRECISION"] = "ieee" if half else "bf16x3"
-        compiled(triton_products._outer, factors, DOWN=128, ACROSS=side, TAKEN=bool(half), **sizes)
+        compiled(triton_outer_products._outer, factors, DOWN=128, ACROSS=side, TAKEN=bool(half), **sizes)
     compiled(triton_softmax._probabilities, ("logits",), BLOCK=1024)
     for num_experts in (4, 256, 4096):
         largest, (_, sizes) = min(5, num_experts), triton_choice._layout(100, num_experts)

@@ -22,7 +22,9 @@ def made(counts: list[int], width: int, hidden: int, dtype: torch.dtype, *, take
 
     Factors are multiples of 1/8 that 16 bits hold, so that only sums are rounded.
     """
-    from moe_lm import triton_products  # Triton is not everywhere
+    from moe_lm.tiles import tiles_of  # Triton is not everywhere
+    from moe_lm.triton_outer_products import outer_products
+    from moe_lm.triton_products import products
 
     generator = torch.Generator().manual_seed(sum(counts))
     draw = lambda *shape: torch.randint(-8, 9, shape, generator=generator).double() / 8  # noqa: E731
@@ -35,14 +37,14 @@ def made(counts: list[int], width: int, hidden: int, dtype: torch.dtype, *, take
     y_AH = _by_expert(x_AD, weight_EDH, expert_A)
     outer_EDH = torch.stack([x_AD[expert_A == e].t() @ grad_AH[expert_A == e] for e in range(len(counts))])
     wanted = y_AH, y_AH.relu(), _by_expert(grad_AH, weight_EDH.mT, expert_A), outer_EDH
-    tiles = triton_products.tiles_of(ends_E.to(on), num_rows)
+    tiles = tiles_of(ends_E.to(on), num_rows)
     x, grad_AH, weight = x.to(on, dtype), grad_AH.to(on, dtype), weight_EDH.to(on, torch.float32)
     token_A = None if token_A is None else token_A.to(on)
     found = (
-        triton_products.products(x, token_A, weight, tiles),
-        triton_products.products(x, token_A, weight, tiles, relu=True),
-        triton_products.products(grad_AH, None, weight.mT, tiles),
-        triton_products.outer_products(x, token_A, grad_AH, tiles, torch.float32),
+        products(x, token_A, weight, tiles),
+        products(x, token_A, weight, tiles, relu=True),
+        products(grad_AH, None, weight.mT, tiles),
+        outer_products(x, token_A, grad_AH, tiles, torch.float32),
     )
     return list(zip(found, wanted, strict=True))
 

@@ -14,7 +14,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("tests/gpu runs the kernels themselves", allow_module_level=True)
 
 from moe_lm import grouped_product as module
-from moe_lm import triton_products
+from moe_lm import tiles as of_tiles
+from moe_lm import triton_outer_products, triton_products
 from moe_lm.grouped_gemm import InKernels
 from moe_lm.grouped_product import grouped_product
 from moe_lm.update import _float32_as_tf32
@@ -34,7 +35,7 @@ def test_products(sizes, dtype, taken):
 @pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 300, 17, 2, 0], [0], [64] * 5, [1] * 40])
 def test_each_row_is_in_one_tile(counts):
     """Of its expert; the other tiles are nobody's."""
-    tiles = triton_products.tiles_of(torch.tensor(counts).cumsum(0), sum(counts))
+    tiles = of_tiles.tiles_of(torch.tensor(counts).cumsum(0), sum(counts))
     expert_A = [e for e, count in enumerate(counts) for _ in range(count)]
     found = {}
     for expert, first in zip(tiles.expert_M.tolist(), tiles.first_M.tolist(), strict=True):
@@ -48,7 +49,7 @@ def test_each_row_is_in_one_tile(counts):
 @pytest.mark.parametrize("programs", [1, 8, 1000])
 def test_outer_products_of_an_experts_rows_in_shares(programs, monkeypatch):
     """Whatever the number of programs; in float64's sums, as an expert's share may be empty."""
-    monkeypatch.setattr(triton_products, "_PROGRAMS", programs)
+    monkeypatch.setattr(triton_outer_products, "_PROGRAMS", programs)
     for dtype in (torch.float32, torch.float16):
         got, want = made([300, 0, 1, 90], 20, 24, dtype, taken=True)[3]
         torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
@@ -65,8 +66,8 @@ def told(monkeypatch, key):
         def __getitem__(self, grid):
             return lambda *args, **kwargs: found.append(kwargs[key])
 
-    for name in ("_product", "_outer"):
-        monkeypatch.setattr(triton_products, name, Told(getattr(triton_products, name)))
+    for module_, name in ((triton_products, "_product"), (triton_outer_products, "_outer")):
+        monkeypatch.setattr(module_, name, Told(getattr(module_, name)))
     return found
 
 
@@ -74,12 +75,12 @@ def told(monkeypatch, key):
 @pytest.mark.parametrize("shared", [227 << 10, 64 << 10, 1 << 10], ids=["Hopper", "little", "least"])
 def test_steps_on_their_way_fit_shared_memory(shared, dtype, monkeypatch):
     """Of rows and matrices together, in whatever type each is; one at least."""
-    monkeypatch.setattr(triton_products, "_shared_bytes", lambda _: shared)
+    monkeypatch.setattr(of_tiles, "_shared_bytes", lambda _: shared)
     stages, size = told(monkeypatch, "num_stages"), torch.finfo(dtype).bits // 8
     made([200, 0, 200], 512, 512, dtype, taken=True)
-    form, outer = triton_products._FORMS[size, 4], triton_products._OUTER_FORMS[size]
-    step = form.depth * (triton_products._MOST_ROWS * size + form.columns * 4)
-    outer_step = outer.depth * (triton_products._DOWN + outer.columns) * size
+    form, outer = triton_products._FORMS[size, 4], triton_outer_products._OUTER_FORMS[size]
+    step = form.depth * (of_tiles.MOST_ROWS * size + form.columns * 4)
+    outer_step = outer.depth * (triton_outer_products._DOWN + outer.columns) * size
     assert stages[:3] == [max(1, min(form.stages, shared // step))] * 3
     assert stages[3:] == [max(1, min(outer.stages, shared // outer_step))]
     assert min(stages) >= (1 if shared < 64 << 10 else 2)
@@ -88,10 +89,10 @@ def test_steps_on_their_way_fit_shared_memory(shared, dtype, monkeypatch):
 @pytest.mark.parametrize("form", [(256, 64, 2), (16, 16, 1)], ids=str)
 def test_in_any_form(form, monkeypatch):
     """Of tiles as wide as a matrix, of narrow ones; the least of steps."""
-    form = triton_products._Form(*form)
+    form = of_tiles.Form(*form)
     monkeypatch.setattr(triton_products, "_FORMS", {(4, 4): form})
-    monkeypatch.setattr(triton_products, "_OUTER_FORMS", {4: form})
-    monkeypatch.setattr(triton_products, "_DOWN", 64)
+    monkeypatch.setattr(triton_outer_products, "_OUTER_FORMS", {4: form})
+    monkeypatch.setattr(triton_outer_products, "_DOWN", 64)
     for got, want in made([3, 0, 300], 130, 260, torch.float32, taken=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
 
@@ -114,7 +115,7 @@ def test_of_32_bits_the_matrix_lies_along_the_inputs(monkeypatch):
             return lambda *args, **_: strides.append(args[-2:])  # of the matrix: a row's, a column's
 
     monkeypatch.setattr(triton_products, "_product", Seen())
-    tiles = triton_products.tiles_of(torch.tensor([3, 5]), 5)
+    tiles = of_tiles.tiles_of(torch.tensor([3, 5]), 5)
     x, weight_EDH = torch.ones(5, 8), torch.ones(2, 8, 12)
     for allowed, matrices in ((True, weight_EDH), (True, weight_EDH.mT.contiguous().mT), (False, weight_EDH)):
         with _float32_as_tf32(allowed):
@@ -182,7 +183,7 @@ def test_no_program_writes_anothers_rows():
     counts = [40, 3, 0, 65, 17]
     torch.manual_seed(0)
     x_AD, weight_EDH = torch.randn(125, 8), torch.randn(5, 8, 6)
-    tiles = triton_products.tiles_of(torch.tensor(counts).cumsum(0), 125)
+    tiles = of_tiles.tiles_of(torch.tensor(counts).cumsum(0), 125)
     flipped = tiles._replace(expert_M=tiles.expert_M.flip(0), first_M=tiles.first_M.flip(0))
     one, other = (triton_products.products(x_AD, None, weight_EDH, order) for order in (tiles, flipped))
     assert torch.equal(one, other)
