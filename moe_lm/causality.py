@@ -134,7 +134,7 @@ class _Probe:
 
     def _replaced(self, where_T: Tensor) -> MicroBatch:
         where_T = where_T & (self.step_T > 0)  # each sentence begins with <S>
-        return replace(self.batch, input_T=torch.where(where_T, self.other_T, self.batch.input_T))
+        return replace(self.batch, input_T=torch.where(where_T, self.other_T, self.batch.input_T), input_rows=None)
 
     def _change(self, batch: MicroBatch, seen_T: Tensor, by_training: bool = False) -> Tensor:
         true_T = self.true["training" if by_training else "evaluation"]

@@ -19,6 +19,6 @@ def distinct(x_T: Tensor) -> tuple[Tensor, Tensor]:
     bound = int(x_T.max()) + 1 if len(x_T) else 0
     if bound > _MOST_OF_TABLE * len(x_T):
         return x_T.unique(return_inverse=True)
-    x_U = torch.zeros(bound, dtype=torch.bool).index_fill_(0, x_T, True).nonzero().squeeze(1)
-    place_V = torch.empty(bound, dtype=torch.int64).index_copy_(0, x_U, torch.arange(len(x_U)))
+    x_U = x_T.new_zeros(bound, dtype=torch.bool).index_fill_(0, x_T, True).nonzero().squeeze(1)
+    place_V = x_T.new_empty(bound).index_copy_(0, x_U, torch.arange(len(x_U), device=x_T.device))
     return x_U, place_V.index_select(0, x_T)

@@ -7,6 +7,7 @@ Beside torch's products they make those that would else need passes over all row
 Shape suffixes: T tokens, A rows, D inputs, H outputs, E experts.
 """
 
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -75,13 +76,13 @@ class _InTorch:
 
     def products(self, x: Tensor, token_A: Tensor | None, weight_EDH: Tensor, *, relu: bool = False) -> Tensor:
         if token_A is not None and relu and by_triton(x):  # which gathers by itself, and takes the ReLU
-            return self._in_kernels().products(x, token_A, weight_EDH, relu=True)
+            return self._in_kernels.products(x, token_A, weight_EDH, relu=True)
         y_AH = self.differentiable(_rows(x, token_A), weight_EDH)
         return y_AH.relu_() if relu else y_AH
 
     def outer_products(self, x: Tensor, token_A: Tensor | None, grad_AH: Tensor, dtype: torch.dtype) -> Tensor:
         if self._num_rows <= most_rows_of_outer * len(self._ends_E) and by_triton(x):
-            return self._in_kernels().outer_products(x, token_A, grad_AH, dtype)
+            return self._in_kernels.outer_products(x, token_A, grad_AH, dtype)
         x_AD = _rows(x, token_A)
         if len(self._parts) == 1:
             return F.grouped_mm(x_AD.t(), grad_AH, offs=self._ends_E).to(dtype)
@@ -104,6 +105,7 @@ class _InTorch:
             return x_AD.new_empty(0, weight_EDH.shape[2])
         return made[0] if len(made) == 1 else torch.cat(made)
 
+    @cached_property
     def _in_kernels(self) -> "InKernels":
         return InKernels(self._ends_E, self._num_rows)
 

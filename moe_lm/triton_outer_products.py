@@ -10,8 +10,11 @@ from torch import Tensor
 
 from moe_lm.tiles import Form, Tiles, power_of_two, precision_of, stages_of, tokens_read, warps_of
 
-_DOWN, _OUTER_FORMS = 64, {2: Form(128, 64, 3), 4: Form(128, 32, 4)}
-"""A tile's rows at most, and its other sizes by the bytes of the factors' numbers: the fastest tried."""
+DOWN = 64
+"""Rows of a tile at most."""
+
+FORMS = {2: Form(128, 64, 3), 4: Form(128, 32, 4)}
+"""By the bytes of the factors' numbers: the fastest tried (docs/performance.md)."""
 
 _PROGRAMS = 512
 """Programs that outer products should be: where there are fewer, an expert's rows are shared out among several."""
@@ -21,8 +24,8 @@ def outer_products(x: Tensor, token_A: Tensor | None, grad_AH: Tensor, tiles: Ti
     """Return each expert's x^T grad (E, D, H) in this type, sums in float32; zeros for one without rows."""
     x, grad_AH, num_experts = x.contiguous(), grad_AH.contiguous(), len(tiles.ends_E)
     num_inputs, num_outputs = x.shape[1], grad_AH.shape[1]
-    form = _OUTER_FORMS[x.element_size()]
-    down, across = power_of_two(num_inputs, _DOWN), power_of_two(num_outputs, form.columns)
+    form = FORMS[x.element_size()]
+    down, across = power_of_two(num_inputs, DOWN), power_of_two(num_outputs, form.columns)
     blocks = triton.cdiv(num_inputs, down) * triton.cdiv(num_outputs, across)
     depth = min(form.depth, tiles.side)
     most_shares = triton.cdiv(tiles.num_rows, num_experts * depth)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from moe_lm.tiles import Form, Tiles, power_of_two, precision_of, stages_of, tokens_read, warps_of
 
-_FORMS = {(2, 2): Form(128, 64, 3), (2, 4): Form(128, 32, 4), (4, 4): Form(128, 32, 3)}
-"""By the bytes of a row's numbers and of its matrix's: the fastest tried (docs/performance.md)."""
+FORMS = {(2, 2): Form(128, 64, 3), (2, 4): Form(128, 32, 4), (4, 4): Form(128, 32, 3)}
+"""By the bytes of a row's numbers and of its matrix's, 4 where they differ otherwise: the fastest tried
+(docs/performance.md)."""
 
 
 def products(x: Tensor, token_A: Tensor | None, weight_EDH: Tensor, tiles: Tiles, *, relu: bool = False) -> Tensor:
@@ -27,7 +28,8 @@ def products(x: Tensor, token_A: Tensor | None, weight_EDH: Tensor, tiles: Tiles
     if precision == "tf32" and weight_EDH.stride(1) != 1:
         weight_EDH = weight_EDH.mT.contiguous().mT  # tensor cores take 32 bits along the inputs alone
     out_AH = x.new_empty(tiles.num_rows, num_outputs)
-    form = _FORMS[x.element_size(), weight_EDH.element_size()]
+    size = x.element_size()
+    form = FORMS[size, 2 if size == weight_EDH.element_size() == 2 else 4]
     columns = power_of_two(num_outputs, form.columns)
     grid = (len(tiles.expert_M) * triton.cdiv(num_outputs, columns),)
     if grid[0]:

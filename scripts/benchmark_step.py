@@ -22,7 +22,7 @@ from torch._C._profiler import _ExperimentalConfig
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from moe_lm import grouped_gemm, grouped_mixture, looped_mixture
+from moe_lm import grouped_mixture, looped_mixture
 from moe_lm.commands import build as make
 from moe_lm.experts import Experts
 from moe_lm.layer.lstm import Lstm, ProjectedLstm
@@ -44,6 +44,7 @@ def main() -> None:
     prepared = made_up.data(options.vocabulary, 60 * options.words)
     with tempfile.TemporaryDirectory() as folder:
         words = [f"batch.words={options.words}", f"batch.micro_words={options.words}"]
+        words += [] if options.threads is None else [f"machine.threads={options.threads}"]
         trainer = made_up.trainer(
             "step", [f"model={options.model}", *words, *options.overrides], prepared, Path(folder)
         )
@@ -210,8 +211,8 @@ def _mark_way_to_experts(line: TimeLine) -> None:
     for module, adds in ((looped_mixture, "add_"), (grouped_mixture, "summed_by_token")):
         module.gathered = _apart(module.gathered, line, "dispatch", "combine, backward")
         setattr(module, adds, _apart(getattr(module, adds), line, "combine", "dispatch, backward"))
-    for products in (grouped_gemm._InTorch, grouped_gemm.InKernels):
-        products.outer_products = _marking(products.outer_products, line, "experts, backward")
+    node = grouped_mixture._GroupedMixture
+    node.backward = staticmethod(_marking(node.backward, line, "experts, backward"))  # which ends with a product
     at_once = looped_mixture.at_once
 
     def marked(works: list) -> None:

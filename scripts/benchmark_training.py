@@ -72,6 +72,7 @@ def _models(options: argparse.Namespace) -> dict[str, list[str]]:
 
 def _common(options: argparse.Namespace) -> list[str]:
     words = [f"batch.words={options.words}", f"batch.micro_words={options.micro_words or options.words}"]
+    words += [] if options.threads is None else [f"machine.threads={options.threads}"]
     return [*words, f"model.width={options.width}", f"softmax.num_sampled={options.sampled}", *options.overrides]
 
 

@@ -12,7 +12,10 @@ from triton.compiler import ASTSource
 from moe_lm import triton_lstm, triton_outer_products, triton_products, triton_rows, triton_softmax
 from moe_lm.gate import triton_choice
 from moe_lm.optimizer import triton_factored, triton_lazy
+from moe_lm.tiles import MOST_ROWS, warps_of
 
+SHARED = 227 << 10
+"""Bytes that a program may have of a Hopper GPU's shared memory."""
 INTEGERS = {"token", "order", "ends", "expert", "first", "hit", "row"}
 """Pointers to int64; all others are to float32, or to bfloat16 where a kernel is compiled so."""
 NUMBERS = {"epsilon", "scale", "rate", "weight", "correction"}
@@ -20,12 +23,13 @@ SIZES = {"width", "rows", "parts", "hidden", "columns", "tokens", "experts", "ch
 SIZES |= {"inputs", "outputs", "shares", "w_expert", "w_row", "w_column"}
 
 
-def compiled(kernel, half: tuple[str, ...] = (), **constants: int) -> None:
+def compiled(kernel, half: tuple[str, ...] = (), options: dict | None = None, **constants: int) -> None:
     """Compile one kernel with these constants; arguments of the names in `half` are bfloat16."""
     names = list(inspect.signature(kernel.fn).parameters)
     kinds = {name: "constexpr" if name in constants else _kind(name, half) for name in names}
     values = {(names.index(name),): value for name, value in constants.items()}
-    triton.compile(ASTSource(kernel, kinds, values), target=GPUTarget("cuda", 90, 32))
+    made = triton.compile(ASTSource(kernel, kinds, values), target=GPUTarget("cuda", 90, 32), options=options or {})
+    assert made.metadata.shared <= SHARED, f"{kernel.fn.__name__} {constants}: {made.metadata.shared} bytes"
     print(kernel.fn.__name__, constants, flush=True)
 
 
@@ -37,6 +41,24 @@ def _kind(name: str, half: tuple[str, ...]) -> str:
     return "*i64" if name in INTEGERS else "*bf16" if name in half else "*fp32"
 
 
+def _compile_products() -> None:
+    """In each form that there is, of full tiles and of narrow ones."""
+    for (of_rows, of_matrix), form in triton_products.FORMS.items():
+        half = ("x", "out", *(("w",) if of_matrix == 2 else ())) if of_rows == 2 else ()
+        sizes = {"DEPTH": form.depth, "PRECISION": "ieee" if half else "tf32"}
+        for strides in ({"w_column": 1}, {"w_row": 1}, {}):  # of matrices as they are, transposed, anyhow
+            for rows, columns in ((MOST_ROWS, form.columns), (32, 32)):
+                shape = {"ROWS": rows, "COLUMNS": columns, "RELU": bool(half), "TAKEN": bool(half)}
+                options = {"num_warps": warps_of(rows * columns), "num_stages": form.stages}
+                compiled(triton_products._product, half, options, **strides, **shape, **sizes)
+    for of_rows, form in triton_outer_products.FORMS.items():
+        half = ("x", "grad") if of_rows == 2 else ()  # the sums stay float32
+        sizes = {"DEPTH": form.depth, "PRECISION": "ieee" if half else "bf16x3", "TAKEN": bool(half)}
+        for down, across in ((triton_outer_products.DOWN, form.columns), (32, 32)):
+            options = {"num_warps": warps_of(down * across), "num_stages": form.stages}
+            compiled(triton_outer_products._outer, half, options, DOWN=down, ACROSS=across, **sizes)
+
+
 def main() -> None:
     """Compile all of them."""
     compiled(triton_rows._gather, ("x", "out"), BLOCK=512)
@@ -44,14 +66,7 @@ def main() -> None:
         compiled(triton_rows._sum, ("y",), WEIGHTED=weighted, BLOCK=512)
     compiled(triton_rows._sum_of_run, BLOCK=1024)
     compiled(triton_rows._mask_and_dot, ("grad", "h"), BLOCK=1024)
-    for half, precision, side in ((("x", "out", "grad"), "ieee", 128), ((), "tf32", 32)):
-        sizes = {"PRECISION": precision, "DEPTH": 64 if half else 32}
-        for strides in ({"w_column": 1}, {"w_row": 1}, {}):  # of matrices as they are, transposed, anyhow
-            shape = {"ROWS": 128, "COLUMNS": side, "RELU": bool(half), "TAKEN": bool(half)}
-            compiled(triton_products._product, half, **strides, **shape, **sizes)
-        factors = tuple(name for name in half if name != "out")  # the sums stay float32
-        sizes["PRECISION"] = "ieee" if half else "bf16x3"
-        compiled(triton_outer_products._outer, factors, DOWN=128, ACROSS=side, TAKEN=bool(half), **sizes)
+    _compile_products()
     compiled(triton_softmax._probabilities, ("logits",), BLOCK=1024)
     for num_experts in (4, 256, 4096):
         largest, (_, sizes) = min(5, num_experts), triton_choice._layout(100, num_experts)

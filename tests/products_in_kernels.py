@@ -17,7 +17,16 @@ SIZES = [
 """Rows of each expert, and widths: tiles that are full or not, several blocks, a last step of few inputs, none."""
 
 
-def made(counts: list[int], width: int, hidden: int, dtype: torch.dtype, *, taken: bool, on: str = "cpu"):
+def made(
+    counts: list[int],
+    width: int,
+    hidden: int,
+    dtype: torch.dtype,
+    *,
+    taken: bool,
+    on: str = "cpu",
+    of_matrices: torch.dtype = torch.float32,
+):
     """Return pairs, ours and the one in float64: products, the ReLU, the transposed matrices' products, outer ones.
 
     Factors are multiples of 1/8 that 16 bits hold, so that only sums are rounded.
@@ -38,7 +47,7 @@ def made(counts: list[int], width: int, hidden: int, dtype: torch.dtype, *, take
     outer_EDH = torch.stack([x_AD[expert_A == e].t() @ grad_AH[expert_A == e] for e in range(len(counts))])
     wanted = y_AH, y_AH.relu(), _by_expert(grad_AH, weight_EDH.mT, expert_A), outer_EDH
     tiles = tiles_of(ends_E.to(on), num_rows)
-    x, grad_AH, weight = x.to(on, dtype), grad_AH.to(on, dtype), weight_EDH.to(on, torch.float32)
+    x, grad_AH, weight = x.to(on, dtype), grad_AH.to(on, dtype), weight_EDH.to(on, of_matrices)
     token_A = None if token_A is None else token_A.to(on)
     found = (
         products(x, token_A, weight, tiles),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from moe_lm import rows
 from moe_lm.ahead import Ahead
 from moe_lm.batches import Batches
 from moe_lm.prepared import Split
@@ -83,15 +84,33 @@ def test_a_fault_of_the_thread_is_told_where_its_batch_is_asked_for():
 
 
 def test_for_a_gpu_distinct_inputs_are_found_ahead(monkeypatch):
-    """Where it would wait for the host; a copy has them on its device and still in the host's memory."""
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)  # as there is no GPU here
+    """Where it would wait for the host, in pinned memory; a copy has them on its device and still on the host."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)  # there is no GPU here
     batch = Ahead(batches(), both, pinned=True).step(0)
     monkeypatch.setattr(torch.Tensor, "unique", None)
     for number in (0, 1):
         micro = batch[number]
+        assert all(any(x is row for x in pinned) for row in micro.input_rows)
         copy = micro._changed(lambda x: x.to("meta"))
         row_U, place_T, host_U = Distinct(micro.input_T, None, replace(copy, source=micro).found_rows).found
         assert (row_U.device.type, place_T.device.type) == ("meta", "meta")
         assert host_U.tolist() == sorted(set(micro.input_T.tolist()))
         assert torch.equal(host_U[micro.input_rows[1]], micro.input_T)
     assert batches().step(0)[0].found_rows is None
+    assert Ahead(batches(), both, pinned=False).step(0)[0].found_rows is None
+
+
+def test_a_model_takes_the_rows_that_were_found(trainer, monkeypatch):
+    """It finds none of the inputs' by itself, and its gradients are the same."""
+    made, gradients = trainer(torch.device("cpu"), "softmax=full", "model.dropout=0"), []
+    micro, model = made.batches.step(0)[0], made.model.eval()
+    looked_for, find = [], rows.distinct
+    monkeypatch.setattr(rows, "distinct", lambda x_T: looked_for.append(len(x_T)) or find(x_T))
+    for batch in (micro, micro.with_rows()):
+        model.hidden(batch)[0].square().sum().backward()
+        gradients.append(rows.row_gradient(model.embedding_VD))
+        rows.forget_row_gradients(model.embedding_VD)
+    assert looked_for == [len(micro.input_T)]
+    assert torch.equal(gradients[0].row_U, gradients[1].row_U)
+    assert torch.equal(gradients[0].value_UD, gradients[1].value_UD)

@@ -91,3 +91,36 @@ def test_gradients_of_many_experts_are_never_all_in_two_types(monkeypatch):
         y_TD.sum().backward()
     numbers = 7 * 16 * 24
     assert [size for size in made.sizes() if size >= 2 * numbers] == [4 * numbers, 4 * numbers]
+
+
+@pytest.mark.parametrize(("num_rows", "ours"), [(15, True), (16, False)])
+def test_who_makes_products_beside_torchs(num_rows, ours, monkeypatch):
+    """The first one our kernel, outer ones as well up to so many rows an expert, in the type that is asked for."""
+    in_kernels(monkeypatch, 1023, 5)
+    asked, real = [], grouped_gemm.InKernels
+
+    class Seen(real):
+        def products(self, *arguments, **options):
+            asked.append("product")
+            return super().products(*arguments, **options)
+
+        def outer_products(self, *arguments):
+            asked.append("outer product")
+            return super().outer_products(*arguments)
+
+    monkeypatch.setattr(grouped_gemm, "InKernels", Seen)
+    torch.manual_seed(0)
+    ends_E = torch.tensor([4, 4, num_rows])
+    by = grouped_gemm.grouped_by(ends_E, num_rows, torch.float16 if ours else torch.float32)
+    dtype, every_A = by._dtype, torch.arange(num_rows)
+    x_AD, grad_AH = (torch.randn(num_rows, size).to(dtype) for size in (8, 16))
+    if not ours:  # which needs torch's operator, in a type that it takes on a CPU
+        by.outer_products(x_AD, every_A, grad_AH, torch.float32)
+        assert asked == []
+        return
+    by.products(x_AD, every_A, torch.randn(3, 8, 16).to(dtype), relu=True)
+    outer_EDH = by.outer_products(x_AD, every_A, grad_AH, torch.float32)
+    assert asked == ["product", "outer product"]
+    assert outer_EDH.dtype == torch.float32
+    want_DH = x_AD[4:].double().t() @ grad_AH[4:].double()
+    torch.testing.assert_close(outer_EDH[2].double(), want_DH, rtol=1e-5, atol=1e-5)  # not rounded to 16 bits

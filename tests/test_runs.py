@@ -10,6 +10,7 @@ import torch
 from rows_of_tokens import RUNS
 
 from moe_lm import dispatch, fused_rows, runs
+from moe_lm.gate.choices import token_choice
 
 BY = [
     "torch",
@@ -52,15 +53,28 @@ def test_ends_and_sizes(counts):
 def test_sums(counts, dtype, width, made_by):
     """Of each run its rows' sum, zeros without rows; a row's gradient is its run's."""
     torch.manual_seed(0)
+    by_kernel = made_by == "kernels" and dtype == torch.float32
     of_A = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.int64))
     x = torch.randn(len(of_A), *width, dtype=dtype, requires_grad=True)
     total = runs.sums_of_runs(x, of_A, len(counts))
     assert (total.dtype, total.shape) == (dtype, (len(counts), *width))
+    assert ("_Sums" in total.grad_fn.name()) == by_kernel
     for own, part in zip(total, x.split(counts), strict=True):
         torch.testing.assert_close(own.double(), part.double().sum(dim=0), rtol=1e-5, atol=1e-5)
     grad = torch.randn_like(total)
     total.backward(grad)
     torch.testing.assert_close(x.grad, grad[of_A])
+
+
+def test_of_more_tokens_and_experts_than_16_bits_number():
+    """Their order is by all bits: of tokens in `places`, of experts in a choice."""
+    token_A = torch.tensor([39_999, 7_231, 0, 39_999])
+    order_A, ends_T = fused_rows.places(token_A, 40_000)
+    assert order_A.tolist() == [2, 1, 0, 3]
+    assert ends_T[[0, 7_230, 7_231, 39_998, 39_999]].tolist() == [1, 1, 2, 2, 4]
+    gating = token_choice(torch.tensor([[39_999], [7_231]]), torch.ones(2, 1), 40_000)
+    assert gating.expert_A.tolist() == [7_231, 39_999]
+    assert gating.token_A.tolist() == [1, 0]
 
 
 def test_gradients_of_dispatched_tokens(made_by):
@@ -71,6 +85,7 @@ def test_gradients_of_dispatched_tokens(made_by):
     x_TD = torch.randn(6, 4, requires_grad=True)
     x_AD, grad_AD = dispatch.dispatch(x_TD, gating), torch.randn(6, 4)
     assert torch.equal(x_AD, x_TD.detach()[token_A])
+    assert ("_Dispatch" in x_AD.grad_fn.name()) == (made_by == "kernels")
     x_AD.backward(grad_AD)
     want_TD = torch.zeros(6, 4, dtype=torch.float64)
     for token, grad in zip(token_A.tolist(), grad_AD.double(), strict=True):

@@ -92,3 +92,11 @@ def test_training_on_a_gpu_leaves_the_cpus_threads(asked, device, left):
     """To others on the machine, unless they were asked for."""
     make.leave_threads(asked, torch.device(device))
     assert torch.get_num_threads() == left
+
+
+def test_a_training_leaves_them_once_its_weights_are_drawn(trainer, monkeypatch):
+    """As `machine.threads` and its device ask."""
+    asked = []
+    monkeypatch.setattr(make, "leave_threads", lambda *arguments: asked.append(arguments))
+    trainer(torch.device("cpu"), "machine.threads=2")
+    assert asked == [(2, torch.device("cpu"))]

@@ -23,10 +23,11 @@ from moe_lm.update import _float32_as_tf32
 
 @pytest.mark.parametrize("taken", [False, True], ids=["rows", "tokens"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)  # its products of bfloat16 are wrong
+@pytest.mark.parametrize("of_matrices", [torch.float32, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_products(sizes, dtype, taken):
-    """Of rows with matrices in float32, as they are and transposed, with ReLU; outer ones in float32."""
-    for place, (got, want) in enumerate(made(*sizes, dtype, taken=taken)):
+def test_products(sizes, of_matrices, dtype, taken):
+    """Of rows with matrices in any type, as they are and transposed, with ReLU; outer ones in float32."""
+    for place, (got, want) in enumerate(made(*sizes, dtype, taken=taken, of_matrices=of_matrices)):
         assert got.dtype == (torch.float32 if place == 3 else dtype)
         precision = 1e-6 if got.dtype == torch.float32 else 1e-3
         torch.testing.assert_close(got.double(), want, rtol=precision, atol=precision)
@@ -78,9 +79,9 @@ def test_steps_on_their_way_fit_shared_memory(shared, dtype, monkeypatch):
     monkeypatch.setattr(of_tiles, "_shared_bytes", lambda _: shared)
     stages, size = told(monkeypatch, "num_stages"), torch.finfo(dtype).bits // 8
     made([200, 0, 200], 512, 512, dtype, taken=True)
-    form, outer = triton_products._FORMS[size, 4], triton_outer_products._OUTER_FORMS[size]
+    form, outer = triton_products.FORMS[size, 4], triton_outer_products.FORMS[size]
     step = form.depth * (of_tiles.MOST_ROWS * size + form.columns * 4)
-    outer_step = outer.depth * (triton_outer_products._DOWN + outer.columns) * size
+    outer_step = outer.depth * (triton_outer_products.DOWN + outer.columns) * size
     assert stages[:3] == [max(1, min(form.stages, shared // step))] * 3
     assert stages[3:] == [max(1, min(outer.stages, shared // outer_step))]
     assert min(stages) >= (1 if shared < 64 << 10 else 2)
@@ -90,9 +91,9 @@ def test_steps_on_their_way_fit_shared_memory(shared, dtype, monkeypatch):
 def test_in_any_form(form, monkeypatch):
     """Of tiles as wide as a matrix, of narrow ones; the least of steps."""
     form = of_tiles.Form(*form)
-    monkeypatch.setattr(triton_products, "_FORMS", {(4, 4): form})
-    monkeypatch.setattr(triton_outer_products, "_OUTER_FORMS", {4: form})
-    monkeypatch.setattr(triton_outer_products, "_DOWN", 64)
+    monkeypatch.setattr(triton_products, "FORMS", {(4, 4): form})
+    monkeypatch.setattr(triton_outer_products, "FORMS", {4: form})
+    monkeypatch.setattr(triton_outer_products, "DOWN", 128)
     for got, want in made([3, 0, 300], 130, 260, torch.float32, taken=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
 
