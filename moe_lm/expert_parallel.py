@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_lm.group import Share
+from moe_lm.sorted_rows import sizes_of_runs, sorted_below
 
 PURPOSE, COUNTS = "tokens", "counts"
 """What the bytes are counted as: rows, and how many there are."""
@@ -31,7 +32,7 @@ def at_their_experts(
     here_PL = torch.arange(share.size, device=x_AD.device).repeat(group.size)
     here_R = here_PL.repeat_interleave(received_PL.reshape(-1), output_size=sum(taken))
     # They came by process, then by expert.
-    here_R, order_R = here_R.sort(stable=True)
+    here_R, order_R = sorted_below(here_R, share.size)
     back_R = torch.empty_like(order_R)
     back_R[order_R] = torch.arange(len(order_R), device=order_R.device)
     y_RD = _Permuted.apply(products(_Permuted.apply(x_RD, order_R, back_R), here_R), back_R, order_R)
@@ -40,8 +41,7 @@ def at_their_experts(
 
 def _counts(expert_A: Tensor, share: Share) -> tuple[list[int], list[int], Tensor]:
     """Return how many rows go to each process, how many come from it, and of the latter how many for each expert."""
-    ends_E = torch.searchsorted(expert_A, torch.arange(share.total, device=expert_A.device), right=True)
-    counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+    counts_E = sizes_of_runs(expert_A, share.total)
     sizes = list(share.sizes)
     received = share.group.exchange(counts_E, sizes, [share.size] * len(sizes), COUNTS)
     received_PL = received.view(share.group.size, share.size)

@@ -18,7 +18,7 @@ from moe_lm.grouped_gemm import grouped_by
 from moe_lm.grouped_mixture import grouped_mixture
 from moe_lm.initial import initialize_experts_
 from moe_lm.looped_mixture import looped_mixture
-from moe_lm.runs import ends_of_runs
+from moe_lm.sorted_rows import ends_of_runs
 
 
 class Experts(nn.Module):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_lm.kernels import by_triton
-from moe_lm.runs import ends_of_runs, sorted_below
+from moe_lm.sorted_rows import ends_of_runs, sorted_below
 
 
 class Places(NamedTuple):

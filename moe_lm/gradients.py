@@ -14,6 +14,7 @@ from moe_lm.distributed import ALONE, Processes
 from moe_lm.group import Group, Share
 from moe_lm.optimizer import Together
 from moe_lm.rows import RowGradient, replace_row_gradient, row_gradient, summed_rows
+from moe_lm.sorted_rows import sizes_of_runs, sorted_below
 
 BUCKET_BYTES = 25 * 2**20
 """Gradients sent together: enough that a message is worth its start, few enough that the first leaves early."""
@@ -146,11 +147,8 @@ def merged(part: RowGradient, group: Group) -> RowGradient:
     Row i is summed by process i mod n, so that frequent words, which come first, are nobody's burden; then all get all
     sums. A row is sent once there and, summed, n - 1 times: less than all of them to all where processes share words.
     """
-    owner_U = part.row_U % group.size
-    owner_U, order_U = owner_U.sort(stable=True)
-    every = torch.arange(group.size, device=owner_U.device)
-    ends = torch.searchsorted(owner_U, every, right=True)
-    given_P = ends.diff(prepend=ends.new_zeros(1))
+    owner_U, order_U = sorted_below(part.row_U % group.size, group.size)
+    given_P = sizes_of_runs(owner_U, group.size)
     given, taken = torch.stack([given_P, group.exchange_equal(given_P, ROWS)]).tolist()
     row_R = group.swap(part.row_U.index_select(0, order_U), given, taken, ROWS)
     value_RD = group.swap(part.value_UD.index_select(0, order_U), given, taken, ROWS)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from moe_lm.grouped_gemm import InKernels
 from moe_lm.kernels import by_triton
-from moe_lm.runs import ends_of_runs
+from moe_lm.sorted_rows import ends_of_runs
 
 _MOST_PADDING = 4
 """Padded rows for each row, at most, before the slower product without padding is taken."""

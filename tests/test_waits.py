@@ -79,8 +79,8 @@ def device(monkeypatch):
         monkeypatch.setattr(module, "sent", lambda x, device: found.put(x.clone()))
 
     def copied(self, device):
-        copy = self._changed(lambda x: found.put(x.clone()))
-        return replace(copy, source=self)
+        here = self.with_rows()  # as they are laid out ahead
+        return replace(here._changed(lambda x: found.put(x.clone())), source=here)
 
     monkeypatch.setattr(MicroBatch, "to", copied)
     tolist = torch.Tensor.tolist  # which on a CPU is no operator

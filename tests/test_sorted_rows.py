@@ -9,7 +9,7 @@ import pytest
 import torch
 from rows_of_tokens import RUNS
 
-from moe_lm import dispatch, fused_rows, runs
+from moe_lm import dispatch, fused_rows, sorted_rows
 from moe_lm.gate.choices import token_choice
 
 BY = [
@@ -23,7 +23,7 @@ BY = [
 @pytest.fixture(params=BY)
 def made_by(request, monkeypatch):
     """Who makes the sums."""
-    for module in (runs, dispatch, fused_rows):
+    for module in (sorted_rows, dispatch, fused_rows):
         monkeypatch.setattr(module, "by_triton", lambda _: request.param == "kernels")
     return request.param
 
@@ -32,7 +32,7 @@ def made_by(request, monkeypatch):
 def test_sorted(bound):
     """The largest and the least that there can be, and of equal ones the earlier first."""
     x_A = torch.tensor([bound - 1, 0, bound // 2, bound - 1, 0])
-    sorted_A, order_A = runs.sorted_below(x_A, bound)
+    sorted_A, order_A = sorted_rows.sorted_below(x_A, bound)
     want = sorted(range(5), key=lambda place: (int(x_A[place]), place))
     assert order_A.tolist() == want
     assert sorted_A.tolist() == [int(x_A[place]) for place in want]
@@ -43,8 +43,8 @@ def test_sorted(bound):
 def test_ends_and_sizes(counts):
     """Also of runs without rows, and of no runs."""
     of_A = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.int64))
-    assert runs.sizes_of_runs(of_A, len(counts)).tolist() == counts
-    assert runs.ends_of_runs(of_A, len(counts)).tolist() == torch.tensor(counts).cumsum(0).tolist()
+    assert sorted_rows.sizes_of_runs(of_A, len(counts)).tolist() == counts
+    assert sorted_rows.ends_of_runs(of_A, len(counts)).tolist() == torch.tensor(counts).cumsum(0).tolist()
 
 
 @pytest.mark.parametrize("width", [(5,), ()], ids=["rows", "numbers"])
@@ -56,7 +56,7 @@ def test_sums(counts, dtype, width, made_by):
     by_kernel = made_by == "kernels" and dtype == torch.float32
     of_A = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.int64))
     x = torch.randn(len(of_A), *width, dtype=dtype, requires_grad=True)
-    total = runs.sums_of_runs(x, of_A, len(counts))
+    total = sorted_rows.sums_of_runs(x, of_A, len(counts))
     assert (total.dtype, total.shape) == (dtype, (len(counts), *width))
     assert ("_Sums" in total.grad_fn.name()) == by_kernel
     for own, part in zip(total, x.split(counts), strict=True):
