@@ -102,13 +102,13 @@ def grouped_products(
 
     `recompute` keeps the arguments alone for the backward pass, neither h_AH nor anything cast to `dtype`.
     """
-    arguments = x_AD, ends_E, w1_EDH, w2_EHD, dtype
+    arguments = x_AD, ends_E, w1_EDH, w2_EHD, dtype, recompute
     if recompute:
         return checkpoint(_grouped, *arguments, use_reentrant=False, preserve_rng_state=False)
     return _grouped(*arguments)
 
 
-def _grouped(x_AD: Tensor, ends_E: Tensor, w1_EDH: Tensor, w2_EHD: Tensor, dtype: torch.dtype) -> Tensor:
-    by = grouped_by(ends_E, len(x_AD), dtype)
-    h_AH = by.differentiable(x_AD.to(dtype), by.cast(w1_EDH)).relu()
-    return by.differentiable(h_AH, by.cast(w2_EHD))
+def _grouped(x_AD: Tensor, ends_E: Tensor, w1_EDH: Tensor, w2_EHD: Tensor, dtype: torch.dtype, sparing: bool) -> Tensor:
+    by = grouped_by(ends_E, len(x_AD), dtype, sparing=sparing)
+    h_AH = by.differentiable(x_AD.to(dtype), w1_EDH).relu()
+    return by.differentiable(h_AH, w2_EHD)

@@ -36,6 +36,7 @@ class Group:
         if self.size == 1 or tensor.numel() == 0:
             return None
         self._count(purpose, 2 * (self.size - 1) / self.size * tensor.numel() * tensor.element_size())
+        torch.autograd.graph.increment_version(tensor)  # as what is known of its numbers no longer holds
         return dist.all_reduce(tensor, group=self.handle, async_op=True)
 
     def exchange(self, x_RD: Tensor, given: list[int], taken: list[int], purpose: str) -> Tensor:

@@ -27,7 +27,7 @@ def grouped_product(x_TD: Tensor, weight_GDE: Tensor, group_T: Tensor) -> Tensor
     ends_G = ends_of_runs(group_T, num_groups)
     grouped = weight_GDE.dtype == torch.float32  # torch's product takes no float64
     if grouped and by_triton(x_TD) and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return InKernels(ends_G, len(x_TD)).differentiable(x_TD, weight_GDE)
+        return InKernels(ends_G, len(x_TD), torch.float32).differentiable(x_TD, weight_GDE)
     if grouped and not x_TD.is_cuda:
         return _unpadded(x_TD, weight_GDE, ends_G)
     starts_G = torch.cat([ends_G.new_zeros(1), ends_G[:-1]])

@@ -45,7 +45,8 @@ def held(model: LanguageModel, recipe: OptimizerRecipe, step: Step) -> dict[str,
     for kind, name, parameter, rows in parameters_of(model, step):
         part = _share(model, name, parameter, step)
         weights = part.numel() * part.element_size()
-        if step.bfloat16 and part.dim() > 1 and _is_cast(kind, name, part):
+        kept = recipe.keeps_rounded(name) and not step.recompute
+        if step.bfloat16 and part.dim() > 1 and (kept or _is_cast(kind, name, part)):
             weights += part.numel() * BFLOAT16  # the copy that the products read
         bytes_ = (part.numel(), weights, recipe.gradient_bytes(name, part, rows), recipe.state_bytes(name, part))
         sums[kind] = [total + more for total, more in zip(sums[kind], bytes_, strict=True)]
@@ -53,9 +54,9 @@ def held(model: LanguageModel, recipe: OptimizerRecipe, step: Step) -> dict[str,
 
 
 def _is_cast(kind: str, name: str, parameter: Tensor) -> bool:
-    """Whether under autocast there is a copy of the parameter.
+    """Whether under autocast there is a copy of the parameter, though the optimizer keeps none.
 
-    Very many experts have none, where Triton runs: our kernels read them as they are.
+    Of very many experts there is none, where Triton runs: our kernels read them as they are.
     """
     in_kernels = kind == EXPERTS and len(parameter) > grouped_gemm.most_in_torch
     return kind != VOCABULARY and ".lstm." not in name and not in_kernels

@@ -54,6 +54,7 @@ def _compile_products() -> None:
     for of_rows, form in triton_outer_products.FORMS.items():
         half = ("x", "grad") if of_rows == 2 else ()  # the sums stay float32
         sizes = {"DEPTH": form.depth, "PRECISION": "ieee" if half else "bf16x3", "TAKEN": bool(half)}
+        sizes["SQUARES"] = bool(half)
         for down, across in ((triton_outer_products.DOWN, form.columns), (32, 32)):
             options = {"num_warps": warps_of(down * across), "num_stages": form.stages}
             compiled(triton_outer_products._outer, half, options, DOWN=down, ACROSS=across, **sizes)
@@ -79,7 +80,8 @@ def main() -> None:
         compiled(triton_lstm._forward, ("z", "h"), FIRST=edge, BLOCK=512)
         compiled(triton_lstm._backward, ("grad_h", "z", "grad_z"), FIRST=edge, LAST=not edge, BLOCK=512)
     compiled(triton_factored._square, ROWS=triton_factored._ROWS, PART=triton_factored._PART, BLOCK=1024)
-    compiled(triton_factored._divide, ROWS=triton_factored._ROWS, BLOCK=1024)
+    for copied in (True, False):
+        compiled(triton_factored._divide, ("copy",), COPIED=copied, ROWS=triton_factored._ROWS, BLOCK=1024)
     compiled(triton_lazy._update, BLOCK=512)
 
 

@@ -29,6 +29,8 @@ def made(
 ):
     """Return pairs, ours and the one in float64: products, the ReLU, the transposed matrices' products, outer ones.
 
+    Of outer ones the means of their squares are two pairs more, where there are any.
+
     Factors are multiples of 1/8 that 16 bits hold, so that only sums are rounded.
     """
     from moe_lm.tiles import tiles_of  # Triton is not everywhere
@@ -45,16 +47,20 @@ def made(
     x_AD = x if token_A is None else x[token_A]
     y_AH = _by_expert(x_AD, weight_EDH, expert_A)
     outer_EDH = torch.stack([x_AD[expert_A == e].t() @ grad_AH[expert_A == e] for e in range(len(counts))])
-    wanted = y_AH, y_AH.relu(), _by_expert(grad_AH, weight_EDH.mT, expert_A), outer_EDH
+    wanted = [y_AH, y_AH.relu(), _by_expert(grad_AH, weight_EDH.mT, expert_A), outer_EDH]
     tiles = tiles_of(ends_E.to(on), num_rows)
     x, grad_AH, weight = x.to(on, dtype), grad_AH.to(on, dtype), weight_EDH.to(on, of_matrices)
     token_A = None if token_A is None else token_A.to(on)
-    found = (
+    found = [
         products(x, token_A, weight, tiles),
         products(x, token_A, weight, tiles, relu=True),
         products(grad_AH, None, weight.mT, tiles),
-        outer_products(x, token_A, grad_AH, tiles, torch.float32),
-    )
+    ]
+    outer, squares = outer_products(x, token_A, grad_AH, tiles, torch.float32, squares=True)
+    found.append(outer)
+    if squares is not None:
+        found += squares
+        wanted += [outer_EDH.square().mean(dim=2), outer_EDH.square().mean(dim=1)]
     return list(zip(found, wanted, strict=True))
 
 

@@ -115,11 +115,11 @@ def test_who_makes_products_beside_torchs(num_rows, ours, monkeypatch):
     dtype, every_A = by._dtype, torch.arange(num_rows)
     x_AD, grad_AH = (torch.randn(num_rows, size).to(dtype) for size in (8, 16))
     if not ours:  # which needs torch's operator, in a type that it takes on a CPU
-        by.outer_products(x_AD, every_A, grad_AH, torch.float32)
+        by.outer_products(x_AD, every_A, grad_AH, torch.empty(3, 8, 16))
         assert asked == []
         return
     by.products(x_AD, every_A, torch.randn(3, 8, 16).to(dtype), relu=True)
-    outer_EDH = by.outer_products(x_AD, every_A, grad_AH, torch.float32)
+    outer_EDH = by.outer_products(x_AD, every_A, grad_AH, torch.empty(3, 8, 16))
     assert asked == ["product", "outer product"]
     assert outer_EDH.dtype == torch.float32
     want_DH = x_AD[4:].double().t() @ grad_AH[4:].double()

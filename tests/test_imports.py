@@ -38,7 +38,7 @@ ORDER = [
     ["tiles"],
     ["triton_rows", "triton_softmax", "triton_lstm", "numba_rows"],
     ["compiled"],
-    ["gradient_memory"],
+    ["gradient_memory", "rounded", "squares"],
     ["ahead"],
     ["batches", "initial", "sizes"],
     ["threads"],

@@ -225,6 +225,17 @@ def test_very_many_experts_are_not_copied():
         assert mixed == (1.5 if copied else 1) * single
 
 
+def test_copies_that_the_optimizer_keeps_are_counted():
+    """Of experts updated by factors, however many; not where hidden activations are made anew to spare memory."""
+    layer = MoE(width=WIDTH, hidden=3, num_experts=1024, k=2, gate=partial(NoisyTopK, noise_epsilon=0.01))
+    for recompute, copied in ((False, True), (True, False)):
+        half = Step(words=WORDS, micro_words=WORDS, bfloat16=True, recompute=recompute)
+        single, mixed = (
+            held(make(layer), recipe(experts="factored"), step)["experts"].weights for step in (STEP, half)
+        )
+        assert mixed == (1.5 if copied else 1) * single
+
+
 def test_logits_are_a_block():
     """As many rows of candidates as max_logits allows, never more than there are tokens, never less than one."""
     few = Step(words=5, micro_words=5)

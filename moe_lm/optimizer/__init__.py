@@ -41,6 +41,10 @@ class OptimizerRecipe(Protocol):
         """Return what the optimizer keeps for this parameter from step to step."""
         ...
 
+    def keeps_rounded(self, name: str) -> bool:
+        """Return whether a copy of this parameter in 16 bits, once asked for, stays from step to step."""
+        ...
+
 
 class Together:
     """Several torch optimizers, each with parameters of its own, as one.

@@ -78,6 +78,10 @@ class Adam:
         }
         return numbers[self._rule(name)] * parameter.element_size() + 4
 
+    def keeps_rounded(self, name: str) -> bool:
+        """Return whether it is updated by factors: a pass of our own, which writes the copy too."""
+        return self._rule(name) == "factored"
+
     def _rule(self, name: str) -> str:
         """Return how this parameter is updated."""
         return self._rules.get(kind_of(name), "dense")

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from moe_lm.kernels import by_triton
+from moe_lm.rounded import keep_rounded, kept_rounded, refreshed
+from moe_lm.squares import Squares, squares_of, want_squares
 
 NUMBERS_ON_CPU = 1 << 20
 """Largest temporary on a CPU: 4 MiB stay in a cache; a quarter or four times as much took a third longer."""
@@ -44,16 +46,15 @@ class FactoredAdam(torch.optim.Optimizer):
         for parameter in self.param_groups[-1]["params"]:
             if parameter.dim() < 2:
                 raise ValueError(f"a second moment of shape {tuple(parameter.shape)} cannot be factored")
+            want_squares(parameter)
+            keep_rounded(parameter)
 
     @torch.no_grad()
     def norms(self, parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-        """Return the norms of those of these gradients whose squares are a pass of their own: the step finds them.
-
-        It makes them anew where torch knows that the gradient was changed meanwhile (`.data` hides it).
-        """
+        """Return the norms of those of these gradients whose squares the step takes from memory (`moe_lm.squares`)."""
         own = {parameter for group in self.param_groups for parameter in group["params"]}
         return {
-            parameter: (_squares_of(parameter.grad).row_MR.sum() * parameter.shape[-1]).sqrt()
+            parameter: (squares_of(parameter, _squares).row_MR.sum() * parameter.shape[-1]).sqrt()
             for parameter in parameters
             if parameter in own and parameter.grad is not None and _in_kernels(parameter)
         }
@@ -89,36 +90,29 @@ def _in_kernels(parameter: Tensor) -> bool:
     return by_triton(parameter) and parameter.dtype == torch.float32 and parameter.numel() > 0
 
 
-class _Squares:
-    """The means of a gradient's squares over columns and rows of each matrix, by one pass in a kernel."""
-
-    def __init__(self, gradient: Tensor):
-        from moe_lm.optimizer.triton_factored import square_means  # Triton is not everywhere, and slow to import
-
-        self.version = gradient._version
-        self.row_MR, self.column_MC = square_means(_as_list_of(2, gradient))
-
-
-def _squares_of(gradient: Tensor) -> _Squares:
-    """Return them, made once as long as the gradient is not changed, and kept with it."""
-    if getattr(gradient, "squares", None) is None or gradient.squares.version != gradient._version:
-        gradient.squares = _Squares(gradient)
-    return gradient.squares
-
-
 def _update_in_kernels(
     parameter: Tensor, state: dict[str, Tensor], correction: float, group: dict[str, Any], scale: float
 ) -> None:
-    """Without temporaries of the matrices' size: one pass more over them, to change them."""
+    """Without temporaries of the matrices' size: one pass over them, to change them and their rounded copy."""
     from moe_lm.optimizer.triton_factored import divide_
 
-    squares = _squares_of(parameter.grad)
+    squares, copy = squares_of(parameter, _squares), kept_rounded(parameter)
     w_MRC, g_MRC = _as_list_of(2, parameter), _as_list_of(2, parameter.grad)
     row_MR, column_MC = _as_list_of(1, state["row_mean"]), _as_list_of(1, state["column_mean"])
     for mean, new in ((row_MR, squares.row_MR), (column_MC, squares.column_MC)):
         mean.lerp_(new * scale**2, 1 - group["beta2"])
     a_MR, b_MC = _roots(row_MR, column_MC, correction)
-    divide_(w_MRC, g_MRC, a_MR, b_MC, scale=scale, rate=group["lr"], epsilon=group["epsilon"])
+    copy_MRC = None if copy is None else _as_list_of(2, copy)
+    divide_(w_MRC, g_MRC, a_MR, b_MC, copy_MRC, scale=scale, rate=group["lr"], epsilon=group["epsilon"])
+    if copy is not None:
+        refreshed(parameter, copy)
+
+
+def _squares(gradient: Tensor) -> Squares:
+    """Return their means by one pass over the gradient."""
+    from moe_lm.optimizer.triton_factored import square_means  # Triton is not everywhere, and slow to import
+
+    return square_means(_as_list_of(2, gradient))
 
 
 def _roots(row_MR: Tensor, column_MC: Tensor, correction: float) -> tuple[Tensor, Tensor]:

@@ -10,13 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_lm.squares import Squares
 from moe_lm.triton_rows import block_of
 
 _ROWS, _PART = 8, 64
 """Rows held at a time, and of one program: sums over its rows cost a 64th of the gradient in memory."""
 
 
-def square_means(g_MRC: Tensor) -> tuple[Tensor, Tensor]:
+def square_means(g_MRC: Tensor) -> Squares:
     """Return the squared gradient's means over columns (M, R) and over rows (M, C); no atomic additions."""
     matrices, rows, columns = g_MRC.shape
     block, parts = block_of(columns), triton.cdiv(rows, _PART)
@@ -25,19 +26,30 @@ def square_means(g_MRC: Tensor) -> tuple[Tensor, Tensor]:
     of_column_MPC = g_MRC.new_empty(matrices, parts, columns)
     sizes = {"ROWS": _ROWS, "PART": _PART, "BLOCK": block}
     _square[grid](g_MRC.contiguous(), of_row_MPR, of_column_MPC, rows, columns, parts, **sizes)
-    return of_row_MPR.sum(dim=1).div_(columns), of_column_MPC.sum(dim=1).div_(rows)
+    return Squares(of_row_MPR.sum(dim=1).div_(columns), of_column_MPC.sum(dim=1).div_(rows))
 
 
 def divide_(
-    w_MRC: Tensor, g_MRC: Tensor, a_MR: Tensor, b_MC: Tensor, *, scale: float, rate: float, epsilon: float
+    w_MRC: Tensor,
+    g_MRC: Tensor,
+    a_MR: Tensor,
+    b_MC: Tensor,
+    copy_MRC: Tensor | None = None,
+    *,
+    scale: float,
+    rate: float,
+    epsilon: float,
 ) -> None:
-    """Take rate * scale * g / (a b^T + epsilon) from each matrix, in its place."""
+    """Take rate * scale * g / (a b^T + epsilon) from each matrix, in its place, and write it, rounded, to its copy."""
     matrices, rows, columns = w_MRC.shape
     block, parts = block_of(columns), triton.cdiv(rows, _ROWS)
-    assert w_MRC.is_contiguous()  # it is changed where it is
+    assert w_MRC.is_contiguous()  # both are changed where they are
+    assert copy_MRC is None or copy_MRC.is_contiguous()
     given = [tensor.contiguous() for tensor in (g_MRC, a_MR, b_MC)]
     grid = matrices * parts, triton.cdiv(columns, block)
-    _divide[grid](w_MRC, *given, scale, rate, epsilon, rows, columns, parts, ROWS=_ROWS, BLOCK=block)
+    sizes = {"COPIED": copy_MRC is not None, "ROWS": _ROWS, "BLOCK": block}
+    copy = w_MRC if copy_MRC is None else copy_MRC
+    _divide[grid](w_MRC, copy, *given, scale, rate, epsilon, rows, columns, parts, **sizes)
 
 
 @triton.jit
@@ -59,7 +71,22 @@ def _square(g, of_row, of_column, rows, columns, parts, ROWS: tl.constexpr, PART
 
 
 @triton.jit
-def _divide(w, g, a, b, scale, rate, epsilon, rows, columns, parts, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _divide(
+    w,
+    copy,
+    g,
+    a,
+    b,
+    scale,
+    rate,
+    epsilon,
+    rows,
+    columns,
+    parts,
+    COPIED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     matrix = tl.program_id(0).to(tl.int64) // parts
     row = tl.program_id(0) % parts * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -70,4 +97,7 @@ def _divide(w, g, a, b, scale, rate, epsilon, rows, columns, parts, ROWS: tl.con
     divisor = of_row[:, None] * of_column[None, :] + epsilon
     value = scale * tl.load(g + at, mask=inside, other=0.0)
     weight = tl.load(w + at, mask=inside, other=0.0)
-    tl.store(w + at, weight - rate * (value / divisor), mask=inside)
+    weight -= rate * (value / divisor)
+    tl.store(w + at, weight, mask=inside)
+    if COPIED:
+        tl.store(copy + at, weight.to(copy.dtype.element_ty), mask=inside)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from choices_of_kernels import SIZES, chosen
+from experts_trained import Training
 from lstm_of_torch import ours_and_theirs
 from mixture_by_hand import make
 from optimizers_in_kernels import MATRICES, VOCABULARIES, factored_steps, lazy_steps
@@ -24,6 +25,7 @@ from moe_lm.gate.noisy_choice import _ChoiceInAKernel, _NoisyChoice
 from moe_lm.grouped_product import grouped_product
 from moe_lm.optimizer.factored import FactoredAdam
 from moe_lm.optimizer.lazy import LazyAdam
+from moe_lm.rounded import kept_rounded
 from moe_lm.rows import RowGradient, replace_row_gradient
 from moe_lm.update import _float32_as_tf32
 
@@ -190,6 +192,22 @@ def test_lazy(gpu, shape):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("by", ["mixture", "products"])
+@pytest.mark.parametrize("most_in_torch", [0, 1023])
+def test_copies_that_the_optimizer_keeps(gpu, monkeypatch, most_in_torch, by):
+    """They are the matrices, rounded; weights after three steps are near those of matrices that are cast each time."""
+    monkeypatch.setattr(grouped_gemm, "most_in_torch", most_in_torch)
+    sparing, keeping = (Training(by, torch.bfloat16, on="cuda") for _ in range(2))
+    for _ in range(3):
+        sparing.step(recompute=True)
+        keeping.step()
+    for weight, other in zip(keeping.weights, sparing.weights, strict=True):
+        assert (weight - other).norm() < 0.01 * other.norm()
+        assert kept_rounded(other) is None
+        if by == "mixture" or most_in_torch == 0:
+            assert torch.equal(kept_rounded(weight), weight.bfloat16())
+
+
 @pytest.fixture
 def large_gpu(gpu):
     """One with room for two tensors of 2^31 numbers and more."""
@@ -216,13 +234,13 @@ def test_products_beyond_32_bits(large_gpu):
     """The last of 4,100 experts has 5 rows, all others none."""
     ends_E = torch.zeros(4100, dtype=torch.int64, device=large_gpu)
     ends_E[-1] = 5
-    by = grouped_gemm.InKernels(ends_E, 5)
+    by = grouped_gemm.InKernels(ends_E, 5, torch.bfloat16)
     weight_EDH = torch.zeros(4100, 512, 1024, device=large_gpu)
     weight_EDH[-1].normal_()
     x_AD = torch.randn(5, 512, device=large_gpu).bfloat16()
     y_AH = by.products(x_AD, None, weight_EDH)
     torch.testing.assert_close(y_AH, x_AD @ weight_EDH[-1].bfloat16(), rtol=0.02, atol=0.1)
-    outer_EDH = by.outer_products(x_AD, None, y_AH, torch.float32)
+    outer_EDH = by.outer_products(x_AD, None, y_AH, weight_EDH)
     torch.testing.assert_close(outer_EDH[-1], x_AD.float().t() @ y_AH.float(), rtol=1e-3, atol=1e-2)
     assert not outer_EDH[:-1].any()
 
