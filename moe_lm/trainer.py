@@ -12,14 +12,15 @@ from moe_lm import checkpoint
 from moe_lm.ahead import Ahead
 from moe_lm.batches import Batches
 from moe_lm.distributed import ALONE, Processes
-from moe_lm.metrics import Interval, MetricsLog, balance_figures
+from moe_lm.metrics import Interval, MetricsLog
 from moe_lm.mistake import Mistake
 from moe_lm.operations import flops_per_word
 from moe_lm.perplexity import Measured
 from moe_lm.progress import Progress, Settings
 from moe_lm.run import Run
 from moe_lm.saver import Saver, must
-from moe_lm.update import Update, Updated
+from moe_lm.uncounted import Uncounted
+from moe_lm.update import Update
 
 
 class Trainer:
@@ -48,6 +49,7 @@ class Trainer:
         self.ahead = Ahead(batches, processes.turns, pinned=self.model.embedding_VD.is_cuda)
         self.progress = Progress()
         self._interval = Interval()
+        self._uncounted: Uncounted | None = None
         self._flops_per_token = flops_per_word(self.model)
         self._saved_at = time.monotonic()
 
@@ -98,38 +100,38 @@ class Trainer:
         progress.step += 1
         progress.words += batch.num_words
         progress.tokens += batch.num_tokens
-        self._count(done, batch.num_words)
+        self._count()  # the one before, which is made by now: a GPU has this one to do while the host reads
+        self._uncounted = Uncounted.of(done, progress.step, batch.num_words)
+        if done.decision.is_here or self._says_something():
+            self._count()
         seconds = time.perf_counter() - started
         progress.seconds += seconds
         self._interval.add(seconds=seconds, passed_words=batch.num_words)
         bar.update(batch.num_words)
         self._after_step(bar)
 
-    def _count(self, done: Updated, num_words: int) -> None:
-        """Add what an update saw to the interval's sums; of one that was left out only that it was."""
-        progress = self.progress
-        if not done.made:
-            progress.skipped += 1
-            progress.skipped_in_a_row += 1
-            self._interval.add(skipped=1)
-            self._say_skipped(done, num_words)
-            return
-        progress.skipped_in_a_row = 0
-        self._interval.add(steps=1, words=num_words, nats=done.nats, grad_norm=done.norm)
-        terms = {f"balance_{name}": value for name, value in done.terms.items()}
-        self._interval.add(**balance_figures(done.gatings.values()), **terms, **done.shares)
+    def _says_something(self) -> bool:
+        """Whether a line, a validation or the end comes after this step, for which all must be counted."""
+        progress, settings = self.progress, self.settings
+        every = settings.log_every, settings.valid_every
+        return progress.words >= settings.num_words or any(progress.step % steps == 0 for steps in every)
 
-    def _say_skipped(self, done: Updated, num_words: int) -> None:
+    def _count(self) -> None:
+        """Count the last update, if it is not yet counted."""
+        done, self._uncounted = self._uncounted, None
+        if done is not None and not done.count(self.progress, self._interval):
+            self._say_skipped(done)
+
+    def _say_skipped(self, done: Uncounted) -> None:
         progress, most = self.progress, self.settings.max_skipped
-        found = f"loss {float(done.nats) / num_words:.4g}, gradient norm {float(done.norm):.4g}"
-        self._say(f"WARNING: step {progress.step} was left out: {found}")
+        self._say(f"WARNING: {done}")
         if progress.skipped_in_a_row >= most:
             self.saver.finish()  # what is being written counts too
             saved = self.processes.first(lambda: checkpoint.steps(self.run.checkpoints))
             last = f"the last good checkpoint is that of step {saved[-1]}" if saved else "there is no checkpoint yet"
             raise Mistake(
                 f"{most} updates in a row had no finite loss and gradient, or a loss that exploded, up to step "
-                f"{progress.step}; {last}: lower optimizer.learning_rate and train under another name=..."
+                f"{done.step}; {last}: lower optimizer.learning_rate and train under another name=..."
             )
 
     def _after_step(self, bar: tqdm) -> None:
@@ -192,6 +194,7 @@ class Trainer:
         }
 
     def _save(self, at_once: bool = False) -> None:
+        self._count()
         self.progress.interval = self._interval.sums()
         state = {"data": self.fingerprint, "progress": asdict(self.progress)}
         best = {int(self.progress.best["step"])} if self.progress.best else set()

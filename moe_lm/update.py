@@ -6,7 +6,6 @@ before the optimizer does, so the update is that of the whole batch whatever the
 
 import contextlib
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +14,13 @@ from torch import Tensor
 from moe_lm.batches import GlobalBatch, MicroBatch
 from moe_lm.distributed import ALONE, Processes
 from moe_lm.gate import Gating
-from moe_lm.gradients import STATISTICS, Gradients, sum_statistics
+from moe_lm.gradients import Gradients, sum_statistics
+from moe_lm.later import Later
 from moe_lm.model import LanguageModel
 from moe_lm.objective import Objective, Statistics, add, statistics
 from moe_lm.optimizer import Together
 from moe_lm.seeds import derive_seed
+from moe_lm.seen import Seen, nothing
 
 _EXPLODED = 10
 """A loss of as many times what guessing costs, log(vocabulary), is no loss to learn from."""
@@ -29,7 +30,7 @@ _EXPLODED = 10
 class Updated:
     """What an update saw and did, of the global batch: the same on each process."""
 
-    made: bool
+    decision: Later
     """Whether the weights changed: not where loss or gradient is not finite, or the loss exploded."""
     nats: Tensor
     """Summed over all predicted words (float64)."""
@@ -41,6 +42,11 @@ class Updated:
     """Of each gated layer one with the statistics of the global batch."""
     shares: dict[str, Tensor]
     """Of assignments `dropped`, of tokens `unserved`; nothing without gated layers."""
+
+    @property
+    def made(self) -> bool:
+        """The decision; where a GPU has made it, the host waits for that."""
+        return bool(self.decision.read())
 
 
 class Update:
@@ -73,28 +79,40 @@ class Update:
             seen = self._passes(batch, step)
         self._gradients.finish()
         norm = self._gradients.norm(self.optimizer)
-        # The one place where the host waits for what the device found.
-        nats_per_word, length = torch.stack([seen.nats / batch.num_words, norm.double()]).tolist()
-        made = math.isfinite(length) and nats_per_word <= self._largest_loss
-        if made:
-            self.optimizer.clip(self._clip_norm, length)
-            self.optimizer.step()
-            self.model.adapt({layer: gating.statistics() for layer, gating in seen.gatings.items()})
+        made = norm.isfinite() & (seen.nats / batch.num_words <= self._largest_loss)
+        decision = Later(made)
+        if self.optimizer.decides_on_device():
+            self._change_where(made, norm, seen)
+        elif decision.read():  # the host waits
+            self.optimizer.clip(self._clip_norm, norm.item())
+            self._change(seen)
         self.optimizer.zero_grad()
-        return Updated(made, seen.nats, norm, seen.terms, seen.gatings, seen.shares)
+        return Updated(decision, seen.nats, norm, seen.terms, seen.gatings, seen.shares)
 
-    def _passes(self, batch: GlobalBatch, step: int) -> "_Seen":
+    def _change(self, seen: Seen) -> None:
+        self.optimizer.step()
+        self.model.adapt({layer: gating.statistics() for layer, gating in seen.gatings.items()})
+
+    def _change_where(self, made: Tensor, norm: Tensor, seen: Seen) -> None:
+        """Leave it to the device whether anything changes: the host goes on to the next step."""
+        self.optimizer.clip_on_device(self._clip_norm, norm, made)
+        before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}  # what gates move
+        self._change(seen)
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(torch.where(made, buffer, before[name]))
+
+    def _passes(self, batch: GlobalBatch, step: int) -> Seen:
         """Run every micro-batch forwards and backwards; the gradients are left in the parameters."""
         turns = [(number, self._micro_batch(batch, number)) for number in self.processes.turns(len(batch))]
         # With one micro-batch a process, or one in all, the statistics are summed between its forward pass and the
         # loss; with several a first pass collects them.
         exact = len(batch) == 1 or (self._exact_balance and bool(self.objective.balance))
         everywhere = self._collect(step, turns) if exact and len(turns) > 1 else None
-        seen = _Seen(self._device)
+        seen = Seen(self._device)
         for place, (number, micro) in enumerate(turns):
             with self._seeded(step, number):
                 nats, gatings = self.model(micro, derive_seed(self._seed, step, "negatives"))
-            own = statistics(gatings) if number is not None else _nothing(statistics(gatings))
+            own = statistics(gatings) if number is not None else nothing(statistics(gatings))
             if exact and everywhere is None:
                 everywhere = sum_statistics(own, self.processes.everyone)
             share = micro.num_words / batch.num_words if number is not None else 0.0
@@ -113,7 +131,7 @@ class Update:
         for number, micro in turns:
             with self._seeded(step, number):
                 own = statistics(self.model.hidden(micro)[1])
-            total = add(total, own if number is not None else _nothing(own))
+            total = add(total, own if number is not None else nothing(own))
         return sum_statistics(total, self.processes.everyone)
 
     def _micro_batch(self, batch: GlobalBatch, number: int | None) -> MicroBatch:
@@ -131,53 +149,6 @@ class Update:
             yield
 
 
-class _Seen:
-    """What the passes of a step saw, of this process's micro-batches and then of all."""
-
-    def __init__(self, device: torch.device):
-        self.nats = torch.zeros((), dtype=torch.float64, device=device)
-        self.terms: dict[str, Tensor] = {}
-        self.gatings: dict[str, Gating] = {}
-        self.shares: dict[str, Tensor] = {}
-        self._statistics: Statistics | None = None
-        self._last: dict[str, Tensor] = {}
-        # Asked, dropped, tokens, unserved: plain numbers as long as they are, so that none waits for the device.
-        self._counts: list[Tensor | int] = [0, 0, 0, 0]
-
-    def add(
-        self,
-        nats: Tensor,
-        gatings: Mapping[str, Gating],
-        own: Statistics,
-        values: Mapping[str, Tensor],
-        share: float,
-        counts: bool,
-    ) -> None:
-        """Add a micro-batch; one that does not count leaves only the form of what there is."""
-        self.gatings = dict(gatings)
-        self._statistics = add(self._statistics, own)
-        self._last = {name: torch.as_tensor(value) for name, value in values.items()}
-        self.terms = {name: self.terms.get(name, 0.0) + share * value for name, value in self._last.items()}
-        if counts:
-            self.nats += nats.detach()
-            for gating in gatings.values():
-                found = (gating.num_asked, gating.num_dropped, gating.num_tokens, gating.num_unserved())
-                self._counts = [total + x for total, x in zip(self._counts, found, strict=True)]
-
-    def sum(self, processes: Processes, everywhere: Statistics | None) -> None:
-        """Make everything that of all processes; losses of global values are the same everywhere already."""
-        everyone, terms = processes.everyone, list(self.terms)
-        own = [self.nats, *self._counts, *(self.terms[name] for name in terms)]
-        # Plain numbers are filled in: a copy of them would wait for all that a GPU has to do.
-        own = [x.to(self.nats) if isinstance(x, Tensor) else self.nats.new_full((), x) for x in own]
-        self.nats, asked, dropped, tokens, unserved, *values = everyone.sum_(torch.stack(own), STATISTICS)
-        whole = sum_statistics(self._statistics or {}, everyone) if everywhere is None else everywhere
-        self.terms = dict(zip(terms, values, strict=True)) if everywhere is None else self._last
-        self.gatings = {layer: gating.with_statistics(whole[layer]) for layer, gating in self.gatings.items()}
-        if self.gatings:
-            self.shares = {"dropped": dropped / asked.clamp(min=1), "unserved": unserved / tokens.clamp(min=1)}
-
-
 @contextlib.contextmanager
 def _float32_as_tf32(allowed: bool):
     """Let a GPU's float32 products, those of gates, round their factors to TF32, as cuDNN's LSTM does by default.
@@ -193,8 +164,3 @@ def _float32_as_tf32(allowed: bool):
         yield
     finally:
         products.allow_tf32, products.fp32_precision = False, "none"
-
-
-def _nothing(own: Statistics) -> Statistics:
-    """Return statistics of no tokens, in the form of these."""
-    return {layer: {name: torch.zeros_like(x) for name, x in part.items()} for layer, part in own.items()}

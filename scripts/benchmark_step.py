@@ -179,7 +179,8 @@ def _put_marks(trainer: Trainer, line: TimeLine) -> None:
     update.objective = _marking(update.objective, line, "losses")
     update._gradients.finish = _marking(update._gradients.finish, line, "embedding, backward")
     update._gradients.norm = _marking(update._gradients.norm, line, "norm")
-    update.optimizer.clip = _marking(update.optimizer.clip, line, "clip")
+    for name in ("clip", "clip_on_device"):
+        setattr(update.optimizer, name, _marking(getattr(update.optimizer, name), line, "clip"))
     update.optimizer.step = _marking(update.optimizer.step, line, "optimizer")
 
 

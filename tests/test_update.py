@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny_training import with_overrides
 
-from moe_lm import tensors_on_disk
+from moe_lm import checkpoint, tensors_on_disk
+from moe_lm.later import Later
 from moe_lm.update import Update, _float32_as_tf32
 
 
@@ -64,8 +65,15 @@ def lines() -> list[dict]:
     return [json.loads(line) for line in Path("runs/tiny/metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture(params=["at once", "later"])
+def known(request, monkeypatch):
+    """Whether an update is made is known at once or, as from a GPU, while the next one is under way."""
+    if request.param == "later":
+        monkeypatch.setattr(Later, "is_here", False)
+
+
 @pytest.mark.parametrize("fault", [nan_gradient, exploding])
-def test_left_out_and_counted(workspace, moe_lm, training, faulty, fault):
+def test_left_out_and_counted(workspace, moe_lm, training, faulty, fault, known):
     """Step 4 changes no weight; the run goes on and says so in its log."""
     seen = faulty(fault({4}))
     outcome = moe_lm("train", *training)
@@ -80,7 +88,7 @@ def test_left_out_and_counted(workspace, moe_lm, training, faulty, fault):
     assert all(torch.isfinite(torch.tensor(line["nats_per_word"])) for line in lines() if "nats_per_word" in line)
 
 
-def test_too_many_in_a_row_end_the_run(workspace, moe_lm, training, faulty, monkeypatch):
+def test_too_many_in_a_row_end_the_run(workspace, moe_lm, training, faulty, monkeypatch, known):
     """The last good checkpoint is named, though it was still being written, is there, and holds no NaN."""
     write = tensors_on_disk.write
     monkeypatch.setattr(tensors_on_disk, "write", lambda *args: (time.sleep(0.2), write(*args)))
@@ -96,7 +104,27 @@ def test_too_many_in_a_row_end_the_run(workspace, moe_lm, training, faulty, monk
     assert moe_lm("evaluate", "run=runs/tiny").code == 0
 
 
-def test_one_good_update_between_starts_the_count_anew(workspace, moe_lm, training, faulty):
+def test_what_is_known_later_is_counted_alike(workspace, moe_lm, training, faulty, monkeypatch):
+    """Lines and checkpoints are those of a training that waits, though some updates are left out."""
+    faulty(nan_gradient({2, 3, 9, 13}))
+    found = []
+    for later in (False, True):
+        monkeypatch.setattr(Later, "is_here", not later)
+        run = with_overrides(training, f"name=later_{later}", "training.log_every=5")
+        assert moe_lm("train", *run).code == 0
+        text = Path(f"runs/later_{later}/metrics.jsonl").read_text()
+        lines = [json.loads(line) for line in text.splitlines()]
+        timed = ("seconds", "words_per_second")
+        lines = [{key: x for key, x in line.items() if key not in timed} for line in lines]
+        saved = sorted(Path(f"runs/later_{later}/checkpoints").glob("[0-9]*"))
+        progress = [checkpoint.load_state(path)["progress"] for path in saved]
+        skipped = [[x["skipped"], x["skipped_in_a_row"], x["interval"].get("steps")] for x in progress]
+        found.append((lines, [path.name for path in saved], skipped))
+    assert found[0] == found[1]
+    assert sum(line.get("skipped", 0) for line in found[0][0]) == 4
+
+
+def test_one_good_update_between_starts_the_count_anew(workspace, moe_lm, training, faulty, known):
     faulty(nan_gradient({2, 3, 5, 6, 8, 9}))
     assert moe_lm("train", *with_overrides(training, "training.max_skipped=3")).code == 0
     assert sum(line.get("skipped", 0) for line in lines() if "split" not in line) == 6

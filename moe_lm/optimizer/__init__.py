@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moe_lm.gradient_memory import forget_gradient
+from moe_lm.kernels import by_triton
 from moe_lm.rows import row_gradient
 
 EXPERTS, VOCABULARY, REST = KINDS = ("experts", "vocabulary", "rest")
@@ -101,10 +102,30 @@ class Together:
             elif factor < 1:  # not times 1: a pass over all gradients
                 torch._foreach_mul_(_gradients(p for group in part.param_groups for p in group["params"]), factor)
 
+    def decides_on_device(self) -> bool:
+        """Return whether `clip_on_device` counts for every part, with the gradients that there are."""
+        of_torch = (part for part in self.parts if not hasattr(part, "decides_on_device"))
+        ours = (part for part in self.parts if hasattr(part, "decides_on_device"))
+        return all(part.decides_on_device() for part in ours) and all(
+            by_triton(parameter) for part in of_torch for group in part.param_groups for parameter in group["params"]
+        )
+
+    @torch.no_grad()
+    def clip_on_device(self, limit: float, had: Tensor, made: Tensor) -> None:
+        """Do what `clip` does in the next step, without waiting for the norm; where it is not to be `made`, nothing."""
+        found_inf, divisor = 1 - made.float(), (had.float() / limit).clamp(min=1)
+        for part in self.parts:
+            part.found_inf = found_inf
+            if hasattr(part, "scale"):
+                part.scale = 1 / divisor
+            else:
+                part.grad_scale = divisor  # torch's fused Adam divides by it
+
     def step(self) -> None:
         """Update every parameter."""
         for part in self.parts:
             part.step()
+        self._forget_scales()
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -112,8 +133,15 @@ class Together:
             forget_gradient(parameter)
         for part in self.parts:
             part.zero_grad(set_to_none=True)
+        self._forget_scales()
+
+    def _forget_scales(self) -> None:
+        for part in self.parts:
+            part.found_inf = None
             if hasattr(part, "scale"):
                 part.scale = 1.0
+            else:
+                part.grad_scale = None
 
 
 def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_lm.kernels import by_triton
+from moe_lm.optimizer.on_device import counted, kept
 from moe_lm.rounded import keep_rounded, kept_rounded, refreshed
 from moe_lm.squares import Squares, squares_of, want_squares
 
@@ -34,8 +35,10 @@ class FactoredAdam(torch.optim.Optimizer):
     Raises `ValueError` for a parameter with fewer than two dimensions.
     """
 
-    scale: float = 1.0
-    """What the next step multiplies the gradients by."""
+    scale: float | Tensor = 1.0
+    """What the next step multiplies the gradients by; on the device where `found_inf` is."""
+    found_inf: Tensor | None = None
+    """Whether the next step changes nothing (`moe_lm.optimizer.on_device`); where kernels update all parameters."""
 
     def __init__(self, params: Iterable[Tensor] | Iterable[dict], *, lr: float, beta2: float, epsilon: float):
         super().__init__(params, {"lr": lr, "beta2": beta2, "epsilon": epsilon})
@@ -70,13 +73,17 @@ class FactoredAdam(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     state = self.state[parameter] or self._begin(parameter)
-                    state["step"] += 1
-                    # On the CPU, as torch's own Adam keeps it, so that reading it waits for nobody.
-                    correction = 1 - group["beta2"] ** state["step"].item()
-                    update = _update_in_kernels if _in_kernels(parameter) else _update_by_parts
-                    update(parameter, state, correction, group, self.scale)
-        self.scale = 1.0
+                    if _in_kernels(parameter):
+                        _update_in_kernels(parameter, state, group, self.scale, self.found_inf)
+                    else:
+                        _update_by_parts(parameter, state, group, self.scale)
+        self.scale, self.found_inf = 1.0, None
         return loss
+
+    def decides_on_device(self) -> bool:
+        """Return whether `found_inf` counts for all parameters."""
+        every = [parameter for group in self.param_groups for parameter in group["params"]]
+        return all(_in_kernels(parameter) or not parameter.numel() for parameter in every)
 
     def _begin(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
@@ -91,7 +98,11 @@ def _in_kernels(parameter: Tensor) -> bool:
 
 
 def _update_in_kernels(
-    parameter: Tensor, state: dict[str, Tensor], correction: float, group: dict[str, Any], scale: float
+    parameter: Tensor,
+    state: dict[str, Tensor],
+    group: dict[str, Any],
+    scale: float | Tensor,
+    found_inf: Tensor | None,
 ) -> None:
     """Without temporaries of the matrices' size: one pass over them, to change them and their rounded copy."""
     from moe_lm.optimizer.triton_factored import divide_
@@ -100,10 +111,12 @@ def _update_in_kernels(
     w_MRC, g_MRC = _as_list_of(2, parameter), _as_list_of(2, parameter.grad)
     row_MR, column_MC = _as_list_of(1, state["row_mean"]), _as_list_of(1, state["column_mean"])
     for mean, new in ((row_MR, squares.row_MR), (column_MC, squares.column_MC)):
-        mean.lerp_(new * scale**2, 1 - group["beta2"])
-    a_MR, b_MC = _roots(row_MR, column_MC, correction)
+        mean.copy_(kept(mean.lerp(new * scale**2, 1 - group["beta2"]), mean, found_inf))
+    correction = 1 - group["beta2"] ** counted(state, parameter, found_inf)
+    roots = _roots(row_MR, column_MC, correction)
     copy_MRC = None if copy is None else _as_list_of(2, copy)
-    divide_(w_MRC, g_MRC, a_MR, b_MC, copy_MRC, scale=scale, rate=group["lr"], epsilon=group["epsilon"])
+    numbers = {"scale": scale, "found_inf": found_inf, "rate": group["lr"], "epsilon": group["epsilon"]}
+    divide_(w_MRC, g_MRC, *roots, copy_MRC, **numbers)
     if copy is not None:
         refreshed(parameter, copy)
 
@@ -115,19 +128,19 @@ def _squares(gradient: Tensor) -> Squares:
     return square_means(_as_list_of(2, gradient))
 
 
-def _roots(row_MR: Tensor, column_MC: Tensor, correction: float) -> tuple[Tensor, Tensor]:
+def _roots(row_MR: Tensor, column_MC: Tensor, correction: float | Tensor) -> tuple[Tensor, Tensor]:
     """Return a and b of sqrt(V) = a b^T."""
     # Of a matrix that never had a gradient all are 0, and 0 / smallest number is still 0.
     whole_M1 = row_MR.mean(dim=1, keepdim=True).clamp_min_(torch.finfo(row_MR.dtype).tiny)
     return (row_MR / whole_M1).sqrt_(), (column_MC / correction).sqrt_()
 
 
-def _update_by_parts(
-    parameter: Tensor, state: dict[str, Tensor], correction: float, group: dict[str, Any], scale: float
-) -> None:
+def _update_by_parts(parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any], scale: float) -> None:
     """Walk over the matrices, several small ones or a part of a large one at a time."""
+    state["step"] += 1
     if not parameter.numel():
         return
+    correction = 1 - group["beta2"] ** state["step"].item()
     *_, rows, columns = parameter.shape
     numbers = NUMBERS_ON_CPU if parameter.is_cpu else NUMBERS_ELSEWHERE
     scratch = parameter.new_empty(min(parameter.numel(), max(numbers, columns)))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lm.kernels import by_triton
+from moe_lm.optimizer.on_device import counted, kept
 from moe_lm.rows import RowGradient, forget_row_gradients, keep_row_gradients, row_gradient
 
 
@@ -19,8 +20,10 @@ class LazyAdam(torch.optim.Optimizer):
     made up when the row is next touched. State: `second_moment` (V, D), `last_step` (V), `step`.
     """
 
-    scale: float = 1.0
-    """What the next step multiplies the gradients by."""
+    scale: float | Tensor = 1.0
+    """What the next step multiplies the gradients by; on the device where `found_inf` is."""
+    found_inf: Tensor | None = None
+    """Whether the next step changes nothing (`moe_lm.optimizer.on_device`); where kernels run, and for rows alone."""
 
     def __init__(self, params: Iterable[nn.Parameter], *, lr: float, beta2: float, epsilon: float):
         super().__init__(params, {"lr": lr, "beta2": beta2, "epsilon": epsilon})
@@ -34,13 +37,21 @@ class LazyAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             for matrix in group["params"]:
                 state = self.state[matrix] or self._begin(matrix)
-                state["step"] += 1
                 touched = row_gradient(matrix)
+                if matrix.grad is None and _in_kernels(matrix):
+                    _update_on_device(matrix, touched, state, group, self.scale, self.found_inf)
+                    continue
+                state["step"] += 1
                 if matrix.grad is not None:
                     _update_all(matrix, touched, state, group, self.scale)
                 elif touched is not None:
                     _update(matrix, touched, state, group, self.scale)
-        self.scale = 1.0
+        self.scale, self.found_inf = 1.0, None
+
+    def decides_on_device(self) -> bool:
+        """Return whether `found_inf` counts for the gradients that there are."""
+        every = [matrix for group in self.param_groups for matrix in group["params"]]
+        return all(matrix.grad is None and _in_kernels(matrix) for matrix in every)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of both forms."""
@@ -76,6 +87,10 @@ def _update_all(
     matrix_VD.addcdiv_(grad_VD, deviation_VD, value=-settings["lr"])
 
 
+def _in_kernels(matrix_VD: Tensor) -> bool:
+    return by_triton(matrix_VD) and matrix_VD.dtype == torch.float32
+
+
 def _of_rows(factor_U: Tensor, value_UD: Tensor) -> Tensor:
     return factor_U.view(-1, *[1] * (value_UD.dim() - 1))
 
@@ -85,12 +100,6 @@ def _update(matrix_VD: Tensor, touched: RowGradient, state: dict[str, Tensor], s
     step, beta2 = state["step"].item(), settings["beta2"]
     decay_U = beta2 ** (step - state["last_step"].index_select(0, row_U))
     state["last_step"].index_fill_(0, row_U, step)
-    if by_triton(matrix_VD) and matrix_VD.dtype == torch.float32 and matrix_VD.dim() == 2:
-        from moe_lm.optimizer.triton_lazy import update_rows_  # Triton is not everywhere, and slow to import
-
-        numbers = {"scale": scale, "rate": settings["lr"], "beta2": beta2, "epsilon": settings["epsilon"]}
-        update_rows_(matrix_VD, state["second_moment"], touched, decay_U, correction=1 - beta2**step, **numbers)
-        return
     if scale != 1:
         grad_UD.mul_(scale)
     moment_UD = state["second_moment"].index_select(0, row_U)
@@ -98,3 +107,32 @@ def _update(matrix_VD: Tensor, touched: RowGradient, state: dict[str, Tensor], s
     state["second_moment"].index_copy_(0, row_U, moment_UD)
     deviation_UD = moment_UD.div_(1 - beta2**step).sqrt_().add_(settings["epsilon"])
     matrix_VD.index_add_(0, row_U, grad_UD / deviation_UD, alpha=-settings["lr"])
+
+
+def _update_on_device(
+    matrix_VD: Tensor,
+    touched: RowGradient | None,
+    state: dict[str, Tensor],
+    settings: dict,
+    scale: Tensor | float,
+    found_inf: Tensor | None,
+) -> None:
+    """Do what `_update` does, with no number that the host knows; matrices by one pass in a kernel."""
+    step, beta2 = counted(state, matrix_VD, found_inf), settings["beta2"]
+    if touched is None:
+        return
+    row_U, last_V, correction = touched.row_U, state["last_step"], 1 - beta2**step
+    last_U = last_V.index_select(0, row_U)
+    decay_U = beta2 ** (state["step"] - last_U)
+    last_V.index_copy_(0, row_U, kept(state["step"].expand_as(last_U), last_U, found_inf))
+    numbers = {"scale": scale, "rate": settings["lr"], "epsilon": settings["epsilon"], "found_inf": found_inf}
+    if matrix_VD.dim() == 2:
+        from moe_lm.optimizer.triton_lazy import update_rows_  # Triton is not everywhere, and slow to import
+
+        update_rows_(matrix_VD, state["second_moment"], touched, decay_U, beta2=beta2, correction=correction, **numbers)
+        return
+    slope_U, before_U = touched.value_UD * scale, state["second_moment"].index_select(0, row_U)
+    square_U = (before_U * _of_rows(decay_U, slope_U)).addcmul_(slope_U, slope_U, value=1 - beta2)
+    state["second_moment"].index_copy_(0, row_U, kept(square_U, before_U, found_inf))
+    change_U = slope_U / (square_U / correction).sqrt_().add_(settings["epsilon"])
+    matrix_VD.index_add_(0, row_U, kept(change_U, 0.0, found_inf), alpha=-settings["lr"])

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_lm.optimizer.on_device import number
 from moe_lm.squares import Squares
 from moe_lm.triton_rows import block_of
 
@@ -36,11 +37,15 @@ def divide_(
     b_MC: Tensor,
     copy_MRC: Tensor | None = None,
     *,
-    scale: float,
+    scale: Tensor | float,
     rate: float,
     epsilon: float,
+    found_inf: Tensor | None = None,
 ) -> None:
-    """Take rate * scale * g / (a b^T + epsilon) from each matrix, in its place, and write it, rounded, to its copy."""
+    """Take rate * scale * g / (a b^T + epsilon) from each matrix, in its place, and write it, rounded, to its copy.
+
+    Where `found_inf` is 1 all stays as it is.
+    """
     matrices, rows, columns = w_MRC.shape
     block, parts = block_of(columns), triton.cdiv(rows, _ROWS)
     assert w_MRC.is_contiguous()  # both are changed where they are
@@ -49,7 +54,8 @@ def divide_(
     grid = matrices * parts, triton.cdiv(columns, block)
     sizes = {"COPIED": copy_MRC is not None, "ROWS": _ROWS, "BLOCK": block}
     copy = w_MRC if copy_MRC is None else copy_MRC
-    _divide[grid](w_MRC, copy, *given, scale, rate, epsilon, rows, columns, parts, **sizes)
+    how = number(scale, w_MRC), number(found_inf, w_MRC), rate, epsilon
+    _divide[grid](w_MRC, copy, *given, *how, rows, columns, parts, **sizes)
 
 
 @triton.jit
@@ -78,6 +84,7 @@ def _divide(
     a,
     b,
     scale,
+    found_inf,
     rate,
     epsilon,
     rows,
@@ -87,6 +94,8 @@ def _divide(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    if tl.load(found_inf) != 0:
+        return
     matrix = tl.program_id(0).to(tl.int64) // parts
     row = tl.program_id(0) % parts * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -95,7 +104,7 @@ def _divide(
     of_row = tl.load(a + matrix * rows + row, mask=row < rows, other=0.0)
     of_column = tl.load(b + matrix * columns + column, mask=column < columns, other=0.0)
     divisor = of_row[:, None] * of_column[None, :] + epsilon
-    value = scale * tl.load(g + at, mask=inside, other=0.0)
+    value = tl.load(scale) * tl.load(g + at, mask=inside, other=0.0)
     weight = tl.load(w + at, mask=inside, other=0.0)
     weight -= rate * (value / divisor)
     tl.store(w + at, weight, mask=inside)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_lm.optimizer.on_device import number
 from moe_lm.rows import RowGradient
 from moe_lm.triton_rows import block_of
 
@@ -17,15 +18,16 @@ def update_rows_(
     touched: RowGradient,
     decay_U: Tensor,
     *,
-    scale: float,
+    scale: Tensor | float,
     rate: float,
     beta2: float,
-    correction: float,
+    correction: Tensor,
     epsilon: float,
+    found_inf: Tensor | None = None,
 ) -> None:
     """Make of touched rows m = decay m + (1 - beta2) g^2 and w -= rate g / (sqrt(m / correction) + epsilon), in place.
 
-    g is `scale` times the gradient. Rows are distinct; all other rows stay as they are.
+    g is `scale` times the gradient. Rows are distinct; all other rows stay as they are, where `found_inf` is 1 all.
     """
     row_U, grad_UD = touched.row_U.contiguous(), touched.value_UD.contiguous()
     width = matrix_VD.shape[1]
@@ -34,18 +36,34 @@ def update_rows_(
     assert moment_VD.is_contiguous()
     if grad_UD.numel():
         grid = len(row_U), triton.cdiv(width, block)
-        numbers = scale, rate, 1 - beta2, correction, epsilon
+        numbers = number(scale, matrix_VD), number(found_inf, matrix_VD), correction.float(), rate, 1 - beta2, epsilon
         _update[grid](matrix_VD, moment_VD, row_U, grad_UD, decay_U.contiguous(), *numbers, width, BLOCK=block)
 
 
 @triton.jit
-def _update(matrix, moment, row, grad, decay, scale, rate, weight, correction, epsilon, width, BLOCK: tl.constexpr):
+def _update(
+    matrix,
+    moment,
+    row,
+    grad,
+    decay,
+    scale,
+    found_inf,
+    correction,
+    rate,
+    weight,
+    epsilon,
+    width,
+    BLOCK: tl.constexpr,
+):
+    if tl.load(found_inf) != 0:
+        return
     touched = tl.program_id(0).to(tl.int64)  # rows times width may pass 2^31
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     at = tl.load(row + touched) * width + column
-    slope = scale * tl.load(grad + touched * width + column, mask=inside, other=0.0)
+    slope = tl.load(scale) * tl.load(grad + touched * width + column, mask=inside, other=0.0)
     square = tl.load(moment + at, mask=inside, other=0.0) * tl.load(decay + touched) + weight * slope * slope
     tl.store(moment + at, square, mask=inside)
     value = tl.load(matrix + at, mask=inside, other=0.0)
-    tl.store(matrix + at, value - rate * (slope / (tl.sqrt(square / correction) + epsilon)), mask=inside)
+    tl.store(matrix + at, value - rate * (slope / (tl.sqrt(square / tl.load(correction)) + epsilon)), mask=inside)

@@ -28,17 +28,17 @@ CASES = {
 def updates(trainer) -> dict[str, torch.Tensor]:
     """Losses, norms, gradients of each step and parameters after the last, on the CPU."""
     found, optimizer = {}, trainer.optimizer
-    clip = optimizer.clip
 
-    def watched(limit, had):
+    def note():
         for name, parameter in trainer.model.named_parameters():
             whole = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
             if (touched := row_gradient(parameter)) is not None:
                 whole.index_add_(0, touched.row_U, touched.value_UD)
             found[f"{trainer.progress.step} {name}"] = whole.cpu()
-        clip(limit, had)
 
-    optimizer.clip = watched
+    for name in ("clip", "clip_on_device"):  # the one or the other is what an update does next
+        before = getattr(optimizer, name)
+        setattr(optimizer, name, lambda *arguments, before=before: [note(), before(*arguments)])
     trainer.model.train()
     for step in range(STEPS):
         trainer.progress.step = step

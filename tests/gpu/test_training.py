@@ -10,7 +10,6 @@ import torch
 from tiny_training import TRAINING, with_overrides
 
 from moe_lm import grouped_gemm
-from moe_lm.update import _float32_as_tf32
 
 ON_GPU = with_overrides(TRAINING, "machine.device=cuda", "model.width=16", "model.expert_hidden=32")
 
@@ -44,7 +43,7 @@ def test_goes_on_where_it_stopped(workspace, moe_lm):
 
 @pytest.mark.parametrize("most_in_torch", [0, 1023])
 @pytest.mark.parametrize("layer", ["moe", "hierarchical_moe"])
-def test_the_passes_of_an_update_wait_for_nothing(trainer, gpu, monkeypatch, layer, most_in_torch):
+def test_an_update_waits_for_nothing(trainer, gpu, monkeypatch, layer, most_in_torch):
     """CUDA itself would say so; tests/test_waits.py says it of what runs without a GPU."""
     monkeypatch.setattr(grouped_gemm, "most_in_torch", most_in_torch)
     sizes = ["model.num_experts=16", *(["model.num_groups=4"] if layer == "hierarchical_moe" else [])]
@@ -56,10 +55,26 @@ def test_the_passes_of_an_update_wait_for_nothing(trainer, gpu, monkeypatch, lay
     batch = made.batches.step(2)
     try:
         torch.cuda.set_sync_debug_mode("error")
-        with _float32_as_tf32(True):
-            made.update._passes(batch, 2)
+        done = made.update(batch, 2, 1e-3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert done.made
+
+
+def test_the_device_leaves_out_what_is_not_finite(trainer, gpu):
+    """Nothing changes, and the next update is made."""
+    made = trainer(gpu, "optimizer.experts=factored", precision="bfloat16")
+    made.model.train()
+    assert made.update(made.batches.step(0), 0, 1e-3).made
+    state = [x for kept in made.optimizer.state.values() for x in kept.values()]
+    before = [x.detach().clone() for x in (*made.model.state_dict().values(), *state)]
+    hook = made.model.layers["middle"].experts.w1_EDH.register_hook(lambda grad: grad * float("nan"))
+    assert not made.update(made.batches.step(1), 1, 1e-3).made
+    hook.remove()
+    state = [x for kept in made.optimizer.state.values() for x in kept.values()]
+    for now, then in zip((*made.model.state_dict().values(), *state), before, strict=True):
+        assert torch.equal(now, then)
+    assert made.update(made.batches.step(2), 2, 1e-3).made
 
 
 def test_torchrun_of_one(workspace):
