@@ -10,10 +10,10 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("tests/gpu compares a GPU with the CPU", allow_module_level=True)
 
-from moe_lm import update
 from moe_lm.optimizer import Together
 
 CPU = torch.device("cpu")
+SMALL = ["batch.words=60", "batch.micro_words=30"]
 CASES = {
     "adam": [],
     "factored": ["optimizer.experts=factored"],
@@ -54,7 +54,7 @@ def tensors(trainer):
     return {name: x.detach().clone() for name, x in {**trainer.model.state_dict(), **moments}.items()}
 
 
-def steps(trainer, monkeypatch, faulty=()):
+def steps(trainer, faulty=()):
     """Make five updates, of the faulty ones with a NaN in a gradient; return what there is after each."""
     trainer.model.train()
     found, experts = [], trainer.model.layers["middle"].experts
@@ -69,12 +69,12 @@ def steps(trainer, monkeypatch, faulty=()):
 
 
 @pytest.mark.parametrize("overrides", CASES.values(), ids=CASES)
-def test_the_same_updates(trainer, by_device, monkeypatch, overrides):
+def test_the_same_updates(trainer, by_device, overrides):
     """Clipped, with one left out at the beginning and one later: weights and moments as where the host decides."""
-    overrides = ["optimizer.clip_norm=0.05", *overrides]
-    host = steps(trainer(CPU, *overrides), monkeypatch, faulty=(0, 3))
+    overrides = [*SMALL, "optimizer.clip_norm=0.05", *overrides]
+    host = steps(trainer(CPU, *overrides), faulty=(0, 3))
     asked = by_device()
-    device = steps(trainer(CPU, *overrides), monkeypatch, faulty=(0, 3))
+    device = steps(trainer(CPU, *overrides), faulty=(0, 3))
     assert len(asked) == 5
     for ours, theirs in zip(device[1:], host[1:], strict=True):
         assert ours.keys() == theirs.keys()
@@ -83,12 +83,12 @@ def test_the_same_updates(trainer, by_device, monkeypatch, overrides):
 
 
 @pytest.mark.parametrize("overrides", CASES.values(), ids=CASES)
-def test_what_is_left_out_changes_no_bit(trainer, by_device, monkeypatch, overrides):
+def test_what_is_left_out_changes_no_bit(trainer, by_device, overrides):
     """Of weights, moments, counts of steps and what gates move."""
     by_device()
-    made = trainer(CPU, *overrides)
+    made = trainer(CPU, *SMALL, *overrides)
     before = tensors(made)
-    first, second, third, left_out, last = steps(made, monkeypatch, faulty=(0, 3))
+    first, second, third, left_out, last = steps(made, faulty=(0, 3))
     for then, now in ((before, first), (third, left_out)):
         for name, x in then.items():
             assert torch.equal(x, now[name]), name
@@ -96,10 +96,10 @@ def test_what_is_left_out_changes_no_bit(trainer, by_device, monkeypatch, overri
     assert all(torch.isfinite(x).all() for x in last.values())
 
 
-def test_a_loss_that_explodes_is_left_out(trainer, by_device, monkeypatch):
+def test_a_loss_that_explodes_is_left_out(trainer, by_device):
     """Though it and its gradient are finite."""
     by_device()
-    made = trainer(CPU)
+    made = trainer(CPU, *SMALL)
     made.model.train()
     made.update._largest_loss = 1e-3
     before = tensors(made)
@@ -113,7 +113,7 @@ def test_a_loss_that_explodes_is_left_out(trainer, by_device, monkeypatch):
 def test_the_update_after_is_as_if_nothing_were_before(trainer, by_device):
     """Neither what the last one was scaled by nor whether it was made is left."""
     by_device()
-    made = trainer(CPU, "optimizer.experts=factored")
+    made = trainer(CPU, *SMALL, "optimizer.experts=factored")
     made.model.train()
     made.update(made.batches.step(0), 0, 1e-2)
     for part in made.optimizer.parts:
@@ -122,13 +122,12 @@ def test_the_update_after_is_as_if_nothing_were_before(trainer, by_device):
         assert getattr(part, "grad_scale", None) is None
 
 
-def test_moments_of_a_checkpoint_go_on(trainer, by_device, tmp_path):
+def test_moments_of_a_checkpoint_go_on(trainer, by_device):
     """Counts of steps that the host has kept, or a file, are taken up by the device."""
-    made = trainer(CPU, "optimizer.experts=factored")
+    made = trainer(CPU, *SMALL, "optimizer.experts=factored")
     made.model.train()
     made.update(made.batches.step(0), 0, 1e-2)
     by_device()
     made.update(made.batches.step(1), 1, 1e-2)
     assert {int(state["step"]) for state in made.optimizer.state.values()} == {2}
     assert made.update.optimizer.decides_on_device()
-    assert isinstance(update.Later(torch.tensor(True)).read(), bool)
