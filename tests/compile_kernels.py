@@ -18,7 +18,7 @@ SHARED = 227 << 10
 """Bytes that a program may have of a Hopper GPU's shared memory."""
 INTEGERS = {"token", "order", "ends", "expert", "first", "hit", "row"}
 """Pointers to int64; all others are to float32, or to bfloat16 where a kernel is compiled so."""
-NUMBERS = {"epsilon", "scale", "rate", "weight", "correction"}
+NUMBERS = {"epsilon", "rate", "weight"}
 SIZES = {"width", "rows", "parts", "hidden", "columns", "tokens", "experts", "chance_stride", "units", "h_stride"}
 SIZES |= {"inputs", "outputs", "shares", "w_expert", "w_row", "w_column"}
 
