@@ -21,34 +21,28 @@ class _Copy:
 
 
 def keep_rounded(parameter: Tensor) -> None:
-    """From now on let a copy, once asked for, stay with the parameter; whoever writes both says `refreshed`."""
+    """From now on let a copy, once asked for, stay with the parameter: whoever changes it by a kernel writes both."""
     parameter.rounded = None
 
 
 def rounded(parameter: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Return the parameter's copy in this type; None where nobody keeps one, or where the parameter has that type.
 
-    It is made anew where torch knows that the parameter was changed otherwise.
+    It is made anew where torch knows that the parameter was changed; of a kernel's changes torch does not.
     """
     if not hasattr(parameter, "rounded") or parameter.dtype == dtype:
         return None
-    copy = parameter.rounded
-    if copy is None or copy.tensor.dtype != dtype or not _is_of(copy, parameter):
+    copy = kept_rounded(parameter)
+    if copy is None or copy.dtype != dtype:
         parameter.rounded = None  # its memory first
-        refreshed(parameter, parameter.detach().to(dtype))
-    return parameter.rounded.tensor
+        with torch.inference_mode(False):  # of an evaluation it could not be used in training
+            copy = parameter.detach().to(dtype)
+        parameter.rounded = _Copy(copy, parameter._version, parameter.data_ptr())
+    return copy
 
 
 def kept_rounded(parameter: Tensor) -> Tensor | None:
-    """Return the copy that there is, whatever is in it, to be written."""
+    """Return the copy that a kernel is to change with the parameter, if there is one."""
     copy = getattr(parameter, "rounded", None)
-    return copy.tensor if copy is not None and copy.tensor.device == parameter.device else None
-
-
-def refreshed(parameter: Tensor, copy: Tensor) -> None:
-    """Say that the copy holds the parameter's numbers."""
-    parameter.rounded = _Copy(copy, parameter._version, parameter.data_ptr())
-
-
-def _is_of(copy: _Copy, parameter: Tensor) -> bool:
-    return copy.version == parameter._version and copy.of == parameter.data_ptr()
+    of_this = copy is not None and (copy.version, copy.of) == (parameter._version, parameter.data_ptr())
+    return copy.tensor if of_this else None

@@ -7,7 +7,8 @@ ratios to the dense layer, round by round, and with --json writes them. `moe` ro
 (its noise on), `balanced` gives every expert equally many tokens, `products` is the experts alone, as balanced,
 `grouped` is a sort and torch's grouped product without any loss, `moe_plain` is `moe` without our own kernels and
 compiled loops. On a GPU `moe_kernels`, if asked for, makes the experts' products by our kernels however few there are,
-`moe_bfloat16` keeps the experts' parameters and gradients in bfloat16, as scattermoe does, and `scattermoe_float32`
+`moe_factored` has copies of the matrices in bfloat16 and makes the squares of gradients, as experts with a factored
+second moment do (their update itself is not measured), `moe_bfloat16` keeps the experts' parameters and gradients in bfloat16, as scattermoe does, and `scattermoe_float32`
 keeps them in float32, as `moe` does.
 --peers takes copies of others' layers (scripts/peers.py says which and whence). --memory measures each layer's peak in
 a process of its own.
@@ -50,10 +51,12 @@ from moe_lm.gradient_memory import forget_gradient
 from moe_lm.layer.feed_forward import FeedForward
 from moe_lm.layer.moe import MoE
 from moe_lm.mistake import Mistake
+from moe_lm.rounded import keep_rounded
 from moe_lm.sentences import Sentences
+from moe_lm.squares import want_squares
 
 DENSE, PLAIN, KERNELS = "dense", "moe_plain", "moe_kernels"
-_OURS = ("moe", "balanced", "products", "grouped", PLAIN, KERNELS, "moe_bfloat16")
+_OURS = ("moe", "balanced", "products", "grouped", PLAIN, KERNELS, "moe_factored", "moe_bfloat16")
 _BYTES = 4 * 2
 """Of a parameter and its gradient."""
 
@@ -138,6 +141,7 @@ def _layers(options: argparse.Namespace, sizes: Sizes, on: torch.device) -> dict
     }
     if on.type == "cuda":
         makers[KERNELS] = lambda: _moe(sizes, on, gate_DE)
+        makers["moe_factored"] = lambda: _as_for_factored(*_moe(sizes, on, gate_DE))
         makers["moe_bfloat16"] = lambda: _moe(sizes, on, gate_DE, torch.bfloat16)
     wanted = options.layers or [
         *(name for name in makers if name != KERNELS),
@@ -187,6 +191,14 @@ def _moe(
         y_TD, gating = layer(x_TD, Sentences(len(x_TD), 1, None))
         return y_TD, [loss.weight * loss(gating) for loss in losses if sizes.num_experts > sizes.k]
 
+    return layer, passed
+
+
+def _as_for_factored(layer: MoE, passed: Passed) -> tuple[MoE, Passed]:
+    """Return the layer as an update by factors has it: matrices kept in 16 bits too, gradients' squares made."""
+    for weight in layer.experts.parameters():
+        keep_rounded(weight)
+        want_squares(weight)
     return layer, passed
 
 

@@ -129,11 +129,11 @@ bench() {
     local peers=() words_4096=$((words / 2)) recompute=true
     if [ -d $packed/peers ]; then peers=(--peers $packed/peers); else say "no $packed/peers: others' layers are left out"; fi
     run layer 90 benchmark_layer.py --experts "${experts[@]}" --tokens $tokens --square $square "${peers[@]}"
-    run layer_1024 60 benchmark_layer.py --experts $many --tokens $tokens --square $square "${peers[@]}" \
-        --layers moe balanced moe_bfloat16 scattermoe scattermoe_float32 --room 4 --rounds 5
-    # Of 4 G parameters two layers at a time: with gradients 34 GB in float32, 17 in bfloat16.
+    run layer_1024 70 benchmark_layer.py --experts $many --tokens $tokens --square $square "${peers[@]}" \
+        --layers moe moe_factored balanced moe_bfloat16 scattermoe scattermoe_float32 --room 4 --rounds 5
+    # Of 4 G parameters two layers at a time: with gradients and copies 43 GB, all in bfloat16 17.
     run layer_4096 70 benchmark_layer.py --experts $most --tokens $tokens --square $square "${peers[@]}" \
-        --layers moe scattermoe --room 0 --rounds 3
+        --layers moe_factored scattermoe --room 0 --rounds 3
     run training 50 benchmark_training.py --words $words --vocabulary $vocabulary --experts "${flat[@]}" \
         --hierarchical $hierarchical --rounds 5 --overrides "${small[@]}"
     # Weights and gradients of 4 G parameters take 34 GB, 307,200 words some 40 beside it: too near to 80.

@@ -180,6 +180,16 @@ def test_copies_of_what_was_changed_are_made_anew(passes, change):
         assert torch.equal(rounded(weight, torch.float16), weight.half())
 
 
+def test_a_copy_that_an_evaluation_made_serves_training(passes):
+    """Also one in inference mode, whose tensors autograd refuses."""
+    training = Training()
+    with torch.inference_mode():
+        for weight in training.weights:
+            rounded(weight, torch.float16)
+    training.step()
+    assert torch.equal(kept_rounded(training.weights[0]), training.weights[0].half())
+
+
 def test_torchs_operators_leave_no_copy_behind(passes, monkeypatch):
     """Updated by them, a parameter is changed and its copy made anew; in another type as well."""
     training = Training()
