@@ -7,9 +7,9 @@ ratios to the dense layer, round by round, and with --json writes them. `moe` ro
 (its noise on), `balanced` gives every expert equally many tokens, `products` is the experts alone, as balanced,
 `grouped` is a sort and torch's grouped product without any loss, `moe_plain` is `moe` without our own kernels and
 compiled loops. On a GPU `moe_kernels`, if asked for, makes the experts' products by our kernels however few there are,
-`moe_factored` has copies of the matrices in bfloat16 and makes the squares of gradients, as experts with a factored
-second moment do (their update itself is not measured), `moe_bfloat16` keeps the experts' parameters and gradients in bfloat16, as scattermoe does, and `scattermoe_float32`
-keeps them in float32, as `moe` does.
+`moe_factored` has the matrices in bfloat16 too and makes the squares of gradients, as experts with a factored second
+moment do (their update is not measured), `moe_bfloat16` keeps the experts' parameters and gradients in bfloat16, as
+scattermoe does, and `scattermoe_float32` keeps them in float32, as `moe` does.
 --peers takes copies of others' layers (scripts/peers.py says which and whence). --memory measures each layer's peak in
 a process of its own.
 """
