@@ -17,7 +17,7 @@ class Later:
 
     @property
     def is_here(self) -> bool:
-        """Whether reading it never waits."""
+        """Whether it was there at once: reading it never waits."""
         return self._copied is None
 
     def read(self) -> float | bool:

@@ -25,6 +25,8 @@ class Squares(NamedTuple):
 @dataclass(frozen=True)
 class _Noted:
     of: StorageWeakRef
+    """The gradient's memory: autograd hands on another tensor over the same. Once freed it is nobody's again."""
+    layout: tuple
     version: int
     squares: Squares
 
@@ -37,6 +39,11 @@ def want_squares(parameter: Tensor) -> None:
     parameter.squares = None
 
 
+def want_squares_no_longer(parameter: Tensor) -> None:
+    """Say that another optimizer takes the gradients."""
+    vars(parameter).pop("squares", None)
+
+
 def wants_squares(parameter: Tensor) -> bool:
     """Return whether they are wanted."""
     return hasattr(parameter, "squares")
@@ -44,14 +51,21 @@ def wants_squares(parameter: Tensor) -> bool:
 
 def note_squares(parameter: Tensor, gradient: Tensor, squares: Squares) -> None:
     """Keep them for as long as this gradient is the parameter's and is not changed."""
-    # By its memory: autograd hands on another tensor over the same. That memory, once freed, is nobody's again.
-    parameter.squares = _Noted(StorageWeakRef(gradient.untyped_storage()), gradient._version, squares)
+    memory = StorageWeakRef(gradient.untyped_storage())
+    parameter.squares = _Noted(memory, _layout(gradient), gradient._version, squares)
 
 
 def squares_of(parameter: Tensor, make: Callable[[Tensor], Squares]) -> Squares:
-    """Return those of `parameter.grad`, made once for as long as torch knows of no change (`.data` hides it)."""
+    """Return those of `parameter.grad`, made once for as long as torch knows of no change.
+
+    `.data` hides one, as do torch's scaling of losses and its fused optimizers.
+    """
     gradient, noted = parameter.grad, getattr(parameter, "squares", None)
-    known = noted is not None and noted.version == gradient._version and gradient.shape == parameter.shape
+    known = noted is not None and (noted.version, noted.layout) == (gradient._version, _layout(gradient))
     if not known or noted.of != StorageWeakRef(gradient.untyped_storage()):
         note_squares(parameter, gradient, make(gradient))
     return parameter.squares.squares
+
+
+def _layout(gradient: Tensor) -> tuple:
+    return gradient.data_ptr(), gradient.shape, gradient.stride()

@@ -18,6 +18,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from moe_lm import grouped_gemm, squares
 from moe_lm.optimizer import factored, triton_factored
+from moe_lm.optimizer.adam import Adam
 from moe_lm.rounded import kept_rounded, rounded
 from moe_lm.squares import Squares, note_squares, squares_of, want_squares
 
@@ -78,6 +79,12 @@ def second_micro_batch(training):
     training.backward()
 
 
+def another_view(weight):
+    """Over the same memory, in another order."""
+    rows, columns = weight.shape[1:]
+    weight.grad = weight.grad.view(-1, columns, rows).mT
+
+
 def after_none(training):
     """The last step's squares are no longer those of any gradient, whatever memory the next one takes."""
     training.backward()
@@ -88,8 +95,14 @@ def after_none(training):
 
 @pytest.mark.parametrize(
     "make_gradients",
-    [changed_by(lambda weight: weight.grad.mul_(2)), changed_by(other_memory), second_micro_batch, after_none],
-    ids=["in place", "replaced", "added to", "of another pass"],
+    [
+        changed_by(lambda weight: weight.grad.mul_(2)),
+        changed_by(other_memory),
+        changed_by(another_view),
+        second_micro_batch,
+        after_none,
+    ],
+    ids=["in place", "replaced", "another view", "added to", "of another pass"],
 )
 def test_changed_gradients_are_squared_anew(passes, make_gradients):
     """By a pass over them, once for norm and update."""
@@ -161,6 +174,46 @@ def test_copies_are_made_once(passes):
     assert 2 * numbers not in made.sizes()  # bytes
 
 
+def test_what_a_left_out_update_does_not_write_stays_stale(passes):
+    """The parameter was changed since its copy was made, and nobody has asked for the copy before the update."""
+    training = Training()
+    training.step()
+    with torch.no_grad():
+        for weight in training.weights:
+            weight.mul_(2)
+    training.backward(recompute=True)
+    training.optimizer.found_inf = torch.ones(())
+    training.optimizer.step()
+    for weight in training.weights:
+        assert torch.equal(rounded(weight, torch.float16), weight.half())
+
+
+def test_a_graph_from_before_an_update_is_refused(passes):
+    """Its matrices are no longer those that it went forwards with; torch says so of its own updates, too."""
+    training = Training()
+    training.step()
+    training.backward()
+    weight = training.weights[0]
+    y_TD = (rounded(weight, torch.float16) * weight).sum()
+    training.optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y_TD.backward()
+
+
+def test_another_optimizer_neither_keeps_copies_nor_wants_squares(passes):
+    """torch's fused Adam changes parameters unseen: the recipe that takes over drops what the last one promised."""
+    training, recipe = (
+        Training(),
+        {"learning_rate": 0.01, "beta1": 0.9, "beta2": 0.99, "epsilon": 1e-8, "clip_norm": 1.0},
+    )
+    experts = torch.nn.ParameterDict({"w1_EDH": training.weights[0]})
+    for kind, kept in (("factored", True), ("adam", False), ("factored", True)):
+        Adam(**recipe, experts=kind, vocabulary="lazy").build(experts)
+        assert hasattr(training.weights[0], "rounded") == kept
+        assert hasattr(training.weights[0], "squares") == kept
+        rounded(training.weights[0], torch.float16)
+
+
 def changed_in_place(weight):
     with torch.no_grad():
         weight.mul_(2)
@@ -170,7 +223,15 @@ def other_data(weight):
     weight.data = 2 * weight.data
 
 
-@pytest.mark.parametrize("change", [changed_in_place, other_data])
+def other_data_where_the_first_was(weight):
+    """As the allocator gives freed memory again."""
+    for _ in range(4):
+        weight.data = 3 * weight.data
+        rounded(weight, torch.float16)
+        weight.data = weight.data + 1
+
+
+@pytest.mark.parametrize("change", [changed_in_place, other_data, other_data_where_the_first_was])
 def test_copies_of_what_was_changed_are_made_anew(passes, change):
     """As a checkpoint's loading does, or a model's move."""
     training = Training()

@@ -104,13 +104,15 @@ def test_too_many_in_a_row_end_the_run(workspace, moe_lm, training, faulty, monk
     assert moe_lm("evaluate", "run=runs/tiny").code == 0
 
 
-def test_what_is_known_later_is_counted_alike(workspace, moe_lm, training, faulty, monkeypatch):
+@pytest.mark.parametrize("every_seconds", [0, 1000])
+def test_what_is_known_later_is_counted_alike(workspace, moe_lm, training, faulty, monkeypatch, every_seconds):
     """Lines and checkpoints are those of a training that waits, though some updates are left out."""
     faulty(nan_gradient({2, 3, 9}))
     found = []
     for later in (False, True):
         monkeypatch.setattr(Later, "is_here", not later)
-        run = with_overrides(training, f"name=later_{later}", "training.log_every=5", "checkpoint.every_seconds=1000")
+        seldom = ["training.log_every=5", f"checkpoint.every_seconds={every_seconds}", "checkpoint.keep_last=20"]
+        run = with_overrides(training, f"name=later_{later}", *seldom)
         assert moe_lm("train", *run).code == 0
         text = Path(f"runs/later_{later}/metrics.jsonl").read_text()
         lines = [json.loads(line) for line in text.splitlines()]
@@ -122,6 +124,16 @@ def test_what_is_known_later_is_counted_alike(workspace, moe_lm, training, fault
         found.append((lines, [path.name for path in saved], skipped))
     assert found[0] == found[1]
     assert sum(line.get("skipped", 0) for line in found[0][0]) == 3
+
+
+def test_too_many_in_a_row_known_later_are_told_by_their_step(workspace, moe_lm, training, faulty, monkeypatch):
+    """Not by that of the update which is under way meanwhile."""
+    monkeypatch.setattr(Later, "is_here", False)
+    faulty(nan_gradient(set(range(6, 100))))
+    seldom = ["training.max_skipped=2", "training.log_every=100", "checkpoint.every_seconds=1000"]
+    outcome = moe_lm("train", *with_overrides(training, *seldom))
+    assert outcome.code == 2
+    assert "up to step 8; the last good checkpoint is that of step 5" in outcome.err.splitlines()[-1]
 
 
 def test_one_good_update_between_starts_the_count_anew(workspace, moe_lm, training, faulty, known):

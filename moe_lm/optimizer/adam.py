@@ -7,6 +7,8 @@ from moe_lm.mistake import Mistake
 from moe_lm.optimizer import EXPERTS, VOCABULARY, Together, kind_of
 from moe_lm.optimizer.factored import FactoredAdam
 from moe_lm.optimizer.lazy import LazyAdam
+from moe_lm.rounded import keep_rounded_no_longer
+from moe_lm.squares import want_squares_no_longer
 
 _OF_EXPERTS, _OF_VOCABULARY = ("adam", "factored"), ("lazy", "dense")
 
@@ -47,6 +49,8 @@ class Adam:
         """Return the optimizers of all the model's parameters."""
         of_rule: dict[str, list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
+            keep_rounded_no_longer(parameter)  # as an optimizer before this one may have promised
+            want_squares_no_longer(parameter)
             of_rule.setdefault(self._rule(name), []).append(parameter)
         settings = {"lr": self.learning_rate, "beta2": self._beta2, "epsilon": self._epsilon}
         parts = []

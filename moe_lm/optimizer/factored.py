@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_lm.kernels import by_triton
 from moe_lm.optimizer.on_device import counted, kept
-from moe_lm.rounded import keep_rounded, kept_rounded
+from moe_lm.rounded import changed_together, keep_rounded, kept_rounded
 from moe_lm.squares import Squares, squares_of, want_squares
 
 NUMBERS_ON_CPU = 1 << 20
@@ -117,6 +117,7 @@ def _update_in_kernels(
     copy_MRC = None if copy is None else _as_list_of(2, copy)
     numbers = {"scale": scale, "found_inf": found_inf, "rate": group["lr"], "epsilon": group["epsilon"]}
     divide_(w_MRC, g_MRC, *roots, copy_MRC, **numbers)
+    changed_together(parameter, copy)
 
 
 def _squares(gradient: Tensor) -> Squares:
