@@ -28,6 +28,7 @@ from measuring import (
     folder,
     in_turn,
     new_file,
+    not_negative,
     peak_bytes,
     positive,
     product_ceiling,
@@ -55,8 +56,8 @@ from moe_lm.rounded import keep_rounded
 from moe_lm.sentences import Sentences
 from moe_lm.squares import want_squares
 
-DENSE, PLAIN, KERNELS = "dense", "moe_plain", "moe_kernels"
-_OURS = ("moe", "balanced", "products", "grouped", PLAIN, KERNELS, "moe_factored", "moe_bfloat16")
+DENSE, PLAIN, KERNELS, FACTORED = "dense", "moe_plain", "moe_kernels", "moe_factored"
+_OURS = ("moe", "balanced", "products", "grouped", PLAIN, KERNELS, FACTORED, "moe_bfloat16")
 _BYTES = 4 * 2
 """Of a parameter and its gradient."""
 
@@ -82,7 +83,10 @@ def main() -> None:
             print(f"{num_experts} experts: not measured, their parameters and gradients need more memory than there is")
             continue
         works = {name: _work(name, *layer, sizes, on) for name, layer in _layers(options, sizes, on).items()}
-        rows = compared(in_turn(works, options.rounds, on), DENSE)
+        seconds = in_turn(works, options.rounds, on)
+        rows = compared(seconds, DENSE)
+        for name in rows.keys() & set(NAMES) if "moe" in rows else ():
+            rows[name]["moe_to_it"] = compared(seconds, name)["moe"]["ratio"]
         del works  # the next, and the processes that measure peaks, may need more memory than is left beside them
         flops = 3 * 2 * 2 * sizes.tokens * sizes.width * sizes.k * sizes.hidden
         for name, row in rows.items():
@@ -93,6 +97,8 @@ def main() -> None:
         found[num_experts] = rows
         # After each, as the next may be too much for the machine.
         write_record(options.json, on, {"layers": found, "options": asked, "product_flops_per_second": ceiling})
+    if options.layers != [DENSE] and all(rows.keys() <= {DENSE} for rows in found.values()):
+        raise Mistake("nothing but the dense layer was measured: the lines above say why")
 
 
 def _options() -> argparse.Namespace:
@@ -109,7 +115,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--layers", nargs="*", choices=names, metavar="LAYER", help="these alone, beside the dense one")
     parser.add_argument("--peers", type=folder, help="a folder of others' layers")
     parser.add_argument("--memory", action="store_true", help="measure peaks too")
-    parser.add_argument("--room", type=int, default=3, help="layers that must fit into memory beside one")
+    parser.add_argument("--room", type=not_negative, default=3, help="layers that must fit into memory beside one")
     parser.add_argument("--square", type=positive, default=2048, help="size of the products that give the ceiling")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=new_file)
@@ -139,9 +145,10 @@ def _layers(options: argparse.Namespace, sizes: Sizes, on: torch.device) -> dict
         "grouped": lambda: _grouped(sizes, on, gate_DE),
         PLAIN: lambda: _moe(sizes, on, gate_DE),
     }
+    if on.type == "cuda" or FACTORED in (options.layers or ()):  # elsewhere it is `moe`
+        makers[FACTORED] = lambda: _as_for_factored(*_moe(sizes, on, gate_DE))
     if on.type == "cuda":
         makers[KERNELS] = lambda: _moe(sizes, on, gate_DE)
-        makers["moe_factored"] = lambda: _as_for_factored(*_moe(sizes, on, gate_DE))
         makers["moe_bfloat16"] = lambda: _moe(sizes, on, gate_DE, torch.bfloat16)
     wanted = options.layers or [
         *(name for name in makers if name != KERNELS),
@@ -287,7 +294,8 @@ def _print(num_experts: int, name: str, row: dict[str, float]) -> None:
     rate = f"{row['flops_per_second'] / 1e9:8,.0f} GFLOP/s"
     print(
         f"{num_experts:>6} experts  {name:<18} {row['seconds']:8.4f} s  {row['ratio']:6.3f} of dense "
-        f"[{row['least_ratio']:.3f} to {row['largest_ratio']:.3f}]  {rate}{peak}",
+        f"[{row['least_ratio']:.3f} to {row['largest_ratio']:.3f}]  {rate}{peak}"
+        + (f"  moe takes {row['moe_to_it']:.3f} of it" if "moe_to_it" in row else ""),
         flush=True,
     )
 

@@ -138,7 +138,7 @@ bench() {
         --hierarchical $hierarchical --rounds 5 --overrides "${small[@]}"
     # Weights and gradients of 4 G parameters take 34 GB, 307,200 words some 40 beside it: too near to 80.
     if asked training_4096 && is_large; then words_4096=$words recompute=false; fi
-    run training_4096 80 benchmark_training.py --words $words_4096 --vocabulary $vocabulary --experts \
+    run training_4096 70 benchmark_training.py --words $words_4096 --vocabulary $vocabulary --experts \
         --hierarchical $most_h --rounds 5 --overrides optimizer.experts=factored machine.recompute=$recompute "${small[@]}"
     run data 30 benchmark_data.py --words $data
     run evaluation 40 benchmark_evaluation.py --tokens $shard --vocabulary $vocabulary --square $square \
@@ -151,10 +151,12 @@ is_large() {
 }
 
 profile() {
+    local recompute=true
+    if asked profile_4096_h && is_large; then recompute=false; fi
     run profile_256 45 benchmark_step.py --model moe_256 --words $words --vocabulary $vocabulary --square $square \
         --profile --overrides "${small[@]}"
     run profile_4096_h 50 benchmark_step.py --model moe_4096_h --words $((words / 2)) --vocabulary $vocabulary \
-        --square $square --profile --overrides optimizer.experts=factored machine.recompute=true \
+        --square $square --profile --overrides optimizer.experts=factored machine.recompute=$recompute \
         model.num_experts=$most_h "${small[@]}"
     run layer_kernels 25 benchmark_layer.py --experts "${flat[@]}" --tokens $tokens --square $square \
         --layers moe moe_kernels

@@ -27,6 +27,8 @@ def data(vocabulary_size: int, num_words: int) -> Prepared:
 
 def split(size: int, end: int, num_words: int) -> Split:
     """Return sentences of log-normal lengths (mean 25) and log-uniform words."""
+    if num_words < 25:
+        raise Mistake(f"{num_words} words are no sentence: 25 at least")
     generator = np.random.default_rng(0)
     length = np.clip(generator.lognormal(3.05, 0.6, num_words // 25), 2, 250).astype(np.int64)
     starts = np.concatenate([[0], np.cumsum(length)])

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -30,6 +31,14 @@ def positive(text: str) -> int:
     return number
 
 
+def not_negative(text: str) -> int:
+    """Return an option's number, or none; for argparse."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number}: must be at least 0")
+    return number
+
+
 def folder(text: str) -> Path:
     """Return an option's folder; for argparse."""
     if not Path(text).is_dir():
@@ -42,7 +51,14 @@ def new_file(text: str) -> Path:
     if Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text}: is a folder, name a file in it")
     folder(str(Path(text).parent))
-    return Path(text)
+    path, is_new = Path(text), not Path(text).exists()
+    try:
+        path.open("a").close()
+        if is_new:
+            path.unlink()  # what is never measured leaves nothing
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: cannot be written: {error.strerror}") from error
+    return path
 
 
 def run(main: Callable[[], None]) -> None:
@@ -50,7 +66,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except Exception as error:
-        if not isinstance(error, Mistake) and not is_out_of_memory(error):
+        if not isinstance(error, Mistake | OSError) and not is_out_of_memory(error):
             raise
         print(f"{Path(sys.argv[0]).name}: {in_a_line(error, most=1000)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, Mistake) else 1)
@@ -113,10 +129,11 @@ def product_ceiling(device: torch.device, dtype: torch.dtype, size: int) -> floa
     """
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds_of(lambda: a @ b, device)
-    taken: list[float] = []
-    while len(taken) < 5 or sum(taken) < 1:
-        taken.append(seconds_of(lambda: a @ b, device))
-    return 2 * size**3 / min(taken)
+    least, whole, count = math.inf, 0.0, 0
+    while count < 5 or whole < 1:
+        taken = seconds_of(lambda: a @ b, device)
+        least, whole, count = min(least, taken), whole + taken, count + 1
+    return 2 * size**3 / least
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -4,6 +4,7 @@ python tests/compile_kernels.py
 """
 
 import inspect
+import itertools
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -53,11 +54,12 @@ def _compile_products() -> None:
                 compiled(triton_products._product, half, options, **strides, **shape, **sizes)
     for of_rows, form in triton_outer_products.FORMS.items():
         half = ("x", "grad") if of_rows == 2 else ()  # the sums stay float32
-        sizes = {"DEPTH": form.depth, "PRECISION": "ieee" if half else "bf16x3", "TAKEN": bool(half)}
-        sizes["SQUARES"] = bool(half)
+        sizes = {"DEPTH": form.depth, "PRECISION": "ieee" if half else "bf16x3"}
         for down, across in ((triton_outer_products.DOWN, form.columns), (32, 32)):
             options = {"num_warps": warps_of(down * across), "num_stages": form.stages}
-            compiled(triton_outer_products._outer, half, options, DOWN=down, ACROSS=across, **sizes)
+            shape = {"DOWN": down, "ACROSS": across, **sizes}
+            for taken, squares in itertools.product((True, False), repeat=2):
+                compiled(triton_outer_products._outer, half, options, TAKEN=taken, SQUARES=squares, **shape)
 
 
 def main() -> None:

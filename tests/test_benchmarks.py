@@ -71,17 +71,22 @@ WRONG = [
     ("layer", "--device", "nonesuch"),
     ("layer", "--json", "nowhere/found.json"),
     ("layer", "--json", "."),
+    ("layer", "--json", "/proc/found.json"),
+    ("layer", "--room", "-1"),
+    ("layer", "--experts", "1000000000", *SMALL),
+    ("layer", "--experts", "4", "--width=16", "--hidden=16", "--tokens=64", *SMALL, "--layers", "davidmrau"),
     ("step", "--model", "nonesuch"),
     ("step", "--overrides", "model.widht=16", *SMALL),
     ("training", "--experts", "2", "--width=16", "--hidden=16", "--words=100"),
     ("data", "--words", "0"),
     ("evaluation", "--vocabulary", "2"),
+    ("evaluation", "--tokens", "10", "--vocabulary=20", *SMALL, *TINY),
 ]
 
 
 @pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
 def test_a_mistake_is_told_in_a_line(arguments):
-    """Before anything is measured."""
+    """Before anything is measured, but where that is what is wrong."""
     script, *options = arguments
     command = [sys.executable, SCRIPTS / f"benchmark_{script}.py", *options]
     done = subprocess.run(command, capture_output=True, text=True)

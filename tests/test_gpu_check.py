@@ -1,6 +1,7 @@
 """scripts/gpu_check.sh with a stand-in for Python: which works it asks for, and what it leaves behind."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -55,6 +56,21 @@ def test_all_works_of_a_part(check):
     assert "machine.recompute=false" in large
 
 
+def test_a_part_ends_within_its_time():
+    """The limits of its works are together no more than docs/gpu-checklist.md says."""
+    parts, part = {}, None
+    for line in SCRIPT.read_text().splitlines():
+        if begun := re.fullmatch(r"(bench|profile)\(\) \{", line):
+            part = begun[1]
+        if part and (work := re.match(r" +run \w+ (\d+) ", line)):
+            parts[part] = parts.get(part, 0) + int(work[1])
+    rows = (SCRIPT.parent.parent / "docs/gpu-checklist.md").read_text()
+    for name, seconds in parts.items():
+        [minutes] = re.findall(rf"\| `{name}` \|.*\| (\d+) min \|", rows)
+        assert seconds <= 60 * int(minutes), name
+    assert parts.keys() == {"bench", "profile"}
+
+
 def test_works_by_name(check):
     code, said, asked = check("bench", "out", "data", "layer_1024")
     assert code == 0, said
@@ -87,9 +103,11 @@ def test_what_fails_costs_the_others_nothing_and_leaves_no_old_result(check):
     }
     code, said, _ = check("bench", "out", "layer", "data", SILENT="benchmark_layer")
     assert (code, "layer (nothing measured)" in said) == (1, True)
-    asked = check("bench", "out", "training_4096", FAILING="mem_get_info")[2]
-    assert "--words 153600" in asked[-1]
-    assert "machine.recompute=true" in asked[-1]
+    for part, work in (("bench", "training_4096"), ("profile", "profile_4096_h")):
+        assert "machine.recompute=false" in check(part, "out", work)[2][-1]
+        asked = check(part, "out", work, FAILING="mem_get_info")[2]
+        assert "--words 153600" in asked[-1]
+        assert "machine.recompute=true" in asked[-1]
 
 
 def test_a_study_keeps_no_result_of_another_time(check):
