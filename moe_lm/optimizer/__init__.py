@@ -51,7 +51,8 @@ class Together:
     """Several torch optimizers, each with parameters of its own, as one.
 
     One with a `scale` multiplies its gradients by it in its next step, so that clipping them is no pass of its own; one
-    with `norms` knows those of some gradients from what it makes of them anyway.
+    with `norms` knows those of some gradients from what it makes of them anyway. One with
+    `decides_on_device` may leave it to the device whether its next step is made, as torch's fused ones do.
     """
 
     def __init__(self, parts: Sequence[Optimizer]):
