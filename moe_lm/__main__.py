@@ -9,8 +9,8 @@ import time
 
 from moe_lm import __version__
 from moe_lm.commands import NAMES
+from moe_lm.distributed.stopping import launcher_gone
 from moe_lm.mistake import Lost, Mistake, in_a_line, is_out_of_memory
-from moe_lm.stopping import launcher_gone
 
 MISTAKE, FAILURE, BROKEN_PIPE = 2, 1, 141
 _PATIENCE = 10

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 import moe_lm
-from moe_lm.distributed import ALONE, Processes
+from moe_lm.distributed.processes import ALONE, Processes
 from moe_lm.layer import Layer
 from moe_lm.mistake import Mistake
 from moe_lm.model import LanguageModel

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_lm.cross_entropy import exact_nats
-from moe_lm.group import Group, Share
+from moe_lm.distributed.group import Group, Share
+from moe_lm.kernels.cross_entropy import exact_nats
 from moe_lm.rows import Distinct, take_rows
 
 PURPOSE = "rows"

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from moe_lm.distributed import ALONE, Processes
-from moe_lm.group import Group, Share
+from moe_lm.distributed.group import Group, Share
+from moe_lm.distributed.processes import ALONE, Processes
+from moe_lm.kernels.sorted_rows import sizes_of_runs, sorted_below
 from moe_lm.optimizer import Together
 from moe_lm.rows import RowGradient, replace_row_gradient, row_gradient, summed_rows
-from moe_lm.sorted_rows import sizes_of_runs, sorted_below
 
 BUCKET_BYTES = 25 * 2**20
 """Gradients sent together: enough that a message is worth its start, few enough that the first leaves early."""

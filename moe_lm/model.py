@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_lm.batches import MicroBatch
-from moe_lm.distributed import ALONE, Processes
+from moe_lm.data.micro_batches import MicroBatch
+from moe_lm.distributed.group import divided
+from moe_lm.distributed.processes import ALONE, Processes
 from moe_lm.divided_vocabulary import take_divided
 from moe_lm.gate import Gating
-from moe_lm.group import divided
 from moe_lm.initial import initialize_words_
 from moe_lm.layer import Layer
 from moe_lm.mistake import Mistake

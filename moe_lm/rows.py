@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from moe_lm.distinct import distinct
-from moe_lm.fused_rows import Places, places
-from moe_lm.kernels import by_triton
+from moe_lm.data.distinct import distinct
+from moe_lm.kernels.available import by_triton
+from moe_lm.kernels.fused_rows import Places, places
 
 
 class RowGradient(NamedTuple):
@@ -119,7 +119,7 @@ def summed_rows(row_T: Tensor, grad_TD: Tensor) -> RowGradient:
 def _summed(taken: Distinct, grad_TD: Tensor) -> RowGradient:
     row_U, place_T, host_U = taken.found
     if by_triton(grad_TD) and grad_TD.dtype == torch.float32:
-        from moe_lm.triton_rows import summed_runs  # Triton is not everywhere, and slow to import
+        from moe_lm.kernels.triton_rows import summed_runs  # Triton is not everywhere, and slow to import
 
         value_UD = summed_runs(grad_TD.unsqueeze(1).flatten(1), *taken.places)  # of a vector columns of one
         return RowGradient(row_U, value_UD.view(len(row_U), *grad_TD.shape[1:]), host_U)

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import torch
 
-from moe_lm import checkpoint, exported, weights
 from moe_lm.construction import build, build_model, check_targets, packaged_targets
-from moe_lm.distributed import ALONE, Processes
+from moe_lm.distributed.processes import ALONE, Processes
+from moe_lm.evaluation.perplexity import measure
+from moe_lm.evaluation.sampling import Drawing, sample
+from moe_lm.evaluation.scoring import Scored, scored, split_of
 from moe_lm.mistake import Mistake
 from moe_lm.model import LanguageModel
-from moe_lm.perplexity import measure
 from moe_lm.run import Run
-from moe_lm.sampling import Drawing, sample
-from moe_lm.scoring import Scored, scored, split_of
+from moe_lm.storage import checkpoint, exported, weights
 from moe_lm.vocabulary import Vocabulary
 
 MAX_SENTENCES, MAX_WORDS = 256, 16_384

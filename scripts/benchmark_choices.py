@@ -15,13 +15,13 @@ import torch
 from measuring import Work, compared, in_turn, positive, run
 from torch import nn
 
-from moe_lm import cross_entropy, grouped_product
 from moe_lm.commands.build import keep_memory
-from moe_lm.experts import Experts
+from moe_lm.data.sentences import Sentences
 from moe_lm.gate.choices import token_choice
+from moe_lm.kernels import cross_entropy, grouped_product
 from moe_lm.layer.lstm import Lstm, ProjectedLstm
+from moe_lm.mixture.experts import Experts
 from moe_lm.optimizer.factored import FactoredAdam
-from moe_lm.sentences import Sentences
 
 
 def main() -> None:

@@ -17,8 +17,8 @@ from measuring import new_file, peak_bytes, positive, product_ceiling, run, seco
 
 from moe_lm.commands import build as make
 from moe_lm.commands.configuration import composed, resolved
-from moe_lm.operations import operations_per_timestep
-from moe_lm.perplexity import measure
+from moe_lm.costs.operations import operations_per_timestep
+from moe_lm.evaluation.perplexity import measure
 
 TEST_TOKENS = 159_658
 """Of the benchmark's standard test shard."""

@@ -18,9 +18,9 @@ from omegaconf import OmegaConf
 
 from moe_lm.commands.build import build, keep_memory
 from moe_lm.commands.configuration import choices, folder
-from moe_lm.dispatch import combine, dispatch
+from moe_lm.data.sentences import Sentences
 from moe_lm.layer.moe import MoE
-from moe_lm.sentences import Sentences
+from moe_lm.mixture.dispatch import combine, dispatch
 
 LOSSES = {
     "noisy_top_k": ["importance", "load"],

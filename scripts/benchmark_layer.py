@@ -39,22 +39,22 @@ from peers import NAMES, Passed, Sizes, peers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_lm import grouped_gemm, kernels
 from moe_lm.balance.importance import Importance
 from moe_lm.balance.load import Load
 from moe_lm.commands.build import device, keep_memory
-from moe_lm.dispatch import combine, dispatch
-from moe_lm.experts import Experts
+from moe_lm.data.sentences import Sentences
 from moe_lm.gate import Gating
 from moe_lm.gate.choices import token_choice
 from moe_lm.gate.noisy_top_k import NoisyTopK
-from moe_lm.gradient_memory import forget_gradient
+from moe_lm.kernels import available, grouped_gemm
+from moe_lm.kernels.gradient_memory import forget_gradient
+from moe_lm.kernels.rounded import keep_rounded
+from moe_lm.kernels.squares import want_squares
 from moe_lm.layer.feed_forward import FeedForward
 from moe_lm.layer.moe import MoE
 from moe_lm.mistake import Mistake
-from moe_lm.rounded import keep_rounded
-from moe_lm.sentences import Sentences
-from moe_lm.squares import want_squares
+from moe_lm.mixture.dispatch import combine, dispatch
+from moe_lm.mixture.experts import Experts
 
 DENSE, PLAIN, KERNELS, FACTORED = "dense", "moe_plain", "moe_kernels", "moe_factored"
 _OURS = ("moe", "balanced", "products", "grouped", PLAIN, KERNELS, FACTORED, "moe_bfloat16")
@@ -69,7 +69,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     keep_memory()
-    torch.backends.cuda.matmul.allow_tf32 = True  # everyone's float32 products, as in a training (moe_lm/update.py)
+    torch.backends.cuda.matmul.allow_tf32 = True  # everyone's float32 products, as in a training
     if options.peak:
         _print_peak(options, on)
         return
@@ -169,7 +169,7 @@ def _work(name: str, module: nn.Module, passed: Passed, sizes: Sizes, on: torch.
     most_in_torch = 0 if name == KERNELS else grouped_gemm.most_in_torch
 
     def work() -> None:
-        kernels.plain, grouped_gemm.most_in_torch = name == PLAIN, most_in_torch
+        available.plain, grouped_gemm.most_in_torch = name == PLAIN, most_in_torch
         for parameter in module.parameters():
             forget_gradient(parameter)
         x_TD.grad = None

@@ -22,12 +22,12 @@ from torch._C._profiler import _ExperimentalConfig
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from moe_lm import grouped_mixture, looped_mixture
 from moe_lm.commands import build as make
-from moe_lm.experts import Experts
+from moe_lm.costs.operations import flops_per_word
 from moe_lm.layer.lstm import Lstm, ProjectedLstm
-from moe_lm.operations import flops_per_word
-from moe_lm.trainer import Trainer
+from moe_lm.mixture import grouped_mixture, looped_mixture
+from moe_lm.mixture.experts import Experts
+from moe_lm.training.trainer import Trainer
 
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addmm_", "_grouped_mm", "mv", "addmv", "linear", "mkldnn_linear")
 _LSTMS = ("mkldnn_rnn_layer", "mkldnn_rnn_layer_backward", "_cudnn_rnn", "_cudnn_rnn_backward", "_thnn_fused_lstm_cell")

@@ -8,10 +8,10 @@ import torch
 from moe_lm.commands import build as make
 from moe_lm.commands.configuration import composed, resolved
 from moe_lm.commands.training import check, trainer_of
+from moe_lm.data.prepared import Prepared, Split
 from moe_lm.mistake import Mistake
-from moe_lm.prepared import Prepared, Split
 from moe_lm.run import Run
-from moe_lm.trainer import Trainer
+from moe_lm.training.trainer import Trainer
 from moe_lm.vocabulary.words import WordVocabulary
 
 

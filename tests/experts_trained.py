@@ -6,8 +6,8 @@ Shape suffixes: T tokens, A assignments, D width, E experts.
 import torch
 from mixture_by_hand import make
 
-from moe_lm.experts import grouped_products
-from moe_lm.grouped_mixture import grouped_mixture
+from moe_lm.mixture.experts import grouped_products
+from moe_lm.mixture.grouped_mixture import grouped_mixture
 from moe_lm.optimizer.factored import FactoredAdam
 
 COUNTS = [3, 0, 40, 7]

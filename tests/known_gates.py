@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from moe_lm.data.prepared import Split
 from moe_lm.gate.noisy_top_k import NoisyTopK
 from moe_lm.gate.strictly_balanced import StrictlyBalanced
 from moe_lm.inspection import Inspection
@@ -15,7 +16,6 @@ from moe_lm.layer.hierarchical_moe import HierarchicalMoE
 from moe_lm.layer.lstm import Lstm
 from moe_lm.layer.moe import MoE
 from moe_lm.model import LanguageModel
-from moe_lm.prepared import Split
 from moe_lm.softmax.full import FullSoftmax
 from moe_lm.vocabulary.words import WordVocabulary
 

@@ -5,8 +5,8 @@ Shape suffixes: T tokens, A assignments, D width, H hidden, E experts.
 
 import torch
 
-from moe_lm.experts import Experts
 from moe_lm.gate import Gating
+from moe_lm.mixture.experts import Experts
 
 WIDTH, HIDDEN = 8, 12
 COUNTS = [[3, 0, 5, 1], [0, 0, 7, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0, 4, 0, 9], [6]]

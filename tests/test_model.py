@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from moe_lm.batches import micro_batch
+from moe_lm.data.micro_batches import micro_batch
+from moe_lm.data.prepared import Split
 from moe_lm.gate.noisy_top_k import NoisyTopK
 from moe_lm.layer.feed_forward import FeedForward
 from moe_lm.layer.lstm import Lstm
 from moe_lm.layer.moe import MoE
 from moe_lm.mistake import Mistake
 from moe_lm.model import LanguageModel
-from moe_lm.prepared import Split
 from moe_lm.softmax.full import FullSoftmax
 
 WIDTH, SIZE, START = 4, 9, 0

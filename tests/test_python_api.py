@@ -7,25 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_evaluate_score import evaluated, scored
+from tiny_run import PROGRAM, evaluated, scored
 
 from moe_lm import load
 from moe_lm.mistake import Mistake
-
-PROGRAM = """
-import builtins, sys
-
-def without_hydra(name, *rest, real=builtins.__import__, **options):
-    if name.split(".")[0] in ("hydra", "omegaconf", "antlr4"):
-        raise ImportError(f"{name} must not be imported")
-    return real(name, *rest, **options)
-
-builtins.__import__ = without_hydra
-import moe_lm
-lm = moe_lm.load(FOLDER)
-print(lm.perplexity(open("text/test.txt")), lm.log10("w1 w2 zebra"))
-assert not {name.split(".")[0] for name in sys.modules} & {"hydra", "omegaconf", "antlr4"}
-"""
 
 
 def lines(split: str = "test") -> list[str]:

@@ -55,13 +55,13 @@ def start(*overrides: str, program: str = "") -> subprocess.Popen:
 # Each step of the child waits, so that a parent on a busy machine has the time to hit it in the middle of one.
 SLOWLY = """
 import time
-from moe_lm.batches import Batches
+from moe_lm.data.batches import Batches
 step = Batches.step
 Batches.step = lambda *a, **k: (time.sleep(0.2), step(*a, **k))[1]
 """
 KILL_WHILE_WRITING = """
 import os, signal
-from moe_lm import tensors_on_disk
+from moe_lm.storage import tensors_on_disk
 write = tensors_on_disk.write
 def write_or_die(folder, tensors, group):
     if "0000000006" in str(folder) and folder.name == "optimizer":

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
+from tiny_run import change
 from tiny_training import TRAINING
 
 import moe_lm
@@ -12,9 +12,9 @@ from moe_lm.commands.build import build, packaged_targets
 from moe_lm.mistake import Mistake
 
 FOREIGN = [
-    "moe_lm.trainer.torch.load",
+    "moe_lm.training.trainer.torch.load",
     "moe_lm.run.os.system",
-    "moe_lm.checkpoint.os.system",
+    "moe_lm.storage.checkpoint.os.system",
     "os.system",
     "builtins.eval",
     "builtins.exec",
@@ -38,16 +38,6 @@ def refused(outcome) -> None:
     assert outcome.err.startswith("moe-lm: ")
     assert "Traceback" not in outcome.err
     assert not Path("canary").exists()
-
-
-def change(*path: str, value: object, file: Path = Path("runs/tiny/config.yaml")) -> None:
-    """Set a key of a stored configuration."""
-    config = yaml.safe_load(file.read_text())
-    node = config
-    for key in path[:-1]:
-        node = node[key]
-    node[path[-1]] = value
-    file.write_text(yaml.safe_dump(config))
 
 
 PLACES = [("model", "layers", "middle", "gate"), ("vocabulary",), ("corpus",), ("optimizer",), ("balance", "load")]
@@ -107,7 +97,7 @@ def test_yaml_tags_are_refused(own_trained, moe_lm, tag):
     "override",
     [
         "model.layers.middle._target_=os.system",
-        "model.layers.middle._target_=moe_lm.trainer.torch.load",
+        "model.layers.middle._target_=moe_lm.training.trainer.torch.load",
         "model.layers.middle.gate._target_=moe_lm.run.os.system",
         "vocabulary._target_=builtins.eval",
         "corpus._target_=os.system",

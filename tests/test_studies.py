@@ -14,8 +14,8 @@ from moe_lm.commands.build import build_model
 from moe_lm.commands.configuration import choices, composed, folder, resolved
 from moe_lm.commands.study import study_of
 from moe_lm.commands.sweep import jobs_of
+from moe_lm.costs.operations import operations_per_timestep, parameters_without_embedding_and_softmax
 from moe_lm.mistake import Mistake
-from moe_lm.operations import operations_per_timestep, parameters_without_embedding_and_softmax
 from moe_lm.paper import TABLE_6, TABLE_7
 from moe_lm.report.beside import alike
 

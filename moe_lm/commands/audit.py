@@ -5,15 +5,15 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from moe_lm.causality import TOLERANCE_BITS, Audit, audit
 from moe_lm.commands import build as make
 from moe_lm.commands.configuration import composed, resolved
 from moe_lm.commands.data import data_of
 from moe_lm.commands.gates import gates_of
 from moe_lm.corpus import SPLITS
-from moe_lm.exported import beside
+from moe_lm.evaluation.causality import TOLERANCE_BITS, Audit, audit
 from moe_lm.files import replace_files
 from moe_lm.mistake import Mistake
+from moe_lm.storage.exported import beside
 from moe_lm.trained import Trained, load
 
 HELP = "whether a run's predictions see the future, and how many bits training's routing leaks"

@@ -8,9 +8,9 @@ from hashlib import blake2b
 from pathlib import Path
 
 from moe_lm.commands.build import build
-from moe_lm.exported import is_export
+from moe_lm.data.prepared import Prepared, open_prepared, prepare
 from moe_lm.mistake import Mistake
-from moe_lm.prepared import Prepared, open_prepared, prepare
+from moe_lm.storage.exported import is_export
 from moe_lm.trained import Trained
 from moe_lm.vocabulary import Vocabulary
 

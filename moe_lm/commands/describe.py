@@ -7,19 +7,19 @@ import torch
 
 from moe_lm.commands.build import build, build_model
 from moe_lm.commands.configuration import composed, preset_of, resolved
-from moe_lm.memory import activation_bytes, held, logits_bytes, second_gradient_bytes
-from moe_lm.mistake import Mistake
-from moe_lm.model import LanguageModel
-from moe_lm.operations import (
+from moe_lm.costs.memory import activation_bytes, held, logits_bytes, second_gradient_bytes
+from moe_lm.costs.operations import (
     flops_per_word,
     operations_per_timestep,
     parameters_total,
     parameters_without_embedding_and_softmax,
 )
+from moe_lm.costs.sizes import Step
+from moe_lm.costs.traffic import bytes_sent
+from moe_lm.mistake import Mistake
+from moe_lm.model import LanguageModel
 from moe_lm.optimizer import OptimizerRecipe
 from moe_lm.paper import TABLE_8, printed
-from moe_lm.sizes import Step
-from moe_lm.traffic import bytes_sent
 
 HELP = "operations, parameters and memory of a model of any size"
 

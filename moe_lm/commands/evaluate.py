@@ -8,8 +8,8 @@ from moe_lm.commands.configuration import composed, resolved
 from moe_lm.commands.data import data_of
 from moe_lm.commands.result import measuring_bar
 from moe_lm.corpus import SPLITS
+from moe_lm.evaluation.perplexity import measure
 from moe_lm.mistake import Mistake
-from moe_lm.perplexity import measure
 from moe_lm.trained import load
 
 HELP = "exact perplexity of a run on a split"

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 import yaml
 
-from moe_lm import checkpoint, exported, weights
 from moe_lm.commands.configuration import composed, resolved
 from moe_lm.commands.describe import size
 from moe_lm.commands.result import counts_of, versions
 from moe_lm.mistake import Mistake
-from moe_lm.model_card import card
 from moe_lm.run import IDENTITY, Run
+from moe_lm.storage import checkpoint, exported, weights
+from moe_lm.storage.model_card import card
 from moe_lm.trained import Trained, load
 
 HELP = "a trained model as one folder: safetensors, configuration, vocabulary, model card"

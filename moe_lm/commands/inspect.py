@@ -8,7 +8,6 @@ from moe_lm.commands.configuration import composed, resolved
 from moe_lm.commands.data import data_of
 from moe_lm.commands.result import measuring_bar
 from moe_lm.corpus import SPLITS
-from moe_lm.exported import beside
 from moe_lm.inspection import Inspection
 from moe_lm.inspection.reading import first_sentences, gated_layers, read
 from moe_lm.inspection.summary import summarized
@@ -17,6 +16,7 @@ from moe_lm.inspection.texts import Texts
 from moe_lm.inspection.write import to_json, write_inspection
 from moe_lm.mistake import Mistake
 from moe_lm.report.writing import markdown_table
+from moe_lm.storage.exported import beside
 from moe_lm.trained import Trained, load
 
 HELP = "what each expert of a run is for: its contexts, words and load"

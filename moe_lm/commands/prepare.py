@@ -4,9 +4,9 @@ import sys
 
 from moe_lm.commands.configuration import composed, resolved
 from moe_lm.commands.data import data_folder, prepared_data
+from moe_lm.data.published import report
+from moe_lm.data.split_writer import statistics_line
 from moe_lm.mistake import Mistake
-from moe_lm.published import report
-from moe_lm.split_writer import statistics_line
 
 HELP = "text to token ids in data/<name>/ (train does it by itself)"
 

@@ -11,17 +11,17 @@ import torch
 from tqdm import tqdm
 
 from moe_lm import __version__
-from moe_lm.distributed import ALONE, Processes
-from moe_lm.mistake import Mistake
-from moe_lm.model import LanguageModel
-from moe_lm.operations import (
+from moe_lm.costs.operations import (
     operations_per_timestep,
     parameters_total,
     parameters_without_embedding_and_softmax,
 )
-from moe_lm.perplexity import Measured, measure
-from moe_lm.prepared import Prepared
-from moe_lm.trainer import Trainer
+from moe_lm.data.prepared import Prepared
+from moe_lm.distributed.processes import ALONE, Processes
+from moe_lm.evaluation.perplexity import Measured, measure
+from moe_lm.mistake import Mistake
+from moe_lm.model import LanguageModel
+from moe_lm.training.trainer import Trainer
 
 
 def versions(*packages: str) -> dict[str, str]:

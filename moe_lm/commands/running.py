@@ -9,9 +9,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_lm import stopping
 from moe_lm.commands.devices import Devices
-from moe_lm.launch import program
+from moe_lm.distributed import stopping
+from moe_lm.distributed.launch import program
 from moe_lm.mistake import Mistake
 from moe_lm.report.results import read_audit, read_result
 

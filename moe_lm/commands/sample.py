@@ -6,8 +6,8 @@ import sys
 from moe_lm.commands import build as make
 from moe_lm.commands.configuration import composed, resolved
 from moe_lm.commands.score import allow_any_letter
+from moe_lm.evaluation.sampling import Drawing, sample, unknown_words
 from moe_lm.mistake import Mistake
-from moe_lm.sampling import Drawing, sample, unknown_words
 from moe_lm.trained import load
 
 HELP = "sentences drawn from a model, each from its seed and number alone"

@@ -13,8 +13,8 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from moe_lm.commands import build as make
 from moe_lm.commands.configuration import composed, resolved
 from moe_lm.corpus.lines import decoded_lines, lines
+from moe_lm.evaluation.scoring import Scored, scored
 from moe_lm.mistake import Mistake
-from moe_lm.scoring import Scored, scored
 from moe_lm.trained import load
 from moe_lm.vocabulary import END, START
 

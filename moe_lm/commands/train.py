@@ -9,19 +9,19 @@ from pathlib import Path
 
 import torch
 
-from moe_lm import launch
 from moe_lm.commands import build as make
 from moe_lm.commands.configuration import composed, default_name, preset_of, resolved
 from moe_lm.commands.data import prepared_data
 from moe_lm.commands.result import result_of, summary
 from moe_lm.commands.training import check, trainer_of
-from moe_lm.distributed import ALONE, Processes, begin, end, expected_size, is_loss
+from moe_lm.data.prepared import Prepared
+from moe_lm.distributed import launch
+from moe_lm.distributed.processes import ALONE, Processes, begin, end, expected_size, is_loss
+from moe_lm.distributed.stopping import INTERRUPTED, REQUEUE, Stop, end_with_parent, leave_in_peace
 from moe_lm.mistake import Lost, Mistake, in_a_line, is_out_of_memory
-from moe_lm.prepared import Prepared
 from moe_lm.run import Run
-from moe_lm.stopping import INTERRUPTED, REQUEUE, Stop, end_with_parent, leave_in_peace
 from moe_lm.trained import fill
-from moe_lm.trainer import Trainer
+from moe_lm.training.trainer import Trainer
 
 HELP = "train one model; repeat the command to resume it"
 

@@ -6,23 +6,23 @@ from functools import partial
 import torch
 
 from moe_lm.balance import BalanceLoss
-from moe_lm.batches import Batches, check_words
 from moe_lm.commands import build as make
 from moe_lm.commands.gates import check_losses, choices_over_batch, want
 from moe_lm.commands.result import Counts, counts_of, measure_split
-from moe_lm.distributed import ALONE, Processes, with_experts, with_vocabulary
-from moe_lm.experts import recompute_hidden
-from moe_lm.metrics import MetricsLog, NoLog
+from moe_lm.data.batches import Batches, check_words
+from moe_lm.data.prepared import Prepared
+from moe_lm.distributed.processes import ALONE, Processes, with_experts, with_vocabulary
 from moe_lm.mistake import Mistake
+from moe_lm.mixture.experts import recompute_hidden
 from moe_lm.model import LanguageModel
-from moe_lm.objective import Objective
 from moe_lm.optimizer import OptimizerRecipe
-from moe_lm.prepared import Prepared
-from moe_lm.progress import Settings
 from moe_lm.run import Run
-from moe_lm.saver import Saver
-from moe_lm.trainer import Trainer
-from moe_lm.update import Update
+from moe_lm.storage.saver import Saver
+from moe_lm.training.metrics import MetricsLog, NoLog
+from moe_lm.training.objective import Objective
+from moe_lm.training.progress import Settings
+from moe_lm.training.trainer import Trainer
+from moe_lm.training.update import Update
 
 _SOME_WORDS = 1000
 """Of a vocabulary, where the true size is not known yet."""

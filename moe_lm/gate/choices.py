@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_lm.gate import Gating
-from moe_lm.grouped_product import grouped_product
-from moe_lm.sorted_rows import sizes_of_runs, sorted_below, sums_of_runs
+from moe_lm.kernels.grouped_product import grouped_product
+from moe_lm.kernels.sorted_rows import sizes_of_runs, sorted_below, sums_of_runs
 
 
 def initial_matrix(width: int, num_experts: int, num_groups: int | None) -> nn.Parameter:

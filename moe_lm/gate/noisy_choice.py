@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from moe_lm.kernels import by_numba, by_triton
+from moe_lm.kernels.available import by_numba, by_triton
 
 _MOST_EXPERTS, _MOST_K = 4096, 64
 """Of the kernel: a row is in registers whole, and looked through once for each of the largest."""

@@ -6,7 +6,7 @@ Shape suffixes: T tokens, E experts, F = 2 E, K experts a token, N = min(K + 1, 
 import torch
 from torch import Tensor
 
-from moe_lm.compiled import compiled
+from moe_lm.kernels.compiled import compiled
 
 
 def chosen(logit_TF: Tensor, draw_TE: Tensor, deviation_TE: Tensor, k: int) -> tuple[Tensor, ...]:

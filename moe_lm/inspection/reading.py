@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from moe_lm.batches import MicroBatch, in_order
+from moe_lm.data.batches import in_order
+from moe_lm.data.micro_batches import MicroBatch
+from moe_lm.data.prepared import Split
 from moe_lm.inspection.tally import Tally, Tokens
 from moe_lm.mistake import Mistake
 from moe_lm.model import LanguageModel
-from moe_lm.prepared import Split
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from moe_lm.data.prepared import Split
 from moe_lm.inspection import Context
-from moe_lm.prepared import Split
 from moe_lm.vocabulary import START, Vocabulary
 
 BEFORE, AFTER = 14, 6

@@ -8,8 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from moe_lm.data.sentences import Sentences
 from moe_lm.gate import Gating
-from moe_lm.sentences import Sentences
 
 
 class Layer(Protocol):

@@ -9,9 +9,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from moe_lm.data.sentences import Sentences
 from moe_lm.initial import initialize_
 from moe_lm.mistake import Mistake
-from moe_lm.sentences import Sentences
 
 
 class FeedForward(nn.Module):

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from moe_lm.dispatch import dispatch
-from moe_lm.distributed import ALONE, Processes
-from moe_lm.experts import Experts
+from moe_lm.data.sentences import Sentences
+from moe_lm.distributed.processes import ALONE, Processes
 from moe_lm.gate import Gate, Gating, offers_of
+from moe_lm.kernels.sorted_rows import sizes_of_runs, sums_of_runs
 from moe_lm.mistake import Mistake
-from moe_lm.sentences import Sentences
-from moe_lm.sorted_rows import sizes_of_runs, sums_of_runs
+from moe_lm.mixture.dispatch import dispatch
+from moe_lm.mixture.experts import Experts
 
 _PRODUCTS = ("load_E", "asked_E", "first_choice_E", "probability_E")
 """Sums of one entry an expert that both levels together have as equation 14 makes the load."""

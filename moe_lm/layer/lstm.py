@@ -8,10 +8,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from moe_lm.kernels import by_triton
+from moe_lm.data.sentences import Sentences
+from moe_lm.kernels.available import by_triton
+from moe_lm.kernels.mixed_lstm import mixed_lstm
 from moe_lm.mistake import Mistake
-from moe_lm.mixed_lstm import mixed_lstm
-from moe_lm.sentences import Sentences
 
 _WORTH_OWN = 3072
 """Sentences from which on the GPU has more to do in a timestep than the host; cuDNN hands over faster."""

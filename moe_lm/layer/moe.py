@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from moe_lm.distributed import ALONE, Processes
-from moe_lm.experts import Experts
+from moe_lm.data.sentences import Sentences
+from moe_lm.distributed.processes import ALONE, Processes
 from moe_lm.gate import Gate, Gating, offers_of
 from moe_lm.mistake import Mistake
-from moe_lm.sentences import Sentences
+from moe_lm.mixture.experts import Experts
 
 
 class MoE(nn.Module):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from moe_lm.gradient_memory import forget_gradient
-from moe_lm.kernels import by_triton
+from moe_lm.kernels.available import by_triton
+from moe_lm.kernels.gradient_memory import forget_gradient
 from moe_lm.rows import row_gradient
 
 EXPERTS, VOCABULARY, REST = KINDS = ("experts", "vocabulary", "rest")

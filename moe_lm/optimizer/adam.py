@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor, nn
 
+from moe_lm.kernels.rounded import keep_rounded_no_longer
+from moe_lm.kernels.squares import want_squares_no_longer
 from moe_lm.mistake import Mistake
 from moe_lm.optimizer import EXPERTS, VOCABULARY, Together, kind_of
 from moe_lm.optimizer.factored import FactoredAdam
 from moe_lm.optimizer.lazy import LazyAdam
-from moe_lm.rounded import keep_rounded_no_longer
-from moe_lm.squares import want_squares_no_longer
 
 _OF_EXPERTS, _OF_VOCABULARY = ("adam", "factored"), ("lazy", "dense")
 

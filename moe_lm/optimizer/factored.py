@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_lm.kernels import by_triton
+from moe_lm.kernels.available import by_triton
+from moe_lm.kernels.rounded import changed_together, keep_rounded, kept_rounded
+from moe_lm.kernels.squares import Squares, squares_of, want_squares
 from moe_lm.optimizer.on_device import counted, kept
-from moe_lm.rounded import changed_together, keep_rounded, kept_rounded
-from moe_lm.squares import Squares, squares_of, want_squares
 
 NUMBERS_ON_CPU = 1 << 20
 """Largest temporary on a CPU: 4 MiB stay in a cache; a quarter or four times as much took a third longer."""
@@ -54,7 +54,7 @@ class FactoredAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def norms(self, parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-        """Return the norms of those of these gradients whose squares the step takes from memory (`moe_lm.squares`)."""
+        """Return the norms of those gradients whose squares the step takes from memory (`moe_lm.kernels.squares`)."""
         own = {parameter for group in self.param_groups for parameter in group["params"]}
         return {
             parameter: (squares_of(parameter, _squares).row_MR.sum() * parameter.shape[-1]).sqrt()

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from moe_lm.kernels import by_triton
+from moe_lm.kernels.available import by_triton
 from moe_lm.optimizer.on_device import counted, kept
 from moe_lm.rows import RowGradient, forget_row_gradients, keep_row_gradients, row_gradient
 

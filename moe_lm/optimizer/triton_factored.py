@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_lm.kernels.squares import Squares
+from moe_lm.kernels.triton_rows import block_of
 from moe_lm.optimizer.on_device import number
-from moe_lm.squares import Squares
-from moe_lm.triton_rows import block_of
 
 _ROWS, _PART = 8, 64
 """Rows held at a time, and of one program: sums over its rows cost a 64th of the gradient in memory."""

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_lm.kernels.triton_rows import block_of
 from moe_lm.optimizer.on_device import number
 from moe_lm.rows import RowGradient
-from moe_lm.triton_rows import block_of
 
 
 def update_rows_(

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_lm.cross_entropy import summed_nats
-from moe_lm.distributed import ALONE, Processes
+from moe_lm.distributed.group import divided
+from moe_lm.distributed.processes import ALONE, Processes
 from moe_lm.divided_vocabulary import exact_divided, summed_divided
-from moe_lm.group import divided
 from moe_lm.initial import initialize_words_
+from moe_lm.kernels.cross_entropy import summed_nats
 from moe_lm.softmax.blocks import InBlocks
 
 

@@ -10,7 +10,7 @@ from moe_lm.balance.batchwise import Batchwise
 from moe_lm.gate.noisy_top_k import NoisyTopK
 from moe_lm.gate.strictly_balanced import StrictlyBalanced
 from moe_lm.mistake import Mistake
-from moe_lm.objective import Objective, add, statistics
+from moe_lm.training.objective import Objective, add, statistics
 
 BATCHWISE = Batchwise(weight=1.0)
 

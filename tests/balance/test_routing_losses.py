@@ -19,7 +19,7 @@ from moe_lm.gate.strictly_balanced import StrictlyBalanced
 from moe_lm.gate.switch import Switch as SwitchGate
 from moe_lm.gate.top_k import TopK
 from moe_lm.mistake import Mistake
-from moe_lm.objective import Objective, add, statistics
+from moe_lm.training.objective import Objective, add, statistics
 
 SWITCH, GSHARD, Z_LOSS = Switch(weight=1.0), GShard(weight=1.0), ZLoss(weight=1.0)
 ALL_FIVE = {"asked_E", "first_choice_E", "probability_E", "log_z_squared", "num_tokens"}

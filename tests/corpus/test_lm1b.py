@@ -10,8 +10,8 @@ from training_text import sentences
 
 import moe_lm.corpus.lm1b
 from moe_lm.corpus.lm1b import Lm1b
+from moe_lm.data.prepared import prepare
 from moe_lm.mistake import Mistake
-from moe_lm.prepared import prepare
 from moe_lm.vocabulary.words import Words
 
 TRAINING = "training-monolingual.tokenized.shuffled"

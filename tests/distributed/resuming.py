@@ -29,7 +29,7 @@ def _main(commands: list[list[str]]) -> int:
     from tiny_training import call
 
     from moe_lm.commands import train
-    from moe_lm.distributed import begin
+    from moe_lm.distributed.processes import begin
 
     size, first = os.environ["WORLD_SIZE"], os.environ["RANK"] == "0"
     for number, (name, *arguments) in enumerate(commands):

@@ -45,7 +45,7 @@ def _main(function: str, folder: Path) -> None:
 
     import torch
 
-    from moe_lm.distributed import ALONE, begin, end
+    from moe_lm.distributed.processes import ALONE, begin, end
 
     torch.set_num_threads(1)
     module, name = function.split(":")

@@ -8,8 +8,8 @@ from tiny_training import TRAINING, call, with_overrides, working_in, write_corp
 from updating import HIERARCHY, SIZES, Case, configuration
 
 from moe_lm.construction import build, build_model
-from moe_lm.sizes import Step
-from moe_lm.traffic import bytes_sent
+from moe_lm.costs.sizes import Step
+from moe_lm.costs.traffic import bytes_sent
 
 BATCH = ("batch.words=960", "model.num_experts=12", "model.k=3", "model.width=16", "model.expert_hidden=16")
 CASES = [

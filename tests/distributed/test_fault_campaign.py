@@ -37,7 +37,7 @@ def test_some_of_each_kind(tmp_path):
 
 def test_a_product_that_checks_nothing_is_seen(tmp_path):
     program = tmp_path / "broken.py"
-    program.write_text("from moe_lm import checkpoint\ncheckpoint._check_file = lambda *a: None\n")
+    program.write_text("from moe_lm.storage import checkpoint\ncheckpoint._check_file = lambda *a: None\n")
     code, record, text = campaign(tmp_path, "--only", "damaged checkpoint, bit of the model, 1", "--program", program)
     assert code == 1, text
     assert record["sums"]["wrong resumes"] > 0

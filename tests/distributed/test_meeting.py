@@ -9,9 +9,9 @@ from datetime import timedelta
 import pytest
 import torch
 
-from moe_lm import distributed
+from moe_lm.distributed import processes
+from moe_lm.distributed.stopping import LAUNCHER, end_with_parent
 from moe_lm.mistake import Lost, Mistake
-from moe_lm.stopping import LAUNCHER, end_with_parent
 
 
 def test_a_launcher_that_was_killed_is_not_waited_for(monkeypatch):
@@ -22,10 +22,10 @@ def test_a_launcher_that_was_killed_is_not_waited_for(monkeypatch):
     places = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     for name, value in (places | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(distributed, "SOON", timedelta(seconds=1))
+    monkeypatch.setattr(processes, "SOON", timedelta(seconds=1))
     started = time.monotonic()
     with pytest.raises(Mistake, match="cannot meet the other processes"):
-        distributed.begin(torch.device("cpu"))
+        processes.begin(torch.device("cpu"))
     assert time.monotonic() - started < 15
 
 

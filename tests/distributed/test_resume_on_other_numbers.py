@@ -12,7 +12,7 @@ from resuming import run_commands
 from shards import assert_safetensors_or_json, whole
 from tiny_training import TRAINING, call, with_overrides, working_in, write_corpus
 
-from moe_lm import checkpoint
+from moe_lm.storage import checkpoint
 
 TIMES = ("seconds", "words_per_second")
 HALF, WHOLE = 1600, 2700

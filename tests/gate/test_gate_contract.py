@@ -256,7 +256,7 @@ USE_IT = """
 import sys
 import pytest
 import moe_lm
-from moe_lm.batches import micro_batch
+from moe_lm.data.micro_batches import micro_batch
 from moe_lm.commands.build import build_model
 from moe_lm.commands.configuration import composed, resolved
 print("PACKAGE", moe_lm.__file__)

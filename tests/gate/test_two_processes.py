@@ -10,10 +10,10 @@ from torch.multiprocessing import spawn
 
 from moe_lm.commands.build import build
 from moe_lm.commands.configuration import folder
+from moe_lm.data.sentences import Sentences
 from moe_lm.layer.hierarchical_moe import HierarchicalMoE
 from moe_lm.layer.moe import MoE
-from moe_lm.objective import add, statistics
-from moe_lm.sentences import Sentences
+from moe_lm.training.objective import add, statistics
 
 GATES = sorted(path.stem for path in (folder() / "gate").glob("*.yaml"))
 WIDTH, EXPERTS, GROUPS = 6, 12, 3

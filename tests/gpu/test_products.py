@@ -16,18 +16,18 @@ from products_in_kernels import SIZES as PRODUCTS
 from products_in_kernels import made
 from rows_of_tokens import RUNS, run_of
 
-from moe_lm import grouped_gemm, kernels
-from moe_lm.cross_entropy import exact_nats, summed_nats
-from moe_lm.experts import Experts, recompute_hidden
-from moe_lm.fused_rows import places
 from moe_lm.gate import Gating
 from moe_lm.gate.noisy_choice import _ChoiceInAKernel, _NoisyChoice
-from moe_lm.grouped_product import grouped_product
+from moe_lm.kernels import available, grouped_gemm
+from moe_lm.kernels.cross_entropy import exact_nats, summed_nats
+from moe_lm.kernels.fused_rows import places
+from moe_lm.kernels.grouped_product import grouped_product
+from moe_lm.kernels.rounded import kept_rounded
+from moe_lm.mixture.experts import Experts, recompute_hidden
 from moe_lm.optimizer.factored import FactoredAdam
 from moe_lm.optimizer.lazy import LazyAdam
-from moe_lm.rounded import kept_rounded
 from moe_lm.rows import RowGradient, replace_row_gradient
-from moe_lm.update import _float32_as_tf32
+from moe_lm.training.update import _float32_as_tf32
 
 COUNTS = [[3, 0, 5, 1], [0, 0, 7, 0], [200, 17, 0, 64], [0, 4, 0, 9]]
 
@@ -88,7 +88,7 @@ def test_kernels_are_torchs_operators(gpu, monkeypatch, most_in_torch, most_rows
     gating = replace(gating, **on_gpu | {"gate_A": on_gpu["gate_A"].requires_grad_()})
     results = []
     for plain in (False, True):
-        monkeypatch.setattr(kernels, "plain", plain)
+        monkeypatch.setattr(available, "plain", plain)
         with torch.autocast("cuda", torch.bfloat16):
             y_TD = experts(x_TD, gating)
         inputs = (x_TD, gating.gate_A, experts.w1_EDH, experts.w2_EHD)
@@ -125,7 +125,7 @@ def test_products_in_tf32(gpu):
 @pytest.mark.parametrize("counts", [*RUNS, [20_000, *[1] * 3000, 900]], ids=lambda counts: str(counts[:5]))
 def test_sums_of_many_rows(gpu, counts, width):
     """As additions in float64 make them; twice the same bits."""
-    from moe_lm import triton_rows  # not everywhere
+    from moe_lm.kernels import triton_rows  # not everywhere
 
     place_T, y_TD, want_UD = run_of(counts, width)
     arguments = y_TD.to(gpu), *places(place_T.to(gpu), len(counts))
@@ -173,7 +173,7 @@ def test_lstm(gpu, sizes):
 
 def test_kernels_are_there(gpu):
     """All that is tested here is tested with them."""
-    assert kernels.by_triton(torch.ones(1, device=gpu))
+    assert available.by_triton(torch.ones(1, device=gpu))
 
 
 @pytest.mark.parametrize("shape", [*MATRICES, (300, 512, 1024)], ids=str)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_training import TRAINING, with_overrides
 
-from moe_lm import grouped_gemm
+from moe_lm.kernels import grouped_gemm
 
 ON_GPU = with_overrides(TRAINING, "machine.device=cuda", "model.width=16", "model.expert_hidden=32")
 
@@ -44,7 +44,7 @@ def test_goes_on_where_it_stopped(workspace, moe_lm):
 @pytest.mark.parametrize("most_in_torch", [0, 1023])
 @pytest.mark.parametrize("layer", ["moe", "hierarchical_moe"])
 def test_an_update_waits_for_nothing(trainer, gpu, monkeypatch, layer, most_in_torch):
-    """CUDA itself would say so; tests/test_waits.py says it of what runs without a GPU."""
+    """CUDA itself would say so; tests/training/test_waits.py says it of what runs without a GPU."""
     monkeypatch.setattr(grouped_gemm, "most_in_torch", most_in_torch)
     sizes = ["model.num_experts=16", *(["model.num_groups=4"] if layer == "hierarchical_moe" else [])]
     overrides = [f"layer@model.layers.middle={layer}", *sizes, "optimizer.experts=factored"]

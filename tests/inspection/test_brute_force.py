@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from known_gates import random_model, reading_of, split_of, vocabulary_of
 
-from moe_lm.batches import in_order
+from moe_lm.data.batches import in_order
 from moe_lm.inspection import counts
 from moe_lm.inspection.characteristic import characteristic_words
 from moe_lm.inspection.counts import SparseCounts

@@ -19,14 +19,14 @@ from tiny_training import TRAINING, assert_one_line, with_overrides
 from moe_lm.balance.batchwise import Batchwise
 from moe_lm.commands.build import build
 from moe_lm.commands.configuration import folder
-from moe_lm.dispatch import dispatch
+from moe_lm.data.sentences import Sentences
 from moe_lm.gate import Gating
 from moe_lm.gate.noisy_top_k import NoisyTopK
 from moe_lm.gate.strictly_balanced import StrictlyBalanced
 from moe_lm.layer.hierarchical_moe import HierarchicalMoE, joined
 from moe_lm.layer.moe import MoE
 from moe_lm.mistake import Mistake
-from moe_lm.sentences import Sentences
+from moe_lm.mixture.dispatch import dispatch
 
 WIDTH, HIDDEN, EPSILON = 4, 6, 0.01
 GATES = sorted(path.stem for path in (folder() / "gate").glob("*.yaml"))

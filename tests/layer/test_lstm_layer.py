@@ -6,9 +6,9 @@ Shape suffixes: T tokens, D width, U units, L timesteps.
 import pytest
 import torch
 
+from moe_lm.data.sentences import Sentences
 from moe_lm.layer.lstm import Lstm, ProjectedLstm
 from moe_lm.mistake import Mistake
-from moe_lm.sentences import Sentences
 
 WIDTH = 4
 LENGTHS = [[3], [1, 1], [2, 5, 1, 5], [7, 7, 7]]

@@ -9,11 +9,11 @@ from functools import partial
 import pytest
 import torch
 
+from moe_lm.data.sentences import Sentences
 from moe_lm.gate.noisy_top_k import NoisyTopK
 from moe_lm.layer.feed_forward import FeedForward
 from moe_lm.layer.moe import MoE
 from moe_lm.mistake import Mistake
-from moe_lm.sentences import Sentences
 
 WIDTH, HIDDEN = 5, 7
 GATE = partial(NoisyTopK, noise_epsilon=0.01)

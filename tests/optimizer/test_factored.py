@@ -12,11 +12,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from moe_lm.data.sentences import Sentences
 from moe_lm.gate.noisy_top_k import NoisyTopK
 from moe_lm.layer.moe import MoE
 from moe_lm.optimizer import factored
 from moe_lm.optimizer.factored import FactoredAdam
-from moe_lm.sentences import Sentences
 
 BETA2, EPSILON = 0.9, 1e-3
 BLOCKS = [1, 15, 40, 1 << 20]

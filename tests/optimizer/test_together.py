@@ -5,13 +5,13 @@ import itertools
 import pytest
 import torch
 
-from moe_lm.batches import in_order
 from moe_lm.commands.build import build, build_model
 from moe_lm.commands.configuration import composed, resolved
+from moe_lm.data.batches import in_order
+from moe_lm.data.prepared import Split
 from moe_lm.optimizer import factored
 from moe_lm.optimizer.factored import FactoredAdam
 from moe_lm.optimizer.lazy import LazyAdam
-from moe_lm.prepared import Split
 from moe_lm.rows import row_gradient
 
 SIZES = ["model.width=8", "model.expert_hidden=12", "model.num_experts=4", "model.k=2", "model.dropout=0"]

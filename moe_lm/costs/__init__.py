@@ -1,0 +1,1 @@
+"""What a model costs: operations, memory and bytes sent, counted before it runs."""

@@ -1,0 +1,1 @@
+"""Processes: meeting, sending, starting, ending."""

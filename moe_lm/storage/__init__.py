@@ -1,0 +1,1 @@
+"""Weights on the disk: the checkpoints of a training, and exports."""

@@ -1,0 +1,63 @@
+"""What the passes of an update saw: sums over micro-batches and processes."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from moe_lm.distributed.processes import Processes
+from moe_lm.gate import Gating
+from moe_lm.gradients import STATISTICS, sum_statistics
+from moe_lm.training.objective import Statistics, add
+
+
+class Seen:
+    """What the passes of a step saw, of this process's micro-batches and then of all."""
+
+    def __init__(self, device: torch.device):
+        self.nats = torch.zeros((), dtype=torch.float64, device=device)
+        self.terms: dict[str, Tensor] = {}
+        self.gatings: dict[str, Gating] = {}
+        self.shares: dict[str, Tensor] = {}
+        self._statistics: Statistics | None = None
+        self._last: dict[str, Tensor] = {}
+        # Asked, dropped, tokens, unserved: plain numbers as long as they are, so that none waits for the device.
+        self._counts: list[Tensor | int] = [0, 0, 0, 0]
+
+    def add(
+        self,
+        nats: Tensor,
+        gatings: Mapping[str, Gating],
+        own: Statistics,
+        values: Mapping[str, Tensor],
+        share: float,
+        counts: bool,
+    ) -> None:
+        """Add a micro-batch; one that does not count leaves only the form of what there is."""
+        self.gatings = dict(gatings)
+        self._statistics = add(self._statistics, own)
+        self._last = {name: torch.as_tensor(value) for name, value in values.items()}
+        self.terms = {name: self.terms.get(name, 0.0) + share * value for name, value in self._last.items()}
+        if counts:
+            self.nats += nats.detach()
+            for gating in gatings.values():
+                found = (gating.num_asked, gating.num_dropped, gating.num_tokens, gating.num_unserved())
+                self._counts = [total + x for total, x in zip(self._counts, found, strict=True)]
+
+    def sum(self, processes: Processes, everywhere: Statistics | None) -> None:
+        """Make everything that of all processes; losses of global values are the same everywhere already."""
+        everyone, terms = processes.everyone, list(self.terms)
+        own = [self.nats, *self._counts, *(self.terms[name] for name in terms)]
+        # Plain numbers are filled in: a copy of them would wait for all that a GPU has to do.
+        own = [x.to(self.nats) if isinstance(x, Tensor) else self.nats.new_full((), x) for x in own]
+        self.nats, asked, dropped, tokens, unserved, *values = everyone.sum_(torch.stack(own), STATISTICS)
+        whole = sum_statistics(self._statistics or {}, everyone) if everywhere is None else everywhere
+        self.terms = dict(zip(terms, values, strict=True)) if everywhere is None else self._last
+        self.gatings = {layer: gating.with_statistics(whole[layer]) for layer, gating in self.gatings.items()}
+        if self.gatings:
+            self.shares = {"dropped": dropped / asked.clamp(min=1), "unserved": unserved / tokens.clamp(min=1)}
+
+
+def nothing(own: Statistics) -> Statistics:
+    """Return statistics of no tokens, in the form of these."""
+    return {layer: {name: torch.zeros_like(x) for name, x in part.items()} for layer, part in own.items()}

@@ -1,0 +1,263 @@
+"""Large text: the same folder from any number of processes and after any interruption, each part done once."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import moe_lm.corpus.lines
+import moe_lm.data.preparation
+from moe_lm.corpus.text import Text
+from moe_lm.data.prepared import open_prepared, prepare
+from moe_lm.mistake import Mistake
+from moe_lm.vocabulary.words import Words
+
+WORDS = Words(file=None, min_count=2, max_size=None)
+
+
+@pytest.fixture(autouse=True)
+def large(monkeypatch):
+    """A few kilobytes count as large text, in blocks of one."""
+    make_large(monkeypatch.setattr)
+
+
+def make_large(setattr=setattr):
+    setattr(moe_lm.data.preparation, "_LARGE", 1)
+    setattr(moe_lm.corpus.lines, "BLOCK", 500)
+
+
+@pytest.fixture
+def text(tmp_path):
+    draw = random.Random(0)
+    words = [f"w{i}" for i in range(300)]
+    for split, count in {"train-1": 150, "train-2": 120, "valid": 30, "test": 30}.items():
+        lines = [" ".join(draw.choices(words, range(300, 0, -1), k=draw.randint(0, 12))) for _ in range(count)]
+        (tmp_path / split).write_text("\n".join(lines) + "\n" * (split != "train-1"))
+    return tmp_path
+
+
+def corpus(folder):
+    return Text(train=str(folder / "train-*"), valid=str(folder / "valid"), test=str(folder / "test"), max_words=10)
+
+
+def make(corpus, folder, num_processes=1, say=lambda line: None, recipe=WORDS):
+    return prepare(
+        corpus=corpus,
+        recipe=recipe,
+        folder=folder,
+        settings={},
+        say=say,
+        progress=False,
+        num_processes=num_processes,
+    )
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+class Spied:
+    """A corpus whose parts are counted when they are read, and of which one may kill the process."""
+
+    def __init__(self, folder, deadly=None):
+        self.inner, self.deadly, self.reads = corpus(folder), deadly, Counter()
+        self.max_words, self.inputs, self.notes = self.inner.max_words, self.inner.inputs, self.inner.notes
+        self.figures = self.inner.figures
+
+    def parts(self, split):
+        return [SpiedPart(self, split, index, part) for index, part in enumerate(self.inner.parts(split))]
+
+
+class SpiedPart:
+    def __init__(self, corpus, split, index, part):
+        self.corpus, self.split, self.index, self.part = corpus, split, index, part
+        self.name, self.size = part.name, part.size
+
+    def sentences(self):
+        for number, line in enumerate(self.part.sentences()):
+            if number == 1:  # asking for the first sentence only is no reading
+                self.corpus.reads[self.split, self.index] += 1
+                if (self.split, self.index, self.corpus.reads[self.split, self.index]) == self.corpus.deadly:
+                    import os
+                    import signal
+
+                    os.kill(os.getpid(), signal.SIGKILL)
+            yield line
+
+
+def killed(text, deadly):
+    """Prepare text / "data" in a process that dies when it reads this part for the n-th time."""
+    code = f"""
+        import sys
+        sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:2]]!r}
+        from pathlib import Path
+        from test_preparation import Spied, make, make_large
+        make_large()
+        text = Path({str(text)!r})
+        make(Spied(text, {deadly!r}), text / "data")
+    """
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, check=False)
+    assert ended.returncode == -9, ended.stderr
+
+
+def test_the_arrays_are_those_of_the_sentences_one_by_one(text):
+    whole = make(corpus(text), text / "data").splits["train"]
+    vocabulary = open_prepared(text / "data", WORDS).vocabulary
+    lines = ((text / "train-1").read_text() + "\n" + (text / "train-2").read_text()).split("\n")
+    sentences = [line.split() for line in lines if 0 < len(line.split()) <= 10]
+    assert whole.num_sentences == len(sentences)
+    for index, sentence in enumerate(sentences):
+        ids = whole.tokens[whole.starts[index] : whole.starts[index + 1]].tolist()
+        assert ids == [*vocabulary.encode(" ".join(sentence)), vocabulary.end]
+
+
+def test_the_number_of_processes_changes_nothing(text):
+    said = []
+    one = make(corpus(text), text / "one", 1)
+    two = make(corpus(text), text / "two", 2, said.append)
+    assert len(corpus(text).parts("train")) > 8
+    assert content(text / "one") == content(text / "two")
+    assert one.fingerprint == two.fingerprint
+    (counting,) = [line for line in said if line.startswith("counting: ")]
+    assert "words/s, 2 processes" in counting
+
+
+# A train part is read for counting, then for encoding.
+@pytest.mark.parametrize("deadly", [("train", 3, 1), ("train", 0, 2), ("train", 5, 2), ("test", 1, 1)])
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_killed_preparation_goes_on_and_gives_the_same_bytes(text, deadly, num_processes):
+    make(corpus(text), text / "undisturbed")
+    killed(text, deadly)
+    with pytest.raises(Mistake, match="not prepared"):
+        open_prepared(text / "data", WORDS)
+    spied, said = Spied(text), []
+    if num_processes == 1:
+        make(spied, text / "data", 1, said.append)
+        split, index, time = deadly
+        for number in range(len(spied.parts("train"))):
+            is_done = number < index or split == "test"
+            # What was counted is left to encode, what was encoded is not read at all.
+            passes = (1 if is_done else 2) if (split, time) == ("train", 1) else (0 if is_done else 1)
+            assert spied.reads["train", number] == passes
+    else:
+        make(corpus(text), text / "data", 2, said.append)
+    assert said[0].startswith("going on with ")
+    assert content(text / "data") == content(text / "undisturbed")
+    assert not list(text.glob(".data.partial*"))
+
+
+def test_what_is_left_of_other_inputs_is_not_gone_on_with(text):
+    killed(text, ("train", 5, 2))
+    (text / "train-2").write_text("w1 w2 w1 w2\n")
+    said = []
+    make(corpus(text), text / "data", 1, said.append)
+    assert not said[0].startswith("going on")
+    make(corpus(text), text / "undisturbed")
+    assert content(text / "data") == content(text / "undisturbed")
+
+
+def test_a_damaged_part_is_made_again(text):
+    make(corpus(text), text / "undisturbed")
+    killed(text, ("test", 1, 1))
+    parts = text / ".data.partial" / "parts"
+    (parts / "train-00001.tokens").write_bytes(b"cut")
+    (parts / "train-00002.json").write_text("{")
+    spied = Spied(text)
+    make(spied, text / "data")
+    assert {index for (split, index), reads in spied.reads.items() if split == "train" and reads} == {1, 2}
+    assert content(text / "data") == content(text / "undisturbed")
+
+
+def test_a_mistake_in_a_part_reaches_the_user_with_its_line(text):
+    lines = (text / "train-1").read_bytes().split(b"\n")
+    lines[100] = b"bad \xff byte"
+    (text / "train-1").write_bytes(b"\n".join(lines))
+    with pytest.raises(Mistake, match=r"train-1, line 101: not UTF-8"):
+        make(corpus(text), text / "data", 2)
+
+
+def test_a_disk_too_small_is_said_before_it_is_full(text, monkeypatch):
+    free = shutil.disk_usage(text)._replace(free=2000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    with pytest.raises(Mistake, match=r"needs 0\.0 GB for the token ids and has 0\.0 GB free; make room"):
+        make(corpus(text), text / "data")
+
+
+@pytest.fixture
+def listed(text):
+    """A vocabulary from a file, so that no word is counted; and the bytes of the arrays, in parts and as a whole."""
+    (text / "words").write_text("".join(f"w{i}\n" for i in range(300)))
+    recipe = Words(file=str(text / "words"), min_count=1, max_size=None)
+    splits = make(corpus(text), text / "whole", recipe=recipe).splits.values()
+    parts = sum(4 * len(split.tokens) + 8 * split.num_sentences for split in splits)
+    return recipe, parts, sum(4 * len(split.tokens) + 12 * split.num_sentences for split in splits)
+
+
+def test_a_small_disk_is_said_before_encoding_where_no_word_is_counted(text, monkeypatch, listed):
+    recipe, parts, whole = listed
+    disk = shutil.disk_usage(text)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk._replace(free=(parts + whole) * 6 // 10))
+    with pytest.raises(Mistake, match="free; make room"):
+        make(corpus(text), text / "data", recipe=recipe)
+    assert not list((text / ".data.partial" / "parts").iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk._replace(free=parts + whole))
+    assert make(corpus(text), text / "data", recipe=recipe).fingerprint
+
+
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_a_disk_that_others_fill_is_said_before_the_parts_are_joined(text, monkeypatch, listed, lacking):
+    recipe, _, whole = listed
+    disk, encode = shutil.disk_usage(text), moe_lm.data.preparation.Making._encode
+
+    def encode_and_fill(making):
+        records = encode(making)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: disk._replace(free=whole - lacking))
+        return records
+
+    monkeypatch.setattr(moe_lm.data.preparation.Making, "_encode", encode_and_fill)
+    if not lacking:
+        assert make(corpus(text), text / "data", recipe=recipe).fingerprint
+        return
+    with pytest.raises(Mistake, match="free; make room"):
+        make(corpus(text), text / "data", recipe=recipe)
+    assert not list((text / ".data.partial" / "whole").iterdir())
+
+
+class Published(Text):
+    """Text of which counts are published."""
+
+    published: dict
+
+    def figures(self, min_count):
+        assert min_count == 2
+        return self.published
+
+
+def test_published_figures_are_compared_and_stored(text):
+    plain = make(corpus(text), text / "plain")
+    published = {"train.sentences": plain.statistics["train"]["sentences"], "vocabulary": plain.vocabulary.size}
+    mine = Published(train=str(text / "train-*"), valid=str(text / "valid"), test=str(text / "test"), max_words=10)
+    mine.published, said = published, []
+    same = make(mine, text / "same", say=said.append)
+    assert said[-1].startswith(f"agrees with the published figures: train sentences {published['train.sentences']:,}")
+    assert json.loads((text / "same" / "data.json").read_text())["figures"] == same.figures
+    assert same.figures["vocabulary"] == {"expected": plain.vocabulary.size, "found": plain.vocabulary.size}
+    found, size = published["train.sentences"], plain.vocabulary.size
+    mine.published = {"train.sentences": found + 1, "vocabulary": size - 3}
+    said.clear()
+    make(mine, text / "other", say=said.append)
+    stars, *warning, last = said[-7:]
+    assert stars == last == "*" * 72
+    assert warning == [
+        "WARNING: counts differ from the published figures",
+        f"  train sentences: {found:,}, published {found + 1:,} (-1)",
+        f"  vocabulary with <S>, </S> and <UNK>: {size:,}, published {size - 3:,} (+3)",
+        "  A difference this small may be the markers', counted otherwise.",
+        "This is NOT the text that they belong to: no perplexity on it can be set beside published ones.",
+    ]
