@@ -104,11 +104,14 @@ class Trainer:
         self._uncounted = Uncounted.of(done, progress.step, batch.num_words)
         if done.decision.is_here or self._says_something():
             self._count()
-        seconds = time.perf_counter() - started
-        progress.seconds += seconds
-        self._interval.add(seconds=seconds, passed_words=batch.num_words)
+        self._interval.add(passed_words=batch.num_words)
+        self._spend(time.perf_counter() - started)
         bar.update(batch.num_words)
         self._after_step(bar)
+
+    def _spend(self, seconds: float) -> None:
+        self.progress.seconds += seconds
+        self._interval.add(seconds=seconds)
 
     def _says_something(self) -> bool:
         """Whether a line, a validation or the end comes after this step, for which all must be counted."""
@@ -194,7 +197,10 @@ class Trainer:
         }
 
     def _save(self, at_once: bool = False) -> None:
-        self._count()
+        if self._uncounted is not None:  # a GPU may still be at the update
+            started = time.perf_counter()
+            self._count()
+            self._spend(time.perf_counter() - started)
         self.progress.interval = self._interval.sums()
         state = {"data": self.fingerprint, "progress": asdict(self.progress)}
         best = {int(self.progress.best["step"])} if self.progress.best else set()

@@ -4,6 +4,7 @@ import contextlib
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,6 +125,18 @@ def test_what_is_known_later_is_counted_alike(workspace, moe_lm, training, fault
         found.append((lines, [path.name for path in saved], skipped))
     assert found[0] == found[1]
     assert sum(line.get("skipped", 0) for line in found[0][0]) == 3
+
+
+def test_what_a_checkpoint_waits_for_is_the_trainings_time(workspace, moe_lm, training, monkeypatch):
+    """The update that a GPU is still at when a checkpoint begins."""
+    waits, read = [], Later.read
+    monkeypatch.setattr(Later, "is_here", False)
+    monkeypatch.setattr(Later, "read", lambda later: (waits.append(1), read(later))[-1])
+    clock = SimpleNamespace(perf_counter=lambda: float(sum(waits)), monotonic=time.monotonic)
+    monkeypatch.setattr("moe_lm.training.trainer.time", clock)
+    assert moe_lm("train", *with_overrides(training, "training.log_every=5", "checkpoint.every_seconds=0")).code == 0
+    *_, line = (line for line in lines() if "seconds" in line)
+    assert line["seconds"] == sum(waits) == 2 * line["step"]  # on a CPU an update reads it too
 
 
 def test_too_many_in_a_row_known_later_are_told_by_their_step(workspace, moe_lm, training, faulty, monkeypatch):
