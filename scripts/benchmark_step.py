@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from moe_lm.commands import build as make
 from moe_lm.costs.operations import flops_per_word
 from moe_lm.layer.lstm import Lstm, ProjectedLstm
+from moe_lm.mistake import Mistake
 from moe_lm.mixture import grouped_mixture, looped_mixture
 from moe_lm.mixture.experts import Experts
 from moe_lm.training.trainer import Trainer
@@ -145,10 +146,12 @@ def _timed(trainer: Trainer, on: torch.device, steps: int) -> tuple[float, int, 
         wait_for(on)
         line.begin()
         batch = trainer.ahead.step(number)
-        trainer.update(batch, number, trainer.peak_rate)
+        done = trainer.update(batch, number, trainer.peak_rate)
         line.mark("rest")
         wait_for(on)
         trainer.progress.step += 1
+        if not done.made:
+            raise Mistake(made_up.LEFT_OUT)
         parts = line.parts()
         seen.append((sum(parts.values()), batch.num_tokens, parts))
     return sorted(seen, key=lambda step: step[0])[len(seen) // 2]

@@ -1,6 +1,7 @@
 """A training on made-up sentences, for measuring: real batches, model and optimizer, no text and no vocabulary file."""
 
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -11,8 +12,13 @@ from moe_lm.commands.training import check, trainer_of
 from moe_lm.data.prepared import Prepared, Split
 from moe_lm.mistake import Mistake
 from moe_lm.run import Run
+from moe_lm.training.later import Later
 from moe_lm.training.trainer import Trainer
 from moe_lm.vocabulary.words import WordVocabulary
+
+LEFT_OUT = "an update was left out, its loss or gradient not finite, so it took no time: lower optimizer.learning_rate"
+_UNREAD: WeakKeyDictionary[Trainer, Later] = WeakKeyDictionary()
+"""Whether the last update was made, read while the next one is under way, as a training does."""
 
 
 def data(vocabulary_size: int, num_words: int) -> Prepared:
@@ -51,10 +57,13 @@ def trainer(name: str, overrides: list[str], prepared: Prepared, folder: Path) -
 
 
 def step(of: Trainer) -> int:
-    """Make one update on the next batch and return its words."""
+    """Make one update on the next batch and return its words; one that was left out ends the measurement."""
     number = of.progress.step
     batch = of.ahead.step(number)
-    of.update(batch, number, of.peak_rate * of.schedule(number))
+    done = of.update(batch, number, of.peak_rate * of.schedule(number))
+    if of in _UNREAD and not _UNREAD[of].read():
+        raise Mistake(LEFT_OUT)
+    _UNREAD[of] = done.decision
     of.progress.step += 1
     return batch.num_words
 

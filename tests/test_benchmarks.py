@@ -77,6 +77,8 @@ WRONG = [
     ("layer", "--experts", "4", "--width=16", "--hidden=16", "--tokens=64", *SMALL, "--layers", "davidmrau"),
     ("step", "--model", "nonesuch"),
     ("step", "--overrides", "model.widht=16", *SMALL),
+    ("step", "--words", "100", "--vocabulary", "300", *SMALL, *TINY, "optimizer.learning_rate=1e30"),
+    ("training", "--words=100", "--vocabulary=200", "--sampled=20", "--overrides", "optimizer.learning_rate=1e30"),
     ("training", "--experts", "2", "--width=16", "--hidden=16", "--words=100"),
     ("data", "--words", "0"),
     ("evaluation", "--vocabulary", "2"),

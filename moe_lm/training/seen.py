@@ -16,11 +16,11 @@ class Seen:
 
     def __init__(self, device: torch.device):
         self.nats = torch.zeros((), dtype=torch.float64, device=device)
-        self.terms: dict[str, Tensor] = {}
+        self.terms: dict[str, Tensor | float] = {}
         self.gatings: dict[str, Gating] = {}
         self.shares: dict[str, Tensor] = {}
         self._statistics: Statistics | None = None
-        self._last: dict[str, Tensor] = {}
+        self._last: dict[str, Tensor | float] = {}
         # Asked, dropped, tokens, unserved: plain numbers as long as they are, so that none waits for the device.
         self._counts: list[Tensor | int] = [0, 0, 0, 0]
 
@@ -29,14 +29,14 @@ class Seen:
         nats: Tensor,
         gatings: Mapping[str, Gating],
         own: Statistics,
-        values: Mapping[str, Tensor],
+        values: Mapping[str, Tensor | float],
         share: float,
         counts: bool,
     ) -> None:
         """Add a micro-batch; one that does not count leaves only the form of what there is."""
         self.gatings = dict(gatings)
         self._statistics = add(self._statistics, own)
-        self._last = {name: torch.as_tensor(value) for name, value in values.items()}
+        self._last = dict(values)
         self.terms = {name: self.terms.get(name, 0.0) + share * value for name, value in self._last.items()}
         if counts:
             self.nats += nats.detach()
@@ -48,7 +48,7 @@ class Seen:
         """Make everything that of all processes; losses of global values are the same everywhere already."""
         everyone, terms = processes.everyone, list(self.terms)
         own = [self.nats, *self._counts, *(self.terms[name] for name in terms)]
-        # Plain numbers are filled in: a copy of them would wait for all that a GPU has to do.
+        # Plain numbers, as a dense model's losses are, are filled in: a copy would wait for all that a GPU has to do.
         own = [x.to(self.nats) if isinstance(x, Tensor) else self.nats.new_full((), x) for x in own]
         self.nats, asked, dropped, tokens, unserved, *values = everyone.sum_(torch.stack(own), STATISTICS)
         whole = sum_statistics(self._statistics or {}, everyone) if everywhere is None else everywhere

@@ -37,7 +37,7 @@ class Updated:
     """Summed over all predicted words (float64)."""
     norm: Tensor
     """Of the whole gradient, before it was clipped."""
-    terms: dict[str, Tensor]
+    terms: dict[str, Tensor | float]
     """Each balance loss, unweighted."""
     gatings: dict[str, Gating]
     """Of each gated layer one with the statistics of the global batch."""

@@ -42,7 +42,7 @@ def test_goes_on_where_it_stopped(workspace, moe_lm):
 
 
 @pytest.mark.parametrize("most_in_torch", [0, 1023])
-@pytest.mark.parametrize("layer", ["moe", "hierarchical_moe"])
+@pytest.mark.parametrize("layer", ["moe", "hierarchical_moe", "feed_forward"])
 def test_an_update_waits_for_nothing(trainer, gpu, monkeypatch, layer, most_in_torch):
     """CUDA itself would say so; tests/training/test_waits.py says it of what runs without a GPU."""
     monkeypatch.setattr(grouped_gemm, "most_in_torch", most_in_torch)

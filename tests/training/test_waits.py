@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from made import Made
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -20,9 +21,12 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from moe_lm import rows
 from moe_lm.data.micro_batches import MicroBatch
+from moe_lm.distributed.processes import ALONE
 from moe_lm.kernels import grouped_gemm
 from moe_lm.mixture.experts import Experts
 from moe_lm.softmax import sampled
+from moe_lm.training.objective import Objective
+from moe_lm.training.seen import Seen
 
 WAITS = {
     "_local_scalar_dense",
@@ -115,6 +119,7 @@ CASES = {
     "top_k": ["gate@model.layers.middle.gate=top_k", "balance=[switch,z_loss]"],
     "loss_free": ["gate@model.layers.middle.gate=loss_free", "balance=[]"],
     "recompute": ["machine.recompute=true"],
+    "dense": ["layer@model.layers.middle=feed_forward"],
 }
 
 
@@ -131,6 +136,20 @@ def test_nowhere_in_an_update(trainer, device, overrides, experts, monkeypatch):
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+def test_losses_of_a_dense_model_are_not_copied_to_the_device():
+    """It has no gate, so they are the host's numbers."""
+    nats = torch.zeros((), dtype=torch.float64, device="meta")
+    for everywhere in (None, {}):
+        seen = Seen(nats.device)
+        with Made() as made:
+            for _ in range(2):
+                _, values = Objective({"importance": None, "load": None})(nats, 3, {}, everywhere)
+                seen.add(nats, {}, {}, values, 0.5, counts=True)
+            seen.sum(ALONE, everywhere)
+        assert not made.calls[torch.ops.aten._to_copy.default]
+        assert list(seen.terms) == ["importance", "load"]
 
 
 def test_what_waits_is_seen(trainer, device, monkeypatch):
