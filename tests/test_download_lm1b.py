@@ -57,6 +57,19 @@ def refused(outcome, *expected):
     assert all(words in last for words in expected), last
 
 
+def test_another_archive_is_told(tmp_path, server):
+    """Whose size and checksum are those expected, as of one that the address has now."""
+    archive = tmp_path / "served.tar.gz"
+    (tmp_path / "other" / "text").mkdir(parents=True)
+    (tmp_path / "other" / "text" / "a.txt").write_text("a\n")
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(tmp_path / "other", "other")
+    sums = {"LM1B_SIZE": str(archive.stat().st_size), "LM1B_SHA256": hashlib.sha256(archive.read_bytes()).hexdigest()}
+    outcome = download(tmp_path / "lm1b", server | sums)
+    refused(outcome, "holds another folder than expected")
+    assert "find:" not in outcome.stderr
+
+
 def test_it_is_fetched_checked_and_unpacked_once(tmp_path, server):
     outcome = download(tmp_path / "lm1b", server)
     assert outcome.returncode == 0, outcome.stderr

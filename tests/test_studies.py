@@ -229,4 +229,8 @@ def test_a_scaled_study_trains_and_reports(workspace, capfd, monkeypatch):
     out = capfd.readouterr().out
     assert "## Weights of the balance losses" in out
     assert re.search(r"17\.80 \|\n.* 1\.47 \|\n", out)
-    assert "2 finished runs; study balance, scale small" in (runs / "report/index.html").read_text()
+    page = (runs / "report/index.html").read_text()
+    assert "2 finished runs; study balance, scale small" in page
+    # What its notes say is of the study as it is.
+    given = " ".join(a for a in own if not a.startswith("machine."))
+    assert f"These runs were made with {given}: what is said below is of the study without." in page

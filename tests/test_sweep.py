@@ -153,6 +153,9 @@ def test_a_study_that_audits_does_so_once_for_each_run(workspace, moe_lm, traini
     steps = {path: json.loads(path.read_text())["step"] for path in files}
     assert set(steps.values()) == {json.loads(Path("runs/own/a/result.json").read_text())["steps"]}
     assert outcome.err.count("audit of runs/own/") == 2
+    for path in files:
+        leak = json.loads(path.read_text())["training"]["mean_bits"]
+        assert f"{path.parent} is causal; training's choice leaks {leak:.4f} bits a token" in outcome.err
     before = [path.stat().st_mtime_ns for path in files]
     again = moe_lm("sweep", "study=own")
     assert again.code == 0

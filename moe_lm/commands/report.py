@@ -9,6 +9,8 @@ from moe_lm.commands.configuration import composed, resolved
 from moe_lm.mistake import Mistake
 from moe_lm.report.write import write_report
 
+OF_THE_MACHINE = ("machine.", "logging.", "checkpoint.", "num_processes=")
+"""Keys that change nothing of what a study's notes say."""
 HELP = "table, plots and an html page of a folder of runs"
 
 
@@ -34,6 +36,10 @@ def _study(path: Path) -> tuple[str, list[str]]:
     try:
         study = yaml.safe_load(path.read_text(encoding="utf-8"))
         words = [f"{key} {study[key]}" for key in ("study", "scale") if study.get(key)]
-        return ", ".join(words), [str(note) for note in study["notes"]]
+        notes = [str(note) for note in study["notes"]]
+        given = [a for a in map(str, study.get("given", ())) if not a.startswith(OF_THE_MACHINE)]
+        if given:
+            notes.insert(0, f"These runs were made with {' '.join(given)}: what is said below is of the study without.")
+        return ", ".join(words), notes
     except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise Mistake(f"{path} is damaged ({type(error).__name__}): delete it, or repeat the sweep") from error

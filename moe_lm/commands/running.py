@@ -52,7 +52,7 @@ def run_all(jobs: list[Job], runs: Path, *, parallel: int | None, audit: bool, d
                 devices.give_back(job)
                 if code in INTERRUPTED:
                     raise KeyboardInterrupt
-                _print(_last_line(job.log))
+                _print(_told(job))
                 failed += [(job, code, _last_line(job.log))] if code else []
                 if audit and not code and job.command == "train" and not _is_audited(job):
                     waiting.insert(0, audit_of(job))
@@ -84,11 +84,22 @@ def _place(job: Job, num_running: int, parallel: int | None, devices: Devices) -
 
 def _is_audited(job: Job) -> bool:
     """Whether a run's last step was found causal; what is damaged or was not is audited anew, and says so again."""
-    try:
-        found = read_audit(job.folder / "audit.json", read_result(job.folder / "result.json"))
-    except Mistake:
-        return False
+    found = _audit_of(job)
     return found is not None and found["causal"]
+
+
+def _audit_of(job: Job) -> dict | None:
+    try:
+        return read_audit(job.folder / "audit.json", read_result(job.folder / "result.json"))
+    except Mistake:
+        return None
+
+
+def _told(job: Job) -> str:
+    """Return what a process that has ended says in a line: an audit, which ends with notes, what it found."""
+    if job.command == "audit" and (found := _audit_of(job)) is not None and found["causal"]:
+        return f"{job.folder} is causal; training's choice leaks {found['training']['mean_bits']:.4f} bits a token"
+    return _last_line(job.log)
 
 
 def _stop(running: dict[Job, subprocess.Popen]) -> None:

@@ -27,6 +27,8 @@ class Study:
     """Each run's own overrides, as one types them."""
     audit: bool = False
     """Whether each finished run is audited too."""
+    given: tuple[str, ...] = ()
+    """What the command line put in the place of the study's values."""
 
     @property
     def folder(self) -> Path:
@@ -35,7 +37,8 @@ class Study:
 
     def save(self, path: Path) -> None:
         """Keep what a report tells of the study."""
-        write_text(path, yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True))
+        content = asdict(self) | {"given": list(self.given)}
+        write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
 def study_of(name: str, scale: str | None) -> Study:

@@ -28,7 +28,8 @@ def main(arguments: list[str]) -> int:
     try:
         with FileLock(runs / ".sweep.lock", timeout=0):
             if study:
-                study.save(runs / "study.yaml")
+                given = tuple(a for a in arguments if _key(a) not in OWN_KEYS)
+                replace(study, given=given).save(runs / "study.yaml")
             audit = study is not None and study.audit
             return run_all(jobs, runs, parallel=parallel, audit=audit, devices=devices)
     except Timeout:

@@ -43,13 +43,18 @@ SECTIONS = {
         ),
         "cv_load": (
             "Balance of load",
-            "The same for the number of words sent to each expert. Small batches and many experts "
-            "keep it above 0 even when the gate is fair.",
+            "The same for each expert's load: with noisy top-k gating the number of words expected under its noise "
+            "(equation 10), with other gates the number sent there, which chance alone keeps above 0 where batches "
+            "are small and experts many.",
         ),
         "max_over_mean_load": (
+            "Largest load",
+            "The largest of these loads over their mean, as in the paper's Table 6.",
+        ),
+        "max_over_mean_tokens": (
             "Busiest expert",
-            "Its load over the mean: with one expert on each device, about how many times longer the "
-            "experts' part of a step takes than under an even load.",
+            "The words that the busiest expert took in a batch over the mean, counted: with one expert on each device, "
+            "about how many times longer the experts' part of a step takes than if all took equally many.",
         ),
     },
 }

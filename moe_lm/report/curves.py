@@ -74,6 +74,7 @@ BALANCE_PANELS = {
     "cv_importance": CurvePanel("cv_importance", "CV of importance", from_zero=True),
     "cv_load": CurvePanel("cv_load", "CV of load", from_zero=True),
     "max_over_mean_load": CurvePanel("max_over_mean_load", "largest load / mean load", from_zero=True),
+    "max_over_mean_tokens": CurvePanel("max_over_mean_tokens", "most tokens / mean tokens", from_zero=True),
 }
 
 

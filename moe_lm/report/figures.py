@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from moe_lm.report import RunRecord
 
-BALANCE = ("cv_importance", "cv_load", "max_over_mean_load", "dropped", "unserved")
+BALANCE = ("cv_importance", "cv_load", "max_over_mean_load", "max_over_mean_tokens", "dropped", "unserved")
 LAST_LINES = 5
 """Training lines at the end of a run over which the balance of the experts is averaged, as in Table 6."""
 

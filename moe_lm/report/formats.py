@@ -10,7 +10,9 @@ def plain(value: float) -> str:
 
 def small(value: float) -> str:
     """A ratio with two decimals, or two digits where those would show nothing."""
-    return f"{value:.2f}" if value == 0 or abs(value) >= 0.01 else f"{value:.1e}"
+    if value == 0 or abs(value) >= 0.01:
+        return f"{value:.2f}"
+    return f"{value:.2g}" if abs(value) >= 1e-4 else f"{value:.1e}"
 
 
 def perplexity(value: float) -> str:

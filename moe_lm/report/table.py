@@ -20,16 +20,19 @@ FORMATS = {
     Column("cv_importance", "CV (importance)"): small,
     Column("cv_load", "CV (load)"): small,
     Column("max_over_mean_load", "max/mean load"): small,
+    Column("max_over_mean_tokens", "busiest expert's tokens / mean"): small,
     Column("dropped", "dropped"): percent,
     Column("unserved", "tokens without expert"): percent,
 }
-SOMETIMES = ("dropped", "unserved")
-"""Columns that only stand where a run has such tokens."""
+SOMETIMES = ("max_over_mean_tokens", "dropped", "unserved")
+"""Columns that only stand where a run has such tokens, or has logged them."""
 # The deviation of a figure that no seed changes is no measurement, so it stays empty.
 FIXED = ("operations_per_timestep", "parameters_without_embedding_and_softmax", "parameters_total")
 TEXT = (
     "M: million. Operations: multiply-adds of one word's forward pass, softmax excluded. "
-    f"The balance of the experts (CV: standard deviation over mean) is the mean of the last {LAST_LINES} logged lines."
+    f"The balance of the experts (CV: standard deviation over mean) is the mean of the last {LAST_LINES} logged lines. "
+    "The load of noisy top-k gating is the expected one (equation 10), which leaves out the chance of the draw; of "
+    "other gates it is the number of tokens that an expert took."
 )
 
 

@@ -3,11 +3,13 @@
 import netrc
 import os
 from collections.abc import Iterable, Mapping
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
 
 from moe_lm.gate import Gating
+from moe_lm.mistake import Mistake
 from moe_lm.run import Run
 
 
@@ -80,20 +82,32 @@ class NoLog:
 
 
 def _start_wandb(run: Run, config: dict):
-    """Offline without an API key, so that nothing asks at a prompt; the id makes a resumed run one run."""
-    import wandb
+    """Offline without an API key, so that nothing asks at a prompt; the id makes a resumed run one run.
 
-    mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+    Raises `Mistake` for whatever keeps it from starting.
+    """
     identity = "".join(c if c.isalnum() else "-" for c in str(run.folder))[-64:]
     name = run.folder.name
-    return wandb.init(
-        project="moe-lm", name=name, id=identity, resume="allow", dir=run.folder, config=config, mode=mode
-    )
-
-
-def _has_wandb_key() -> bool:
-    """Where `wandb login` puts its key: asking wandb itself may prompt."""
     try:
-        return "WANDB_API_KEY" in os.environ or netrc.netrc().authenticators("api.wandb.ai") is not None
+        import wandb
+
+        mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key(wandb.Settings().base_url) else "offline")
+        return wandb.init(
+            project="moe-lm", name=name, id=identity, resume="allow", dir=run.folder, config=config, mode=mode
+        )
+    except Exception as error:  # of HTTP, of its settings, of a service beside it: no list of their classes stays true
+        said = " ".join(str(error).split())[:200]
+        raise Mistake(
+            f"logging.wandb=true: Weights & Biases does not start ({type(error).__name__}: {said}); "
+            "WANDB_MODE=offline needs no connection, logging.wandb=false none of it"
+        ) from error
+
+
+def _has_wandb_key(address: str) -> bool:
+    """Where `wandb login` puts its key for this server: asking wandb itself may prompt."""
+    try:
+        found = netrc.netrc(os.environ.get("NETRC"))
     except (OSError, netrc.NetrcParseError):
-        return False
+        return "WANDB_API_KEY" in os.environ
+    hosts = (urlsplit(address).hostname, "api.wandb.ai")
+    return "WANDB_API_KEY" in os.environ or any(found.authenticators(host or "") for host in hosts)

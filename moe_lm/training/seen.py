@@ -1,4 +1,7 @@
-"""What the passes of an update saw: sums over micro-batches and processes."""
+"""What the passes of an update saw: sums over micro-batches and processes.
+
+Shape suffixes: E experts, L gated layers.
+"""
 
 from collections.abc import Mapping
 
@@ -8,6 +11,7 @@ from torch import Tensor
 from moe_lm.distributed.processes import Processes
 from moe_lm.gate import Gating
 from moe_lm.gradients import STATISTICS, sum_statistics
+from moe_lm.kernels.sorted_rows import sizes_of_runs
 from moe_lm.training.objective import Statistics, add
 
 
@@ -23,6 +27,8 @@ class Seen:
         self._last: dict[str, Tensor | float] = {}
         # Asked, dropped, tokens, unserved: plain numbers as long as they are, so that none waits for the device.
         self._counts: list[Tensor | int] = [0, 0, 0, 0]
+        self._taken: dict[str, Tensor] = {}
+        """Of each layer the tokens that each expert took (E)."""
 
     def add(
         self,
@@ -38,6 +44,9 @@ class Seen:
         self._statistics = add(self._statistics, own)
         self._last = dict(values)
         self.terms = {name: self.terms.get(name, 0.0) + share * value for name, value in self._last.items()}
+        for layer, gating in gatings.items():
+            taken_E = sizes_of_runs(gating.expert_A, gating.num_experts) * int(counts)
+            self._taken[layer] = self._taken.get(layer, 0) + taken_E
         if counts:
             self.nats += nats.detach()
             for gating in gatings.values():
@@ -50,12 +59,20 @@ class Seen:
         own = [self.nats, *self._counts, *(self.terms[name] for name in terms)]
         # Plain numbers, as a dense model's losses are, are filled in: a copy would wait for all that a GPU has to do.
         own = [x.to(self.nats) if isinstance(x, Tensor) else self.nats.new_full((), x) for x in own]
-        self.nats, asked, dropped, tokens, unserved, *values = everyone.sum_(torch.stack(own), STATISTICS)
+        taken = [taken_E.to(self.nats) for taken_E in self._taken.values()]
+        sizes = [len(own), *map(len, taken)]
+        summed, *taken = everyone.sum_(torch.cat([torch.stack(own), *taken]), STATISTICS).split(sizes)
+        self.nats, asked, dropped, tokens, unserved, *values = summed
         whole = sum_statistics(self._statistics or {}, everyone) if everywhere is None else everywhere
         self.terms = dict(zip(terms, values, strict=True)) if everywhere is None else self._last
         self.gatings = {layer: gating.with_statistics(whole[layer]) for layer, gating in self.gatings.items()}
         if self.gatings:
-            self.shares = {"dropped": dropped / asked.clamp(min=1), "unserved": unserved / tokens.clamp(min=1)}
+            busiest_L = torch.stack([taken_E.max() / taken_E.mean().clamp(min=1e-9) for taken_E in taken])
+            self.shares = {
+                "dropped": dropped / asked.clamp(min=1),
+                "unserved": unserved / tokens.clamp(min=1),
+                "max_over_mean_tokens": busiest_L.mean(),
+            }
 
 
 def nothing(own: Statistics) -> Statistics:

@@ -42,7 +42,10 @@ class Updated:
     gatings: dict[str, Gating]
     """Of each gated layer one with the statistics of the global batch."""
     shares: dict[str, Tensor]
-    """Of assignments `dropped`, of tokens `unserved`; nothing without gated layers."""
+    """Of assignments `dropped`, of tokens `unserved`, and `max_over_mean_tokens`: the busiest expert's, of the mean.
+
+    The last is of all gated layers the mean. Nothing without gated layers.
+    """
 
     @property
     def made(self) -> bool:

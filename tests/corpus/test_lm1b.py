@@ -279,6 +279,13 @@ def test_too_few_held_out_sentences_are_refused(tables):
         lm1b(path=root).parts("test")
 
 
+def test_no_held_out_sentence_after_the_test_shard_is_told(tables):
+    root = tables("parquet", held_out=NAMES[5:6])
+    assert len(list(lm1b(path=root).parts("test")[0].sentences())) == 25
+    with pytest.raises(Mistake, match=r"ends with the 25 held-out sentences of .* test shard.* add the other held-out"):
+        lm1b(path=root).parts("valid")
+
+
 @pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary", "null"])
 def test_every_kind_of_text_is_read(tables, kind):
     import pyarrow as pa

@@ -43,6 +43,7 @@ def write_run(
         line = words | {"nats_per_word": 7 - step / 10, "words_per_second": 1e4}
         if experts:
             line |= {"cv_importance": 1 / step, "cv_load": 2 / step, "max_over_mean_load": 1 + 1 / step}
+            line |= {"max_over_mean_tokens": 1 + 2 / step}
         lines.append(line)
         if step % 5 == 0:
             lines.append(words | {"split": "valid", "perplexity": 500 / step, "nats": 1.0})

@@ -35,7 +35,7 @@ def test_the_page_needs_nothing_else(html):
     assert page.links
     assert all(link.startswith("#") for link in page.links)
     assert not re.search(r"https?://|@import|<script|url\((?!#)", html)
-    assert page.tags.count("svg") == 8
+    assert page.tags.count("svg") == 9
 
 
 def test_identifiers_on_the_page_are_unique_and_found(html):

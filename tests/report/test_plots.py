@@ -14,7 +14,7 @@ from moe_lm.report.ticks import log_ticks, tick_label
 
 POINTS = ("perplexity", "perplexity_operations", "perplexity_parameters", "perplexity_flops")
 CURVES = ("curves", "training", "validation")
-BALANCE = ("balance", "cv_importance", "cv_load", "max_over_mean_load")
+BALANCE = ("balance", "cv_importance", "cv_load", "max_over_mean_load", "max_over_mean_tokens")
 
 
 def figures_of(folder):
@@ -41,7 +41,7 @@ def crowded(crowd):
 
 def test_every_plot_is_there(drawn):
     assert set(drawn) == {*POINTS, *CURVES, *BALANCE}
-    assert [len(drawn[name].axes) for name in ("perplexity", "curves", "balance")] == [3, 2, 3]
+    assert [len(drawn[name].axes) for name in ("perplexity", "curves", "balance")] == [3, 2, 4]
 
 
 @pytest.mark.parametrize("name", POINTS)

@@ -23,11 +23,11 @@ def cells_of(folder):
 def test_the_cells_of_a_run(make_run, tmp_path):
     make_run("moe_4")
     (shown,) = cells_of(tmp_path)
-    # The last five training lines are steps 16 to 20: CV(importance) 1/step, CV(load) 2/step, max/mean 1 + 1/step,
-    # and (1/16 + 1/17 + 1/18 + 1/19 + 1/20) / 5 = 0.0559.
+    # The last five training lines are steps 16 to 20: CV(importance) 1/step, CV(load) 2/step, max/mean 1 + 1/step of
+    # the load and 1 + 2/step of the tokens, and (1/16 + 1/17 + 1/18 + 1/19 + 1/20) / 5 = 0.0559.
     assert shown == [
         *("45.0", "46.0", "8.4", "8.4", "821.4", "10.0", "1.23e+15", "10,000", "1,000"),
-        *("0.06", "0.11", "1.06"),
+        *("0.06", "0.11", "1.06", "1.11"),
     ]
 
 
