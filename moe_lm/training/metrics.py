@@ -2,12 +2,15 @@
 
 import netrc
 import os
+import secrets
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
 
+from moe_lm.files import write_text
 from moe_lm.gate import Gating
 from moe_lm.mistake import Mistake
 from moe_lm.run import Run
@@ -82,18 +85,19 @@ class NoLog:
 
 
 def _start_wandb(run: Run, config: dict):
-    """Offline without an API key, so that nothing asks at a prompt; the id makes a resumed run one run.
-
-    Raises `Mistake` for whatever keeps it from starting.
-    """
-    identity = "".join(c if c.isalnum() else "-" for c in str(run.folder))[-64:]
-    name = run.folder.name
+    """Offline without an API key, as nothing may ask at a prompt; raises `Mistake` for what keeps it from starting."""
     try:
         import wandb
 
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key(wandb.Settings().base_url) else "offline")
         return wandb.init(
-            project="moe-lm", name=name, id=identity, resume="allow", dir=run.folder, config=config, mode=mode
+            project="moe-lm",
+            name=run.folder.name,
+            id=_wandb_id(run.folder),
+            resume="allow",
+            dir=run.folder,
+            config=config,
+            mode=mode,
         )
     except Exception as error:  # of HTTP, of its settings, of a service beside it: no list of their classes stays true
         said = " ".join(str(error).split())[:200]
@@ -101,6 +105,17 @@ def _start_wandb(run: Run, config: dict):
             f"logging.wandb=true: Weights & Biases does not start ({type(error).__name__}: {said}); "
             "WANDB_MODE=offline needs no connection, logging.wandb=false none of it"
         ) from error
+
+
+def _wandb_id(folder: Path) -> str:
+    """Return what makes a resumed run one run there: drawn for a new folder, so that no other run is taken for it."""
+    path = folder / "wandb" / "id.txt"
+    if not path.exists():
+        begun = path.parent.exists()  # by a version whose ids were made of the folder's path
+        path.parent.mkdir(exist_ok=True)
+        old = "".join(c if c.isalnum() else "-" for c in str(folder))[-64:]
+        write_text(path, old if begun else secrets.token_hex(8))
+    return path.read_text(encoding="utf-8")
 
 
 def _has_wandb_key(address: str) -> bool:

@@ -1,6 +1,7 @@
 """Weights & Biases as a view of metrics.jsonl: which run, which lines, online or not, what keeps it from starting."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,6 +59,19 @@ def test_every_line_at_its_step(workspace, moe_lm, training, wandb):
     assert (first["resume"], first["mode"], first["name"]) == ("allow", "offline", "tiny")
     assert first["config"]["model"]["num_experts"] == 4
     assert wandb.finished == 2
+
+
+def test_another_run_of_the_same_name_is_another(workspace, moe_lm, training, wandb):
+    """But one begun by a version that made the id of its path keeps that."""
+    arguments = with_overrides(training, "logging.wandb=true", "training.num_words=300")
+    for _ in range(2):
+        assert moe_lm("train", *arguments).code == 0
+        shutil.rmtree("runs/tiny")
+    first, second = (options["id"] for options in wandb.started)
+    assert first != second
+    Path("runs/tiny/wandb").mkdir(parents=True)
+    assert moe_lm("train", *arguments).code == 0
+    assert wandb.started[-1]["id"] == "runs-tiny"
 
 
 @pytest.mark.parametrize(
