@@ -38,6 +38,7 @@ def main() -> None:
             for name, trainer in trainers.items():
                 words = []
                 took = seconds_of(lambda of=trainer, to=words: _updates(of, repeats(on), to), on)
+                made_up.check_last(trainer)
                 if round_ > 0:  # the first update also allocates
                     seconds[name].append(took / sum(words))
     rows = {

@@ -61,11 +61,16 @@ def step(of: Trainer) -> int:
     number = of.progress.step
     batch = of.ahead.step(number)
     done = of.update(batch, number, of.peak_rate * of.schedule(number))
-    if of in _UNREAD and not _UNREAD[of].read():
-        raise Mistake(LEFT_OUT)
+    check_last(of)
     _UNREAD[of] = done.decision
     of.progress.step += 1
     return batch.num_words
+
+
+def check_last(of: Trainer) -> None:
+    """Raise `Mistake` where the last update was left out; waits for it."""
+    if of in _UNREAD and not _UNREAD[of].read():
+        raise Mistake(LEFT_OUT)
 
 
 def device_of(of: Trainer) -> torch.device:

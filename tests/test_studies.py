@@ -233,4 +233,14 @@ def test_a_scaled_study_trains_and_reports(workspace, capfd, monkeypatch):
     assert "2 finished runs; study balance, scale small" in page
     # What its notes say is of the study as it is.
     given = " ".join(a for a in own if not a.startswith("machine."))
-    assert f"These runs were made with {given}: what is said below is of the study without." in page
+    told = f"These runs were made with {given}: what is said below is of the study without."
+    assert page.index(told) < page.index("MoE-256 with every width an eighth")
+    # Runs that refuse other values keep what they were made with.
+    assert call("sweep", "study=balance", *[a for a in own if "num_words" not in a], "training.num_words=400") == 1
+    study = yaml.safe_load((runs / "study.yaml").read_text())
+    assert study["given"] == own
+    for value, code in ((None, 0), ("abc", 2), ([], 0), (["++machine.threads=2"], 0)):
+        changed = study | {"given": value} if value is not None else {k: v for k, v in study.items() if k != "given"}
+        (runs / "study.yaml").write_text(yaml.safe_dump(changed))
+        assert call("report", f"runs={runs}") == code
+        assert code or "These runs were made with" not in (runs / "report/index.html").read_text()

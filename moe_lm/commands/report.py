@@ -36,10 +36,17 @@ def _study(path: Path) -> tuple[str, list[str]]:
     try:
         study = yaml.safe_load(path.read_text(encoding="utf-8"))
         words = [f"{key} {study[key]}" for key in ("study", "scale") if study.get(key)]
-        notes = [str(note) for note in study["notes"]]
-        given = [a for a in map(str, study.get("given", ())) if not a.startswith(OF_THE_MACHINE)]
+        notes = [str(note) for note in _list(study["notes"])]
+        given = [str(a) for a in _list(study.get("given", []))]
+        given = [a for a in given if not a.lstrip("+~").startswith(OF_THE_MACHINE)]
         if given:
             notes.insert(0, f"These runs were made with {' '.join(given)}: what is said below is of the study without.")
         return ", ".join(words), notes
     except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise Mistake(f"{path} is damaged ({type(error).__name__}): delete it, or repeat the sweep") from error
+
+
+def _list(value: object) -> list:
+    if not isinstance(value, list):
+        raise TypeError
+    return value

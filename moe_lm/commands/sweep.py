@@ -27,11 +27,16 @@ def main(arguments: list[str]) -> int:
     runs.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(runs / ".sweep.lock", timeout=0):
+            kept = runs / "study.yaml"
             if study:
-                given = tuple(a for a in arguments if _key(a) not in OWN_KEYS)
-                replace(study, given=given).save(runs / "study.yaml")
+                study = replace(study, given=tuple(a for a in arguments if _key(a) not in OWN_KEYS))
+            if study and not kept.exists():
+                study.save(kept)
             audit = study is not None and study.audit
-            return run_all(jobs, runs, parallel=parallel, audit=audit, devices=devices)
+            code = run_all(jobs, runs, parallel=parallel, audit=audit, devices=devices)
+            if study and code != 1:  # runs that refuse other values keep those that they were made with
+                study.save(kept)
+            return code
     except Timeout:
         raise Mistake(f"another sweep is at work in {runs}: wait for it or choose another runs=...") from None
 

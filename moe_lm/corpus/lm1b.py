@@ -191,12 +191,14 @@ class _Tables:
         size, cut = sum(size for _, size in self._files["test"]), FIGURES["test.sentences"]
         test = Rows(files, size, self._streaming, 0, cut)
         if split == "valid":
-            if not any(True for _ in Rows(files, size, self._streaming, cut, cut + 1).sentences()):
+            after = Rows(files, size, self._streaming, cut)
+            if not any(True for _ in after.sentences()):
+                self.parts("test")  # which says what is wrong with it
                 raise Mistake(
                     f"{files[-1]} ends with the {cut:,} held-out sentences of the benchmark's test shard, and `valid` "
                     "is what follows them; add the other held-out shards"
                 )
-            return [Rows(files, size, self._streaming, cut)]
+            return [after]
         counts = [len(sentence.split()) + 1 for sentence in test.sentences()]
         if (len(counts), sum(counts)) != (cut, FIGURES["test.words"]):
             raise Mistake(

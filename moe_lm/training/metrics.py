@@ -23,8 +23,14 @@ class Interval:
         self._sums: dict[str, Tensor | float] = dict(sums or {})
 
     def add(self, **figures: Tensor | float) -> None:
-        """Add one step's figures."""
+        """Add one step's figures; none that steps before it lacked, as in a checkpoint of an earlier version.
+
+        The mean over all steps would be wrong.
+        """
+        late = "steps" in figures and self._sums.get("steps", 0) > 0
         for name, value in figures.items():
+            if late and name not in self._sums:
+                continue
             if isinstance(value, Tensor):
                 value = value.detach().double()
             self._sums[name] = self._sums.get(name, 0.0) + value
@@ -119,10 +125,14 @@ def _wandb_id(folder: Path) -> str:
 
 
 def _has_wandb_key(address: str) -> bool:
-    """Where `wandb login` puts its key for this server: asking wandb itself may prompt."""
+    """Where `wandb login` puts its key for this server, port and all: asking wandb itself may prompt."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    place = os.environ.get("NETRC")
     try:
-        found = netrc.netrc(os.environ.get("NETRC"))
-    except (OSError, netrc.NetrcParseError):
-        return "WANDB_API_KEY" in os.environ
-    hosts = (urlsplit(address).hostname, "api.wandb.ai")
-    return "WANDB_API_KEY" in os.environ or any(found.authenticators(host or "") for host in hosts)
+        found = netrc.netrc(Path(place).expanduser() if place else None)
+    except (OSError, netrc.NetrcParseError, ValueError):  # also bytes that are no text
+        return False
+    server = urlsplit(address).netloc
+    own = server.endswith((".wandb.ai", ".coreweave.com"))  # W&B's own, which has had both names
+    return any(found.authenticators(name) for name in (server, *(["api.wandb.ai"] if own else [])))

@@ -275,8 +275,9 @@ def test_held_out_shards_in_another_order_are_refused(tables):
 
 def test_too_few_held_out_sentences_are_refused(tables):
     root = tables("parquet", held_out=NAMES[6:7])
-    with pytest.raises(Mistake, match=r"the first 12 held-out sentences of .* in 25 of the benchmark's test shard"):
-        lm1b(path=root).parts("test")
+    for split in ("test", "valid"):
+        with pytest.raises(Mistake, match=r"the first 12 held-out sentences of .* in 25 of the benchmark's test shard"):
+            lm1b(path=root).parts(split)
 
 
 def test_no_held_out_sentence_after_the_test_shard_is_told(tables):

@@ -46,6 +46,18 @@ def test_a_model_without_gates_has_no_balance_figures():
     assert balance_figures([]) == {}
 
 
+def test_what_a_stored_interval_lacks_has_no_mean_in_it():
+    """An earlier version's checkpoint had fewer figures: a sum over the later steps alone would be told as of all."""
+    stored = Interval({"steps": 2.0, "nats": 3.0})
+    stored.add(steps=1, nats=1.0, new=5.0)
+    stored.add(seconds=1.0)
+    assert stored.sums() == {"steps": 3.0, "nats": 4.0, "seconds": 1.0}
+    fresh = Interval({"skipped": 1.0})
+    fresh.add(steps=1, nats=1.0, new=5.0)
+    fresh.add(steps=1, nats=1.0, new=5.0)
+    assert fresh.sums() == {"skipped": 1.0, "steps": 2.0, "nats": 2.0, "new": 10.0}
+
+
 def test_an_interval_sums_numbers_and_tensors_in_float64():
     """Figures add up by name, from stored sums on, without losing small steps to float32."""
     interval = Interval({"words": 5.0})

@@ -15,9 +15,10 @@ class Stand:
 
     def __init__(self):
         self.started, self.lines, self.finished, self.error = [], [], 0, None
+        self.server = "https://wandb.example:8080/path"
 
     def Settings(self):
-        return SimpleNamespace(base_url="https://wandb.example:8080/path")
+        return SimpleNamespace(base_url=self.server)
 
     def init(self, **options):
         if self.error is not None:
@@ -78,16 +79,21 @@ def test_another_run_of_the_same_name_is_another(workspace, moe_lm, training, wa
     ("variables", "machine", "mode"),
     [
         ({"WANDB_API_KEY": "x"}, None, "online"),
-        ({}, "api.wandb.ai", "online"),
-        ({}, "wandb.example", "online"),
-        ({}, "other.example", "offline"),
-        ({"WANDB_MODE": "disabled"}, "api.wandb.ai", "disabled"),
+        ({"WANDB_API_KEY": ""}, None, "offline"),
+        ({}, "wandb.example:8080", "online"),
+        ({}, "wandb.example", "offline"),
+        ({}, "api.wandb.ai", "offline"),
+        ({"SERVER": "https://api.wandb.ai"}, "api.wandb.ai", "online"),
+        ({"SERVER": "https://api.forge.coreweave.com"}, "api.wandb.ai", "online"),
+        ({"SERVER": "https://api.forge.coreweave.com"}, "api.forge.coreweave.com", "online"),
+        ({"WANDB_MODE": "disabled"}, "wandb.example:8080", "disabled"),
     ],
 )
 def test_online_for_who_is_logged_in(workspace, moe_lm, training, wandb, monkeypatch, variables, machine, mode):
-    """By a key, or at the server that the package talks to; what WANDB_MODE says comes first."""
+    """By a key, or at the server that the package talks to, as it does itself; what WANDB_MODE says comes first."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+    wandb.server = variables.get("SERVER", wandb.server)
     if machine:
         Path("logins").write_text(f"machine {machine} login user password key\n")
         monkeypatch.setenv("NETRC", "logins")
@@ -105,6 +111,20 @@ def test_what_keeps_it_from_starting_is_told_in_a_line(workspace, moe_lm, traini
     assert f"{type(error).__name__}: {' '.join(str(error).split())}" in last
     assert "WANDB_MODE=offline" in last
     assert "Traceback" not in outcome.err
+
+
+def test_ctrl_c_while_it_starts_is_no_mistake(workspace, moe_lm, training, wandb):
+    wandb.error = KeyboardInterrupt()
+    assert moe_lm("train", *with_overrides(training, "logging.wandb=true")).code == 130
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"machine\n", None])
+def test_logins_that_cannot_be_read_are_none(workspace, moe_lm, training, wandb, monkeypatch, content):
+    monkeypatch.setenv("NETRC", "~/logins")
+    if content is not None:
+        (Path.home() / "logins").write_bytes(content)
+    assert moe_lm("train", *with_overrides(training, "logging.wandb=true", "training.num_words=100")).code == 0
+    assert wandb.started[0]["mode"] == "offline"
 
 
 def test_a_missing_package_is_told_in_a_line(workspace, moe_lm, training, wandb, monkeypatch):
