@@ -95,8 +95,8 @@ def test_online_for_who_is_logged_in(workspace, moe_lm, training, wandb, monkeyp
         monkeypatch.setenv(name, value)
     wandb.server = variables.get("SERVER", wandb.server)
     if machine:
-        Path("logins").write_text(f"machine {machine} login user password key\n")
-        monkeypatch.setenv("NETRC", "logins")
+        (Path.home() / "logins").write_text(f"machine {machine} login user password key\n")
+        monkeypatch.setenv("NETRC", "~/logins")
     assert moe_lm("train", *with_overrides(training, "logging.wandb=true")).code == 0
     assert [options["mode"] for options in wandb.started] == [mode]
 
