@@ -52,7 +52,7 @@ def launch(arguments: list[str], num_processes: int) -> int:
 
 def program() -> tuple[str, ...]:
     """Return the command line that starts moe-lm, not from what lies in the working directory unless it lies there."""
-    here = Path(__file__).resolve().parent.parent
+    here = Path(__file__).resolve().parents[2]
     return sys.executable, *(() if here == Path.cwd() else ("-P",)), "-m", "moe_lm"
 
 
