@@ -18,7 +18,7 @@ FORMATS = {
     Column("cv_importance", "CV (importance)"): small,
     Column("cv_load", "CV (load)"): small,
     Column("max_over_mean_load", "max/mean load"): small,
-    Column("max_over_mean_tokens", "busiest expert's tokens / mean"): small,
+    Column("max_over_mean_tokens", "max/mean tokens"): small,
     Column("dropped", "dropped"): percent,
     Column("words_per_second", "words/s"): plain,
     Column("audited_experts_per_token", "experts a token, evaluated"): small,
@@ -31,8 +31,8 @@ TEXT = (
     "Perplexity is by each gate's rule of evaluation, which looks at no other token; moe-lm audit says whether that is "
     "so, by replacing later words and other sentences. Balance and the share of dropped choices are of training "
     f"batches, means over the last {LAST_LINES} logged lines. The load of noisy top-k gating is the expected one "
-    "(equation 10), without the chance of the draw, of other gates the tokens taken; the busiest expert's tokens are "
-    "counted for all gates alike. The leak is how much predictions change, in bits, when "
+    "(equation 10), without the chance of the draw, of other gates the tokens taken; max/mean tokens counts these for "
+    "all gates alike. The leak is how much predictions change, in bits, when "
     "those words are replaced under training's choice: a lower bound, as lengths and numbers of sentences stay. The "
     "last column compares the perplexities of the audit's words: below 100 % the model does better with the whole "
     "batch in view, which is nothing it could do on new text."

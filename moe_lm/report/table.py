@@ -20,7 +20,7 @@ FORMATS = {
     Column("cv_importance", "CV (importance)"): small,
     Column("cv_load", "CV (load)"): small,
     Column("max_over_mean_load", "max/mean load"): small,
-    Column("max_over_mean_tokens", "busiest expert's tokens / mean"): small,
+    Column("max_over_mean_tokens", "max/mean tokens"): small,
     Column("dropped", "dropped"): percent,
     Column("unserved", "tokens without expert"): percent,
 }
@@ -32,7 +32,7 @@ TEXT = (
     "M: million. Operations: multiply-adds of one word's forward pass, softmax excluded. "
     f"The balance of the experts (CV: standard deviation over mean) is the mean of the last {LAST_LINES} logged lines. "
     "The load of noisy top-k gating is the expected one (equation 10), which leaves out the chance of the draw; of "
-    "other gates it is the number of tokens that an expert took."
+    "other gates it is the number of tokens that an expert took, which max/mean tokens counts for all of them."
 )
 
 

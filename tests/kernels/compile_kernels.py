@@ -24,17 +24,19 @@ SIZES = {"width", "rows", "parts", "hidden", "columns", "tokens", "experts", "ch
 SIZES |= {"inputs", "outputs", "shares", "w_expert", "w_row", "w_column"}
 
 
-def compiled(kernel, half: tuple[str, ...] = (), options: dict | None = None, **constants: int) -> None:
+def compiled(
+    kernel, half: tuple[str, ...] = (), options: dict | None = None, any_size: bool = True, **constants: int
+) -> None:
     """Compile one kernel with these constants; arguments of the names in `half` are bfloat16.
 
     Once for addresses and sizes that are multiples of 16, as the paper's are, since only so the compiler copies ahead
-    into shared memory, and once for any.
+    into shared memory, and once for `any_size`.
     """
     names = list(inspect.signature(kernel.fn).parameters)
     kinds = {name: "constexpr" if name in constants else _kind(name, half) for name in names}
     values = {(names.index(name),): value for name, value in constants.items()}
     even = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds.values()) if kind == "i32" or kind[0] == "*"}
-    for known in (even, {}):
+    for known in (even, {}) if any_size else (even,):
         source = ASTSource(kernel, kinds, values, known)
         made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options or {})
         assert made.metadata.shared <= SHARED, f"{kernel.fn.__name__} {constants}: {made.metadata.shared} bytes"
@@ -58,7 +60,8 @@ def _compile_products() -> None:
             for rows, columns in ((MOST_ROWS, form.columns), (32, 32)):
                 shape = {"ROWS": rows, "COLUMNS": columns, "RELU": bool(half), "TAKEN": bool(half)}
                 options = {"num_warps": warps_of(rows * columns), "num_stages": form.stages}
-                compiled(triton_products._product, half, options, **strides, **shape, **sizes)
+                small = rows == 32  # the large ones take longest to compile
+                compiled(triton_products._product, half, options, small, **strides, **shape, **sizes)
     for of_rows, form in triton_outer_products.FORMS.items():
         half = ("x", "grad") if of_rows == 2 else ()  # the sums stay float32
         sizes = {"DEPTH": form.depth, "PRECISION": "ieee" if half else "bf16x3"}
@@ -66,7 +69,7 @@ def _compile_products() -> None:
             options = {"num_warps": warps_of(down * across), "num_stages": form.stages}
             shape = {"DOWN": down, "ACROSS": across, **sizes}
             for taken, squares in itertools.product((True, False), repeat=2):
-                compiled(triton_outer_products._outer, half, options, TAKEN=taken, SQUARES=squares, **shape)
+                compiled(triton_outer_products._outer, half, options, down == 32, TAKEN=taken, SQUARES=squares, **shape)
 
 
 def main() -> None:
