@@ -37,7 +37,14 @@ ORDER = [
 ]
 # Of folders whose files import one another, in their order.
 INSIDE = {
-    "training": [["trainer"], ["uncounted"], ["update"], ["seen"], ["objective", "metrics", "progress", "later"]],
+    "training": [
+        ["trainer"],
+        ["uncounted"],
+        ["update"],
+        ["seen"],
+        ["metrics"],
+        ["objective", "progress", "later", "weights_and_biases"],
+    ],
     "costs": [["traffic"], ["memory", "operations"], ["sizes"]],
     "evaluation": [["perplexity", "causality", "scoring", "sampling"]],
     "storage": [["exported", "saver"], ["checkpoint", "weights"], ["tensors_on_disk", "model_card"]],

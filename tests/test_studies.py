@@ -4,6 +4,7 @@ import json
 import re
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -95,6 +96,17 @@ def test_the_paper_scale_has_the_printed_sizes(configs, study):
         assert config["optimizer"]["experts"] == ("factored" if parameters > 1000 else "adam")
         assert config["training"]["num_words"] == 27_000 * 300_000
         assert config["batch"]["words"] == 300_000
+
+
+@pytest.mark.parametrize(("words", "experts", "said"), [(2048, 64, "1.2 times"), (300_000, 256, "1.04 times")])
+def test_what_chance_alone_makes_of_balance_is_as_the_notes_say(words, experts, said):
+    """Four different experts a word, all as likely: each one's tokens are binomial, of this many nearly normal."""
+    p = 4 / experts
+    deviation = np.sqrt((1 - p) / (words * p))
+    peak = 1 + deviation * np.random.default_rng(0).standard_normal((1000, experts)).max(axis=1).mean()
+    told = said.split()[0]
+    assert f"{peak:.{len(told) - 2}f}" == told
+    assert said in str(study_of("balance", "small").notes)
 
 
 def test_capacity_is_nearly_equal_operations(configs):

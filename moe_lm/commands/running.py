@@ -84,11 +84,11 @@ def _place(job: Job, num_running: int, parallel: int | None, devices: Devices) -
 
 def _is_audited(job: Job) -> bool:
     """Whether a run's last step was found causal; what is damaged or was not is audited anew, and says so again."""
-    found = _audit_of(job)
+    found = _found_by_audit(job)
     return found is not None and found["causal"]
 
 
-def _audit_of(job: Job) -> dict | None:
+def _found_by_audit(job: Job) -> dict | None:
     try:
         return read_audit(job.folder / "audit.json", read_result(job.folder / "result.json"))
     except Mistake:
@@ -97,7 +97,7 @@ def _audit_of(job: Job) -> dict | None:
 
 def _told(job: Job) -> str:
     """Return what a process that has ended says in a line: an audit, which ends with notes, what it found."""
-    if job.command == "audit" and (found := _audit_of(job)) is not None and found["causal"]:
+    if job.command == "audit" and (found := _found_by_audit(job)) is not None and found["causal"]:
         return f"{job.folder} is causal; training's choice leaks {found['training']['mean_bits']:.4f} bits a token"
     return _last_line(job.log)
 

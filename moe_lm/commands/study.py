@@ -1,6 +1,6 @@
 """A study of configs/study: runs to train with what they share, in one size or in several."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import yaml
@@ -27,7 +27,7 @@ class Study:
     """Each run's own overrides, as one types them."""
     audit: bool = False
     """Whether each finished run is audited too."""
-    given: tuple[str, ...] = ()
+    given: list[str] = field(default_factory=list)
     """What the command line put in the place of the study's values."""
 
     @property
@@ -37,8 +37,7 @@ class Study:
 
     def save(self, path: Path) -> None:
         """Keep what a report tells of the study."""
-        content = asdict(self) | {"given": list(self.given)}
-        write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+        write_text(path, yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True))
 
 
 def study_of(name: str, scale: str | None) -> Study:

@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
         with FileLock(runs / ".sweep.lock", timeout=0):
             kept = runs / "study.yaml"
             if study:
-                study = replace(study, given=tuple(a for a in arguments if _key(a) not in OWN_KEYS))
+                study = replace(study, given=[a for a in arguments if _key(a) not in OWN_KEYS])
             if study and not kept.exists():
                 study.save(kept)
             audit = study is not None and study.audit

@@ -1,6 +1,6 @@
 """What the passes of an update saw: sums over micro-batches and processes.
 
-Shape suffixes: E experts, L gated layers.
+Shape suffix: E experts.
 """
 
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ from moe_lm.distributed.processes import Processes
 from moe_lm.gate import Gating
 from moe_lm.gradients import STATISTICS, sum_statistics
 from moe_lm.kernels.sorted_rows import sizes_of_runs
+from moe_lm.training.metrics import peak
 from moe_lm.training.objective import Statistics, add
 
 
@@ -67,11 +68,10 @@ class Seen:
         self.terms = dict(zip(terms, values, strict=True)) if everywhere is None else self._last
         self.gatings = {layer: gating.with_statistics(whole[layer]) for layer, gating in self.gatings.items()}
         if self.gatings:
-            busiest_L = torch.stack([taken_E.max() / taken_E.mean().clamp(min=1e-9) for taken_E in taken])
             self.shares = {
                 "dropped": dropped / asked.clamp(min=1),
                 "unserved": unserved / tokens.clamp(min=1),
-                "max_over_mean_tokens": busiest_L.mean(),
+                "max_over_mean_tokens": torch.stack([peak(taken_E) for taken_E in taken]).mean(),
             }
 
 
