@@ -8,9 +8,9 @@ import sys
 import time
 
 from moe_lm import __version__
-from moe_lm.commands import NAMES
-from moe_lm.distributed.stopping import launcher_gone
-from moe_lm.mistake import Lost, Mistake, in_a_line, is_out_of_memory
+from moe_lm.cli import NAMES
+from moe_lm.errors import PeerLost, UserError, in_a_line, is_out_of_memory
+from moe_lm.parallel.signals import launcher_gone
 
 MISTAKE, FAILURE, BROKEN_PIPE = 2, 1, 141
 _PATIENCE = 10
@@ -31,20 +31,20 @@ def main(arguments: list[str] | None = None) -> int:
         if name not in NAMES:
             near = difflib.get_close_matches(name, NAMES, n=1)
             meant = f": did you mean {near[0]}?" if near else ""
-            raise Mistake(f"no command {name!r}{meant}; there are {', '.join(NAMES)}")
-        command = importlib.import_module(f"moe_lm.commands.{name}")
+            raise UserError(f"no command {name!r}{meant}; there are {', '.join(NAMES)}")
+        command = importlib.import_module(f"moe_lm.cli.{name}")
         if "-h" in rest or "--help" in rest:
-            from moe_lm.commands.help import text
+            from moe_lm.cli.help import text
 
             print(text(name, command))
             return 0
         code = command.main(rest)
         sys.stdout.flush()
         return code
-    except Mistake as mistake:
+    except UserError as mistake:
         _tell(str(mistake))
         return MISTAKE
-    except Lost as lost:
+    except PeerLost as lost:
         _tell(str(lost), lost=True)
         return FAILURE
     except BrokenPipeError:
@@ -83,7 +83,7 @@ def _tell(line: str, lost: bool = False) -> None:
 def _usage() -> str:
     lines = ["moe-lm COMMAND [key=value ...]      moe-lm COMMAND --help lists the keys", ""]
     for name in NAMES:
-        lines.append(f"  {name:<10}{importlib.import_module(f'moe_lm.commands.{name}').HELP}")
+        lines.append(f"  {name:<10}{importlib.import_module(f'moe_lm.cli.{name}').HELP}")
     return "\n".join(lines)
 
 

@@ -7,10 +7,10 @@ from importlib import import_module
 from pathlib import Path
 
 import moe_lm
-from moe_lm.distributed.processes import ALONE, Processes
-from moe_lm.layer import Layer
-from moe_lm.mistake import Mistake
-from moe_lm.model import LanguageModel
+from moe_lm.errors import UserError
+from moe_lm.model import Layer
+from moe_lm.model.language_model import LanguageModel
+from moe_lm.parallel.context import SINGLE_PROCESS, ParallelContext
 
 _ALLOWED_KEYS = {"_target_", "_partial_"}
 
@@ -24,27 +24,27 @@ def folder() -> Path:
 def build(config: dict) -> object:
     """Return what one part of a configuration describes; only exact targets that the packaged configs name.
 
-    Raises `Mistake`, RuntimeError and MemoryError as the constructor does, else `Mistake` in one line.
+    Raises `UserError`, RuntimeError and MemoryError as the constructor does, else `UserError` in one line.
     """
     check_targets(config)
     if not isinstance(config, dict) or "_target_" not in config:
-        raise Mistake("the configuration is damaged: a part has no _target_")
+        raise UserError("the configuration is damaged: a part has no _target_")
     try:
         return _made(config)
-    except (Mistake, RuntimeError, MemoryError):
+    except (UserError, RuntimeError, MemoryError):
         raise  # what the constructor itself says, or the machine (out of memory)
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise Mistake(f"cannot build {config['_target_']}: {reason}") from error
+        raise UserError(f"cannot build {config['_target_']}: {reason}") from error
 
 
-def build_model(config: dict, vocabulary_size: int, processes: Processes = ALONE) -> LanguageModel:
+def build_model(config: dict, vocabulary_size: int, parallel: ParallelContext = SINGLE_PROCESS) -> LanguageModel:
     """Return the model of a resolved configuration, its layers in `model.order`; of experts this process's share."""
     model = config["model"]
     order, layers = model["order"], model["layers"]
     unknown = [name for name in order if name not in layers]
     if unknown or len(set(order)) != len(order):
-        raise Mistake(
+        raise UserError(
             f"model.order={order}: name each layer once, of {', '.join(layers)}"
             + (f" (add one with +layer@model.layers.{unknown[0]}=lstm)" if unknown else "")
         )
@@ -52,16 +52,16 @@ def build_model(config: dict, vocabulary_size: int, processes: Processes = ALONE
         width=model["width"],
         vocabulary_size=vocabulary_size,
         dropout=model["dropout"],
-        layers={name: _layer(layers[name], processes) for name in order},
+        layers={name: _layer(layers[name], parallel) for name in order},
         softmax=build(config["softmax"]),
-        processes=processes,
+        parallel=parallel,
     )
 
 
-def _layer(config: dict, processes: Processes) -> Layer:
-    if processes.size == 1 or "num_experts" not in config:
+def _layer(config: dict, parallel: ParallelContext) -> Layer:
+    if parallel.size == 1 or "num_experts" not in config:
         return build(config)
-    return build(config | {"_partial_": True})(processes=processes)
+    return build(config | {"_partial_": True})(parallel=parallel)
 
 
 def check_targets(config: object) -> None:
@@ -69,13 +69,13 @@ def check_targets(config: object) -> None:
     allowed = packaged_targets()
     for key, value in _walk(config):
         if key == "_target_" and not (isinstance(value, str) and value in allowed):
-            raise Mistake(f"the configuration names {value!r}, which is no part of moe-lm: refused")
+            raise UserError(f"the configuration names {value!r}, which is no part of moe-lm: refused")
         if key == "_partial_" and not isinstance(value, bool):
-            raise Mistake(f"the configuration holds _partial_={value!r}, neither true nor false: refused")
+            raise UserError(f"the configuration holds _partial_={value!r}, neither true nor false: refused")
         if str(key).startswith("_") and key not in _ALLOWED_KEYS:
-            raise Mistake(f"the configuration holds the key {key!r}: refused")
+            raise UserError(f"the configuration holds the key {key!r}: refused")
         if isinstance(value, str) and "${" in value:
-            raise Mistake(f"the configuration holds an unresolved {value!r}: refused")
+            raise UserError(f"the configuration holds an unresolved {value!r}: refused")
 
 
 @cache

@@ -11,8 +11,8 @@ from pathlib import Path
 import yaml
 from filelock import FileLock, Timeout
 
-from moe_lm.files import GrowingFile, write_text
-from moe_lm.mistake import Mistake
+from moe_lm.atomic_io import GrowingFile, write_text
+from moe_lm.errors import UserError
 
 IDENTITY = ("model", "corpus", "vocabulary", "batch", "softmax", "optimizer", "schedule", "balance", "seed", "init")
 """What makes a run this run: another value under the same name is refused."""
@@ -39,10 +39,10 @@ class Run:
 
         A directory without checkpoint, metrics or result takes any configuration.
 
-        Raises `Mistake` where it holds another run, is in use, or cannot be written.
+        Raises `UserError` where it holds another run, is in use, or cannot be written.
         """
         if (self.folder / "export.json").exists():
-            raise Mistake(f"{self.folder} is an export, not a run: choose another name=... or runs=...")
+            raise UserError(f"{self.folder} is an export, not a run: choose another name=... or runs=...")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
@@ -50,42 +50,42 @@ class Run:
                 self._compare(config)
             write_text(self.config_file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         except Timeout:
-            raise Mistake(f"{self.folder} is in use by another process: wait for it or choose another name") from None
+            raise UserError(f"{self.folder} is in use by another process: wait for it or choose another name") from None
         except OSError as error:
-            raise Mistake(f"cannot write to the run directory {self.folder}: {error.strerror}") from error
+            raise UserError(f"cannot write to the run directory {self.folder}: {error.strerror}") from error
 
     def begun(self) -> dict | None:
         """Return the configuration of a run that has begun, None where there is none yet."""
         return self.config() if self.config_file.exists() and self._has_begun() else None
 
     def config(self) -> dict:
-        """Return the stored configuration as plain data; raises `Mistake` where there is none."""
+        """Return the stored configuration as plain data; raises `UserError` where there is none."""
         try:
             text = self.config_file.read_text(encoding="utf-8")
             if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
                 # None is ever written; a few can stand for more than a memory holds, or for one without end.
-                raise Mistake(f"{self.config_file} is damaged: it refers to parts of itself")
+                raise UserError(f"{self.config_file} is damaged: it refers to parts of itself")
             config = yaml.safe_load(text)
         except FileNotFoundError:
-            raise Mistake(f"{self.folder} is no run: it has no config.yaml") from None
+            raise UserError(f"{self.folder} is no run: it has no config.yaml") from None
         except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-            raise Mistake(f"{self.config_file} cannot be read: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{self.config_file} cannot be read: {str(error).splitlines()[0]}") from error
         for key in (*IDENTITY, "training"):
             if not isinstance(config, dict) or not (isinstance(config.get(key), dict) or key in ("seed", "init")):
-                raise Mistake(f"{self.config_file} is damaged: {key} is missing")
+                raise UserError(f"{self.config_file} is damaged: {key} is missing")
         return config
 
     def result(self) -> dict | None:
-        """Return the result of a finished run, else None; raises `Mistake` where it is damaged."""
+        """Return the result of a finished run, else None; raises `UserError` where it is damaged."""
         if not self.result_file.exists():
             return None
         try:
             result = json.loads(self.result_file.read_text())
         except (OSError, ValueError) as error:
-            raise Mistake(f"{self.result_file} is damaged ({error}): delete it and repeat the command") from error
+            raise UserError(f"{self.result_file} is damaged ({error}): delete it and repeat the command") from error
         for key in ("words", "seconds", "perplexity"):
             if not isinstance(result, dict) or key not in result:
-                raise Mistake(f"{self.result_file} is damaged ({key} is missing): delete it and repeat the command")
+                raise UserError(f"{self.result_file} is damaged ({key} is missing): delete it and repeat the command")
         return result
 
     def keep_vocabulary(self, save: Callable[[Path], None]) -> None:
@@ -108,7 +108,7 @@ class Run:
         self._metrics.append(json.dumps(line))
 
     def finish_metrics(self) -> None:
-        """Write the lines of metrics.jsonl that wait; raises `Mistake` where that still cannot be."""
+        """Write the lines of metrics.jsonl that wait; raises `UserError` where that still cannot be."""
         self._metrics.finish()
 
     def cut_metrics(self, step: int, *, and_training_at_step: bool = False) -> None:
@@ -128,7 +128,9 @@ class Run:
                 if record["step"] <= step and not drop:
                     kept.append(line.decode())
             except (ValueError, KeyError, TypeError) as error:
-                raise Mistake(f"{self.metrics_file}, line {number} is damaged ({error!r}): delete the line") from error
+                raise UserError(
+                    f"{self.metrics_file}, line {number} is damaged ({error!r}): delete the line"
+                ) from error
         write_text(self.metrics_file, "".join(kept))
 
     def write_result(self, result: dict) -> None:
@@ -143,10 +145,10 @@ class Run:
         stored, wanted = (flatten({key: each.get(key) for key in IDENTITY}) for each in (self.config(), config))
         before, now = (each["training"]["num_words"] for each in (self.config(), config))
         if now < before:
-            raise Mistake(f"{self.folder} is a run of training.num_words={before}: it can grow, not shrink to {now}")
+            raise UserError(f"{self.folder} is a run of training.num_words={before}: it can grow, not shrink to {now}")
         for key in sorted((stored.keys() | wanted.keys()) - _NOT_IDENTITY):
             if stored.get(key) != wanted.get(key):
-                raise Mistake(
+                raise UserError(
                     f"{self.folder} holds another run: {key}={stored.get(key)} there, {wanted.get(key)} here; "
                     "choose another name=... or delete that folder"
                 )

@@ -15,13 +15,14 @@ import torch
 from measuring import Work, compared, in_turn, positive, run
 from torch import nn
 
-from moe_lm.commands.build import keep_memory
+from moe_lm.cli.machine import keep_memory
 from moe_lm.data.sentences import Sentences
-from moe_lm.gate.choices import token_choice
-from moe_lm.kernels import cross_entropy, grouped_product
-from moe_lm.layer.lstm import Lstm, ProjectedLstm
-from moe_lm.mixture.experts import Experts
-from moe_lm.optimizer.factored import FactoredAdam
+from moe_lm.gate.routing import token_choice
+from moe_lm.model.experts import Experts
+from moe_lm.model.lstm import Lstm, ProjectedLstm
+from moe_lm.ops import cross_entropy
+from moe_lm.ops import grouped_linear as grouped_product
+from moe_lm.optim.factored_adam import FactoredAdam
 
 
 def main() -> None:

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from measuring import new_file, positive, run, seconds_of, write_record
 
-from moe_lm.commands.configuration import composed, resolved
-from moe_lm.commands.data import prepared_data
-from moe_lm.data.batches import Batches
+from moe_lm.cli.config import composed, resolved
+from moe_lm.cli.data import prepared_data
+from moe_lm.data.batching import Batches
 from moe_lm.data.prepared import Prepared
 
 _CPU = torch.device("cpu")

@@ -15,10 +15,10 @@ import made_up
 import torch
 from measuring import new_file, peak_bytes, positive, product_ceiling, run, seconds_of, write_record
 
-from moe_lm.commands import build as make
-from moe_lm.commands.configuration import composed, resolved
-from moe_lm.costs.operations import operations_per_timestep
-from moe_lm.evaluation.perplexity import measure
+from moe_lm.analysis.cost.operations import operations_per_timestep
+from moe_lm.analysis.perplexity import measure
+from moe_lm.cli import machine as make
+from moe_lm.cli.config import composed, resolved
 
 TEST_TOKENS = 159_658
 """Of the benchmark's standard test shard."""

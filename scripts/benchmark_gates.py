@@ -16,11 +16,11 @@ import torch
 from measuring import new_file, positive, run, write_record
 from omegaconf import OmegaConf
 
-from moe_lm.commands.build import build, keep_memory
-from moe_lm.commands.configuration import choices, folder
+from moe_lm.cli.config import choices, folder
+from moe_lm.cli.machine import build, keep_memory
 from moe_lm.data.sentences import Sentences
-from moe_lm.layer.moe import MoE
-from moe_lm.mixture.dispatch import combine, dispatch
+from moe_lm.model.moe import MoE
+from moe_lm.ops.dispatch import combine, dispatch
 
 LOSSES = {
     "noisy_top_k": ["importance", "load"],
@@ -70,7 +70,7 @@ def _measured(name: str, options: argparse.Namespace) -> dict[str, float]:
     layer = MoE(width=options.width, hidden=options.hidden, num_experts=options.experts, k=k, gate=gate).train()
     torch.nn.init.normal_(layer.gate.gate_DE, std=options.width**-0.5)
     losses = [_part("balance", loss) for loss in LOSSES.get(name, [])]
-    layer.gate.wanted = frozenset(loss.reads for loss in losses)
+    layer.gate.required_stats = frozenset(loss.stat for loss in losses)
     x_TD = torch.randn(options.tokens, options.width, requires_grad=True)
     grad_TD, nobody = torch.randn_like(x_TD), Sentences(options.tokens, 1, None)
 

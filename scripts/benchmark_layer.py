@@ -39,22 +39,23 @@ from peers import NAMES, Passed, Sizes, peers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_lm.balance.importance import Importance
-from moe_lm.balance.load import Load
-from moe_lm.commands.build import device, keep_memory
+from moe_lm.cli.machine import device, keep_memory
 from moe_lm.data.sentences import Sentences
+from moe_lm.errors import UserError
 from moe_lm.gate import Gating
-from moe_lm.gate.choices import token_choice
 from moe_lm.gate.noisy_top_k import NoisyTopK
-from moe_lm.kernels import available, grouped_gemm
-from moe_lm.kernels.gradient_memory import forget_gradient
-from moe_lm.kernels.rounded import keep_rounded
-from moe_lm.kernels.squares import want_squares
-from moe_lm.layer.feed_forward import FeedForward
-from moe_lm.layer.moe import MoE
-from moe_lm.mistake import Mistake
-from moe_lm.mixture.dispatch import combine, dispatch
-from moe_lm.mixture.experts import Experts
+from moe_lm.gate.routing import token_choice
+from moe_lm.loss.balance.importance import Importance
+from moe_lm.loss.balance.load import Load
+from moe_lm.model.experts import Experts
+from moe_lm.model.feed_forward import FeedForward
+from moe_lm.model.moe import MoE
+from moe_lm.ops import backend as available
+from moe_lm.ops import grouped_gemm
+from moe_lm.ops.dispatch import combine, dispatch
+from moe_lm.ops.gradient_memory import forget_gradient
+from moe_lm.ops.rounded import keep_rounded
+from moe_lm.ops.squares import want_squares
 
 DENSE, PLAIN, KERNELS, FACTORED = "dense", "moe_plain", "moe_kernels", "moe_factored"
 _OURS = ("moe", "balanced", "products", "grouped", PLAIN, KERNELS, FACTORED, "moe_bfloat16")
@@ -98,7 +99,7 @@ def main() -> None:
         # After each, as the next may be too much for the machine.
         write_record(options.json, on, {"layers": found, "options": asked, "product_flops_per_second": ceiling})
     if options.layers != [DENSE] and all(rows.keys() <= {DENSE} for rows in found.values()):
-        raise Mistake("nothing but the dense layer was measured: the lines above say why")
+        raise UserError("nothing but the dense layer was measured: the lines above say why")
 
 
 def _options() -> argparse.Namespace:
@@ -192,7 +193,7 @@ def _moe(
     layer.experts.to(of_experts)
     layer.gate.gate_DE.data.copy_(gate_DE)
     losses = Importance(weight=0.1), Load(weight=0.1)
-    layer.gate.wanted = frozenset(loss.reads for loss in losses)
+    layer.gate.required_stats = frozenset(loss.stat for loss in losses)
 
     def passed(x_TD: Tensor) -> tuple[Tensor, list[Tensor]]:
         y_TD, gating = layer(x_TD, Sentences(len(x_TD), 1, None))
@@ -285,7 +286,7 @@ def _peak_of(name: str, num_experts: int) -> float:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["killed"]
-        raise Mistake(f"--memory: no peak of {name} with {num_experts} experts: {said[-1]}")
+        raise UserError(f"--memory: no peak of {name} with {num_experts} experts: {said[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -12,7 +12,7 @@ import argparse
 import torch
 from measuring import new_file, positive, product_ceiling, run, seconds_of, write_record
 
-from moe_lm.commands.build import device, keep_memory
+from moe_lm.cli.machine import device, keep_memory
 
 _ROUNDS = 5
 

@@ -22,13 +22,14 @@ from torch._C._profiler import _ExperimentalConfig
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from moe_lm.commands import build as make
-from moe_lm.costs.operations import flops_per_word
-from moe_lm.layer.lstm import Lstm, ProjectedLstm
-from moe_lm.mistake import Mistake
-from moe_lm.mixture import grouped_mixture, looped_mixture
-from moe_lm.mixture.experts import Experts
-from moe_lm.training.trainer import Trainer
+from moe_lm.analysis.cost.operations import flops_per_word
+from moe_lm.cli import machine as make
+from moe_lm.errors import UserError
+from moe_lm.model.experts import Experts
+from moe_lm.model.lstm import Lstm, ProjectedLstm
+from moe_lm.ops import experts_grouped as experts_grouped
+from moe_lm.ops import experts_loop as experts_loop
+from moe_lm.train.trainer import Trainer
 
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addmm_", "_grouped_mm", "mv", "addmv", "linear", "mkldnn_linear")
 _LSTMS = ("mkldnn_rnn_layer", "mkldnn_rnn_layer_backward", "_cudnn_rnn", "_cudnn_rnn_backward", "_thnn_fused_lstm_cell")
@@ -151,7 +152,7 @@ def _timed(trainer: Trainer, on: torch.device, steps: int) -> tuple[float, int, 
         wait_for(on)
         trainer.progress.step += 1
         if not done.made:
-            raise Mistake(made_up.LEFT_OUT)
+            raise UserError(made_up.LEFT_OUT)
         parts = line.parts()
         seen.append((sum(parts.values()), batch.num_tokens, parts))
     return sorted(seen, key=lambda step: step[0])[len(seen) // 2]
@@ -212,20 +213,20 @@ def _mark_way_to_experts(line: TimeLine) -> None:
 
     In its backward pass what is gathered are the gradients of the answers, and the tokens once more.
     """
-    for module, adds in ((looped_mixture, "add_"), (grouped_mixture, "summed_by_token")):
+    for module, adds in ((experts_loop, "add_"), (experts_grouped, "summed_by_token")):
         module.gathered = _apart(module.gathered, line, "dispatch", "combine, backward")
         setattr(module, adds, _apart(getattr(module, adds), line, "combine", "dispatch, backward"))
-    node = grouped_mixture._GroupedMixture
+    node = experts_grouped._GroupedMixture
     node.backward = staticmethod(_marking(node.backward, line, "experts, backward"))  # which ends with a product
-    at_once = looped_mixture.at_once
+    run_parallel = experts_loop.run_parallel
 
     def marked(works: list) -> None:
         line.side_by_side = len(works)
-        at_once(works)
+        run_parallel(works)
         line.side_by_side = 1
         line.mark(_experts(line))
 
-    looped_mixture.at_once = marked
+    experts_loop.run_parallel = marked
 
 
 def _experts(line: TimeLine) -> str:

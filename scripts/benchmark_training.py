@@ -14,9 +14,9 @@ from pathlib import Path
 import made_up
 from measuring import new_file, positive, repeats, run, seconds_of, write_record
 
-from moe_lm.commands import build as make
-from moe_lm.costs.operations import flops_per_word
-from moe_lm.training.trainer import Trainer
+from moe_lm.analysis.cost.operations import flops_per_word
+from moe_lm.cli import machine as make
+from moe_lm.train.trainer import Trainer
 
 DENSE = "moe_1_wide"
 

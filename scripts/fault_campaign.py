@@ -157,7 +157,7 @@ def _run_all(site: Site, chosen: list[Case], options: argparse.Namespace) -> lis
     # Kinds mixed: a campaign broken off has seen some of each.
     numbered = list(enumerate(chosen, 1))
     random.Random(options.seed).shuffle(numbered)
-    with ThreadPoolExecutor(options.at_once) as pool:
+    with ThreadPoolExecutor(options.run_parallel) as pool:
         return sorted(pool.map(run, numbered), key=lambda pair: pair[1].name)
 
 

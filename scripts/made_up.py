@@ -6,15 +6,15 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from moe_lm.commands import build as make
-from moe_lm.commands.configuration import composed, resolved
-from moe_lm.commands.training import check, trainer_of
+from moe_lm.cli import machine as make
+from moe_lm.cli.config import composed, resolved
+from moe_lm.cli.training import check, trainer_of
 from moe_lm.data.prepared import Prepared, Split
-from moe_lm.mistake import Mistake
+from moe_lm.data.vocabulary.words import WordVocabulary
+from moe_lm.errors import UserError
 from moe_lm.run import Run
-from moe_lm.training.later import Later
-from moe_lm.training.trainer import Trainer
-from moe_lm.vocabulary.words import WordVocabulary
+from moe_lm.train.later import Later
+from moe_lm.train.trainer import Trainer
 
 LEFT_OUT = "an update was left out, its loss or gradient not finite, so it took no time: lower optimizer.learning_rate"
 _UNREAD: WeakKeyDictionary[Trainer, Later] = WeakKeyDictionary()
@@ -24,7 +24,7 @@ _UNREAD: WeakKeyDictionary[Trainer, Later] = WeakKeyDictionary()
 def data(vocabulary_size: int, num_words: int) -> Prepared:
     """Return a vocabulary of this size, and a split of about as many words three times."""
     if vocabulary_size < 4:
-        raise Mistake(f"--vocabulary {vocabulary_size}: </S>, <UNK>, <S> and a word are 4")
+        raise UserError(f"--vocabulary {vocabulary_size}: </S>, <UNK>, <S> and a word are 4")
     words = ["</S>", "<UNK>", *(f"w{i}" for i in range(vocabulary_size - 3)), "<S>"]
     vocabulary = WordVocabulary(words=words, counts=None)
     made = split(vocabulary_size, vocabulary.end, num_words)
@@ -34,7 +34,7 @@ def data(vocabulary_size: int, num_words: int) -> Prepared:
 def split(size: int, end: int, num_words: int) -> Split:
     """Return sentences of log-normal lengths (mean 25) and log-uniform words."""
     if num_words < 25:
-        raise Mistake(f"{num_words} words are no sentence: 25 at least")
+        raise UserError(f"{num_words} words are no sentence: 25 at least")
     generator = np.random.default_rng(0)
     length = np.clip(generator.lognormal(3.05, 0.6, num_words // 25), 2, 250).astype(np.int64)
     starts = np.concatenate([[0], np.cumsum(length)])
@@ -68,9 +68,9 @@ def step(of: Trainer) -> int:
 
 
 def check_last(of: Trainer) -> None:
-    """Raise `Mistake` where the last update was left out; waits for it."""
+    """Raise `UserError` where the last update was left out; waits for it."""
     if of in _UNREAD and not _UNREAD[of].read():
-        raise Mistake(LEFT_OUT)
+        raise UserError(LEFT_OUT)
 
 
 def device_of(of: Trainer) -> torch.device:

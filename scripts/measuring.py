@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from moe_lm.mistake import Mistake, in_a_line, is_out_of_memory
+from moe_lm.errors import UserError, in_a_line, is_out_of_memory
 
 Work = Callable[[], object]
 Seconds = dict[str, list[float]]
@@ -66,10 +66,10 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except Exception as error:
-        if not isinstance(error, Mistake | OSError) and not is_out_of_memory(error):
+        if not isinstance(error, UserError | OSError) and not is_out_of_memory(error):
             raise
         print(f"{Path(sys.argv[0]).name}: {in_a_line(error, most=1000)}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, Mistake) else 1)
+        sys.exit(2 if isinstance(error, UserError) else 1)
 
 
 def wait_for(device: torch.device) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from moe_lm.mistake import in_a_line, is_out_of_memory
+from moe_lm.errors import in_a_line, is_out_of_memory
 
 NAMES = ("davidmrau", "lucidrains", "scattermoe", "scattermoe_float32")
 

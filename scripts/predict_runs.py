@@ -8,8 +8,8 @@ import json
 
 import torch
 
-from moe_lm.commands.configuration import composed, resolved
-from moe_lm.commands.describe import figures_of
+from moe_lm.cli.config import composed, resolved
+from moe_lm.cli.describe import figures_of
 from moe_lm.construction import build_model
 
 # H200 SXM, NVIDIA's datasheet: dense bfloat16, float32, HBM3e, memory; NVLink 4 and NDR InfiniBand in one direction.

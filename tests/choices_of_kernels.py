@@ -6,7 +6,7 @@ Shape suffixes: T tokens, E experts, F = 2 E.
 import torch
 from torch import Tensor
 
-from moe_lm.gate.noisy_choice import _ChoiceInAKernel
+from moe_lm.ops.noisy_top_k import _ChoiceInAKernel
 
 SIZES = [(5, 8, 2), (33, 5, 4), (7, 256, 4), (4, 4, 4), (3, 300, 7), (0, 8, 2), (9, 1, 1), (6, 2, 1), (2, 2000, 2)]
 """Tokens, experts (not a power of two, none left out, one alone), k."""

@@ -14,13 +14,13 @@ if not Path("/dev/nvidia0").exists():
 import torch
 from tiny_training import TRAINING, Outcome, call, signal_handlers, with_overrides, working_in, write_corpus
 
-from moe_lm.commands import build as make
-from moe_lm.commands.configuration import composed, resolved
-from moe_lm.commands.data import prepared_data
-from moe_lm.commands.training import trainer_of
-from moe_lm.kernels import available
+from moe_lm.cli import machine as make
+from moe_lm.cli.config import composed, resolved
+from moe_lm.cli.data import prepared_data
+from moe_lm.cli.training import trainer_of
+from moe_lm.ops import backend as available
 from moe_lm.run import Run
-from moe_lm.training.trainer import Trainer
+from moe_lm.train.trainer import Trainer
 
 WIDTH = ["model.width=16", "model.expert_hidden=32", "model.num_experts=8"]
 """Of `trainer`: rows of 16 bytes, as a GPU's products want them."""

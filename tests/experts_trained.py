@@ -6,9 +6,9 @@ Shape suffixes: T tokens, A assignments, D width, E experts.
 import torch
 from mixture_by_hand import make
 
-from moe_lm.mixture.experts import grouped_products
-from moe_lm.mixture.grouped_mixture import grouped_mixture
-from moe_lm.optimizer.factored import FactoredAdam
+from moe_lm.model.experts import grouped_products
+from moe_lm.ops.experts_grouped import experts_grouped
+from moe_lm.optim.factored_adam import FactoredAdam
 
 COUNTS = [3, 0, 40, 7]
 SETTINGS = {"lr": 0.05, "beta2": 0.9, "epsilon": 1e-3}
@@ -31,7 +31,7 @@ class Training:
         x_TD = torch.randn(self.x_TD.shape, generator=self.generator).to(self.ends_E.device)
         how = *self.weights, self.dtype
         if self.by == "mixture":
-            y_TD = grouped_mixture(x_TD, self.token_A, self.gate_A, self.ends_E, *how, recompute=recompute)
+            y_TD = experts_grouped(x_TD, self.token_A, self.gate_A, self.ends_E, *how, recompute=recompute)
         else:  # as where experts are on several processes
             y_TD = grouped_products(x_TD.index_select(0, self.token_A), self.ends_E, *how, recompute=recompute)
         y_TD.backward(torch.randn(y_TD.shape, generator=self.generator).to(y_TD))

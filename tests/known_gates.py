@@ -5,19 +5,19 @@ from functools import partial
 import numpy as np
 import torch
 
+from moe_lm.analysis.experts import Inspection
+from moe_lm.analysis.experts.reading import Reading, read
+from moe_lm.analysis.experts.summary import summarized
+from moe_lm.analysis.experts.texts import Texts
 from moe_lm.data.prepared import Split
+from moe_lm.data.vocabulary.words import WordVocabulary
 from moe_lm.gate.noisy_top_k import NoisyTopK
 from moe_lm.gate.strictly_balanced import StrictlyBalanced
-from moe_lm.inspection import Inspection
-from moe_lm.inspection.reading import Reading, read
-from moe_lm.inspection.summary import summarized
-from moe_lm.inspection.texts import Texts
-from moe_lm.layer.hierarchical_moe import HierarchicalMoE
-from moe_lm.layer.lstm import Lstm
-from moe_lm.layer.moe import MoE
-from moe_lm.model import LanguageModel
-from moe_lm.softmax.full import FullSoftmax
-from moe_lm.vocabulary.words import WordVocabulary
+from moe_lm.loss.softmax.full import FullSoftmax
+from moe_lm.model.hierarchical_moe import HierarchicalMoE
+from moe_lm.model.language_model import LanguageModel
+from moe_lm.model.lstm import Lstm
+from moe_lm.model.moe import MoE
 
 NOISY = partial(NoisyTopK, noise_epsilon=0.01)
 SOFTMAX = partial(FullSoftmax, max_logits=1000)
@@ -100,5 +100,5 @@ def inspection_of(model, vocabulary, split, *, run="a run", words=12, **sizes) -
     """The whole record of a split."""
     reading = reading_of(model, vocabulary, split, **sizes)
     layers = summarized(reading, Texts(vocabulary, split), words)
-    distinct = int((reading.count_V > 0).sum())
-    return Inspection(run, 7, "valid", reading.sentences, reading.words, reading.tokens, distinct, layers)
+    unique_inverse = int((reading.count_V > 0).sum())
+    return Inspection(run, 7, "valid", reading.sentences, reading.words, reading.tokens, unique_inverse, layers)

@@ -6,7 +6,7 @@ Shape suffixes: L timesteps, B sentences, D inputs, U units.
 import torch
 from torch import Tensor
 
-from moe_lm.kernels.mixed_lstm import mixed_lstm
+from moe_lm.ops.lstm import mixed_lstm
 
 
 def ours_and_theirs(

@@ -6,7 +6,7 @@ Shape suffixes: T tokens, A assignments, D width, H hidden, E experts.
 import torch
 
 from moe_lm.gate import Gating
-from moe_lm.mixture.experts import Experts
+from moe_lm.model.experts import Experts
 
 WIDTH, HIDDEN = 8, 12
 COUNTS = [[3, 0, 5, 1], [0, 0, 7, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0, 4, 0, 9], [6]]
@@ -31,7 +31,7 @@ def gating_of(token_A, expert_A, gate_A, num_tokens):
         num_tokens=num_tokens,
         importance_E=torch.zeros(1),
         load_E=torch.zeros(1),
-        num_asked=len(token_A),
+        num_requested=len(token_A),
     )
 
 

@@ -6,9 +6,9 @@ Shape suffixes: U touched rows, V rows, D width.
 import torch
 from torch import Tensor, nn
 
-from moe_lm.optimizer.factored import FactoredAdam
-from moe_lm.optimizer.lazy import LazyAdam
-from moe_lm.rows import RowGradient, replace_row_gradient
+from moe_lm.ops.sparse_rows import SparseRowGrad, set_row_grad
+from moe_lm.optim.factored_adam import FactoredAdam
+from moe_lm.optim.lazy_adam import LazyAdam
 
 MATRICES = [
     (3, 5, 7),
@@ -65,7 +65,7 @@ def lazy_steps(shape: tuple[int, ...], dtype: torch.dtype, on: str = "cpu") -> l
         value_UD = value_UD.to(on, dtype)
         if step % 2:  # a view of another order
             value_UD = value_UD.unsqueeze(-1).expand(*value_UD.shape, 2).contiguous()[..., 0]
-        replace_row_gradient(matrix, RowGradient(row_U.to(on), value_UD))
+        set_row_grad(matrix, SparseRowGrad(row_U.to(on), value_UD))
         optimizer.step()
         optimizer.zero_grad()
     state = optimizer.state[matrix]

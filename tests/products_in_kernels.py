@@ -33,9 +33,9 @@ def made(
 
     Factors are multiples of 1/8 that 16 bits hold, so that only sums are rounded.
     """
-    from moe_lm.kernels.tiles import tiles_of  # Triton is not everywhere
-    from moe_lm.kernels.triton_outer_products import outer_products
-    from moe_lm.kernels.triton_products import products
+    from moe_lm.ops.triton.outer_products import outer_products
+    from moe_lm.ops.triton.products import products
+    from moe_lm.ops.triton.tiles import tiles_of  # Triton is not everywhere
 
     generator = torch.Generator().manual_seed(sum(counts))
     draw = lambda *shape: torch.randint(-8, 9, shape, generator=generator).double() / 8  # noqa: E731

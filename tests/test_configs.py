@@ -12,9 +12,9 @@ import yaml
 from hydra.utils import get_class
 
 import moe_lm
-from moe_lm.commands.build import build, build_model
-from moe_lm.commands.configuration import choices, composed, folder, resolved
-from moe_lm.commands.kinds import OPTIONAL
+from moe_lm.cli.config import choices, composed, folder, resolved
+from moe_lm.cli.machine import build, build_model
+from moe_lm.cli.type_check import OPTIONAL
 from moe_lm.run import IDENTITY, flatten
 
 COMMANDS = sorted(path.stem for path in folder().glob("*.yaml"))

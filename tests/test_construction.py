@@ -9,13 +9,13 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from moe_lm import construction
-from moe_lm.commands.configuration import choices, composed, resolved
+from moe_lm.cli.config import choices, composed, resolved
 from moe_lm.construction import build, build_model
-from moe_lm.mistake import Mistake
+from moe_lm.errors import UserError
 
-LSTM = {"_target_": "moe_lm.layer.lstm.Lstm", "width": 4}
+LSTM = {"_target_": "moe_lm.model.lstm.Lstm", "width": 4}
 MOE = {
-    "_target_": "moe_lm.layer.moe.MoE",
+    "_target_": "moe_lm.model.moe.MoE",
     "width": 4,
     "hidden": 4,
     "num_experts": 2,
@@ -55,8 +55,8 @@ def test_partial_parts_inside_a_part():
 
 def test_plain_data_are_copied_and_lists_are_gone_through(monkeypatch):
     seen = {}
-    monkeypatch.setattr("moe_lm.layer.lstm.Lstm", lambda **arguments: seen.update(arguments))
-    config = {"_target_": "moe_lm.layer.lstm.Lstm", "data": {"a": [1, {"b": None}]}, "parts": [MOE["gate"], "text"]}
+    monkeypatch.setattr("moe_lm.model.lstm.Lstm", lambda **arguments: seen.update(arguments))
+    config = {"_target_": "moe_lm.model.lstm.Lstm", "data": {"a": [1, {"b": None}]}, "parts": [MOE["gate"], "text"]}
     before = copy.deepcopy(config)
     build(config)
     assert seen["data"] == {"a": [1, {"b": None}]}
@@ -73,9 +73,9 @@ def raising(error: Exception):
     return constructor
 
 
-@pytest.mark.parametrize("error", [Mistake("width=0: mend it"), RuntimeError("out of memory"), MemoryError()])
+@pytest.mark.parametrize("error", [UserError("width=0: mend it"), RuntimeError("out of memory"), MemoryError()])
 def test_what_the_constructor_says_comes_through(monkeypatch, error):
-    monkeypatch.setattr("moe_lm.layer.lstm.Lstm", raising(error))
+    monkeypatch.setattr("moe_lm.model.lstm.Lstm", raising(error))
     with pytest.raises(type(error)) as caught:
         build(LSTM)
     assert caught.value is error
@@ -83,8 +83,8 @@ def test_what_the_constructor_says_comes_through(monkeypatch, error):
 
 @pytest.mark.parametrize("error", [TypeError("two\nlines"), KeyError("key"), ZeroDivisionError(), OSError(2, "gone")])
 def test_anything_else_is_a_mistake_of_one_line(monkeypatch, error):
-    monkeypatch.setattr("moe_lm.layer.lstm.Lstm", raising(error))
-    with pytest.raises(Mistake, match=r"^cannot build moe_lm\.layer\.lstm\.Lstm: .+$") as caught:
+    monkeypatch.setattr("moe_lm.model.lstm.Lstm", raising(error))
+    with pytest.raises(UserError, match=r"^cannot build moe_lm\.layer\.lstm\.Lstm: .+$") as caught:
         build(LSTM)
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is error
@@ -104,20 +104,20 @@ def test_anything_else_is_a_mistake_of_one_line(monkeypatch, error):
     ids=str,
 )
 def test_what_could_run_anything_else_is_refused(part):
-    with pytest.raises(Mistake, match="refused"):
+    with pytest.raises(UserError, match="refused"):
         build(part)
 
 
-@pytest.mark.parametrize("part", [{}, {"width": 3}, None, [LSTM], "moe_lm.layer.lstm.Lstm"], ids=str)
+@pytest.mark.parametrize("part", [{}, {"width": 3}, None, [LSTM], "moe_lm.model.lstm.Lstm"], ids=str)
 def test_a_part_needs_a_target(part):
-    with pytest.raises(Mistake, match="no _target_"):
+    with pytest.raises(UserError, match="no _target_"):
         build(part)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"widht": 3}, {"width": "many"}, {3: 4}], ids=str)
 def test_wrong_arguments_are_a_mistake(arguments):
-    with pytest.raises(Mistake, match=r"^cannot build moe_lm\.layer\.lstm\.Lstm: "):
-        build({"_target_": "moe_lm.layer.lstm.Lstm", **arguments})
+    with pytest.raises(UserError, match=r"^cannot build moe_lm\.layer\.lstm\.Lstm: "):
+        build({"_target_": "moe_lm.model.lstm.Lstm", **arguments})
 
 
 def test_the_configuration_is_found():

@@ -7,8 +7,8 @@ import time
 import pytest
 from tiny_training import assert_one_line
 
-from moe_lm.commands.configuration import choices
-from moe_lm.paper import printed
+from moe_lm.cli.config import choices
+from moe_lm.report.paper import printed
 
 FACTORED = ["optimizer.experts=factored", "machine.recompute=true"]
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from moe_lm.commands import running, sweep
-from moe_lm.commands.devices import Devices, visible
-from moe_lm.commands.running import Job, audit_of, run_all
-from moe_lm.commands.sweep import with_gpus
-from moe_lm.mistake import Mistake
+from moe_lm.cli import job_runner as running
+from moe_lm.cli import sweep
+from moe_lm.cli.devices import Devices, visible
+from moe_lm.cli.job_runner import Job, audit_of, run_all
+from moe_lm.cli.sweep import with_gpus
+from moe_lm.errors import UserError
 
 # Says which GPUs it has and when it began and ended; ends as its arguments tell it to.
 PROGRAM = textwrap.dedent("""
@@ -144,7 +145,7 @@ def test_a_run_takes_a_gpu_for_each_process(monkeypatch, keys, number):
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
-    with pytest.raises(Mistake, match=r"^runs/a: num_processes=4 needs a GPU .* sees 2: choose fewer"):
+    with pytest.raises(UserError, match=r"^runs/a: num_processes=4 needs a GPU .* sees 2: choose fewer"):
         with_gpus(configured(monkeypatch, num_processes=4), 2)
 
 

@@ -132,7 +132,7 @@ def test_the_room_of_an_interrupted_unpacking_is_counted_on(tmp_path, server, is
 
 
 def test_the_next_command_can_be_pasted(tmp_path, server):
-    from moe_lm.commands.configuration import composed, resolved
+    from moe_lm.cli.config import composed, resolved
 
     folder = tmp_path / "my text"
     outcome = download(folder, server)

@@ -11,7 +11,7 @@ import pytest
 from tiny_training import TRAINING
 
 import moe_lm
-from moe_lm.commands.configuration import folder
+from moe_lm.cli.config import folder
 
 PACKAGE = Path(moe_lm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -48,8 +48,8 @@ def test_a_resumed_run_goes_on_from_its_own_checkpoint(own_trained, moe_lm, trai
     """The other run's weights are read once, at the beginning, and may then be gone."""
     shorter = with_overrides(training, "training.num_words=1000", "name=other", "init=runs/tiny")
     longer = with_overrides(training, "name=other", "init=runs/tiny")
-    at_once = with_overrides(training, "name=at_once", "init=runs/tiny")
-    assert moe_lm("train", *at_once).code == 0
+    unbroken = with_overrides(training, "name=at_once", "init=runs/tiny")
+    assert moe_lm("train", *unbroken).code == 0
     assert moe_lm("train", *shorter).code == 0
     Path("runs/tiny").rename("runs/elsewhere")
     outcome = moe_lm("train", *longer)

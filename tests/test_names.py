@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from moe_lm.commands.configuration import composed, default_name, preset_of, quoted, resolved
+from moe_lm.cli.config import composed, default_name, preset_of, quoted, resolved
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from tiny_run import PROGRAM, evaluated, scored
 
 from moe_lm import load
-from moe_lm.mistake import Mistake
+from moe_lm.errors import UserError
 
 
 def lines(split: str = "test") -> list[str]:
@@ -75,7 +75,7 @@ def test_unknown_words_are_counted(trained):
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_a_mistake_is_said_in_a_line(trained, call, expected):
-    with pytest.raises(Mistake, match=expected):
+    with pytest.raises(UserError, match=expected):
         call(load("runs/tiny"))
 
 
@@ -83,5 +83,5 @@ def test_a_mistake_is_said_in_a_line(trained, call, expected):
 def test_a_configuration_without_end_is_refused(own_trained, text):
     file = Path("runs/tiny/config.yaml")
     file.write_text(file.read_text() + text)
-    with pytest.raises(Mistake, match=r"config\.yaml"):
+    with pytest.raises(UserError, match=r"config\.yaml"):
         load("runs/tiny")

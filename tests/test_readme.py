@@ -10,11 +10,11 @@ import pytest
 import torch
 from tiny_training import call
 
-from moe_lm.commands import NAMES
-from moe_lm.commands.build import build, build_model
-from moe_lm.commands.configuration import choices, composed, resolved
-from moe_lm.commands.gates import check_losses
-from moe_lm.commands.sweep import jobs_of
+from moe_lm.cli import NAMES
+from moe_lm.cli.config import choices, composed, resolved
+from moe_lm.cli.machine import build, build_model
+from moe_lm.cli.sweep import jobs_of
+from moe_lm.cli.validate_gates import check_losses
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -55,13 +55,13 @@ def start(*overrides: str, program: str = "") -> subprocess.Popen:
 # Each step of the child waits, so that a parent on a busy machine has the time to hit it in the middle of one.
 SLOWLY = """
 import time
-from moe_lm.data.batches import Batches
+from moe_lm.data.batching import Batches
 step = Batches.step
 Batches.step = lambda *a, **k: (time.sleep(0.2), step(*a, **k))[1]
 """
 KILL_WHILE_WRITING = """
 import os, signal
-from moe_lm.storage import tensors_on_disk
+from moe_lm.checkpoint import sharded_safetensors as tensors_on_disk
 write = tensors_on_disk.write
 def write_or_die(folder, tensors, group):
     if "0000000006" in str(folder) and folder.name == "optimizer":
@@ -165,9 +165,9 @@ def test_more_words_continue_a_finished_run_exactly(workspace, undisturbed, moe_
     longer = with_overrides(list(TRAINING), "training.num_words=2900")
     assert moe_lm("train", *longer, "name=other").code == 0
     assert moe_lm("train", *longer).code == 0
-    continued, at_once = results(Path("runs/other")), results()
+    continued, run_parallel = results(Path("runs/other")), results()
     assert continued["step"] > undisturbed["step"]
-    assert continued == at_once
+    assert continued == run_parallel
 
 
 def test_a_line_that_a_crash_left_unfinished_is_dropped(own_trained):

@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import load_file
 from tiny_training import assert_one_line, with_overrides
 
-from moe_lm.commands.configuration import choices
+from moe_lm.cli.config import choices
 
 GATE = "gate@model.layers.middle.gate="
 TRAINABLE = {

@@ -8,21 +8,21 @@ from tiny_run import change
 from tiny_training import TRAINING
 
 import moe_lm
-from moe_lm.commands.build import build, packaged_targets
-from moe_lm.mistake import Mistake
+from moe_lm.cli.machine import build, packaged_targets
+from moe_lm.errors import UserError
 
 FOREIGN = [
-    "moe_lm.training.trainer.torch.load",
+    "moe_lm.train.trainer.torch.load",
     "moe_lm.run.os.system",
-    "moe_lm.storage.checkpoint.os.system",
+    "moe_lm.checkpoint.checkpoint.os.system",
     "os.system",
     "builtins.eval",
     "builtins.exec",
     "subprocess.run",
-    "moe_lm.layer.lstm.Lstm.__init__",
-    "moe_lm.layer.lstm",
-    " moe_lm.layer.lstm.Lstm",
-    "moe_lm.layer.lstm.Lstm\n",
+    "moe_lm.model.lstm.Lstm.__init__",
+    "moe_lm.model.lstm",
+    " moe_lm.model.lstm.Lstm",
+    "moe_lm.model.lstm.Lstm\n",
     "MOE_LM.layer.lstm.Lstm",
     ["os.system"],
     {"os": "system"},
@@ -70,10 +70,10 @@ def test_a_stored_target_that_is_not_packaged_is_refused(own_trained, moe_lm, pl
         (("model", "layers", "middle"), {}),
         (("model", "layers"), {}),
         (("vocabulary",), {}),
-        (("vocabulary",), {"_target_": "moe_lm.layer.lstm.Lstm", "width": 3}),
-        (("corpus",), {"_target_": "moe_lm.layer.lstm.Lstm", "width": 3}),
-        (("softmax",), {"_target_": "moe_lm.schedule.InverseSquareRoot", "warmup_steps": 3}),
-        (("model", "layers", "middle"), {"_target_": "moe_lm.balance.load.Load", "weight": 3}),
+        (("vocabulary",), {"_target_": "moe_lm.model.lstm.Lstm", "width": 3}),
+        (("corpus",), {"_target_": "moe_lm.model.lstm.Lstm", "width": 3}),
+        (("softmax",), {"_target_": "moe_lm.optim.schedule.InverseSquareRoot", "warmup_steps": 3}),
+        (("model", "layers", "middle"), {"_target_": "moe_lm.loss.balance.load.Load", "weight": 3}),
         (("model", "order"), 3),
         (("model", "order"), [["lower"]]),
         (("model", "width"), None),
@@ -97,7 +97,7 @@ def test_yaml_tags_are_refused(own_trained, moe_lm, tag):
     "override",
     [
         "model.layers.middle._target_=os.system",
-        "model.layers.middle._target_=moe_lm.training.trainer.torch.load",
+        "model.layers.middle._target_=moe_lm.train.trainer.torch.load",
         "model.layers.middle.gate._target_=moe_lm.run.os.system",
         "vocabulary._target_=builtins.eval",
         "corpus._target_=os.system",
@@ -114,7 +114,7 @@ def test_an_override_cannot_name_a_foreign_target(workspace, moe_lm, override):
 
 def test_the_targets_are_those_of_the_packaged_files():
     targets = packaged_targets()
-    assert "moe_lm.layer.moe.MoE" in targets
+    assert "moe_lm.model.moe.MoE" in targets
     assert packaged_targets("layer") < targets
     assert all(re.fullmatch(r"moe_lm(\.[a-z_0-9]+)+\.[A-Z]\w+", target) for target in targets)
 
@@ -122,7 +122,7 @@ def test_the_targets_are_those_of_the_packaged_files():
 def test_build_refuses_without_running(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for target in FOREIGN:
-        with pytest.raises(Mistake, match="refused"):
+        with pytest.raises(UserError, match="refused"):
             build({"_target_": target, **ARGUMENTS})
     assert list(tmp_path.iterdir()) == []
 

@@ -10,15 +10,15 @@ import torch
 import yaml
 from tiny_training import call
 
-from moe_lm.commands import sweep
-from moe_lm.commands.build import build_model
-from moe_lm.commands.configuration import choices, composed, folder, resolved
-from moe_lm.commands.study import study_of
-from moe_lm.commands.sweep import jobs_of
-from moe_lm.costs.operations import operations_per_timestep, parameters_without_embedding_and_softmax
-from moe_lm.mistake import Mistake
-from moe_lm.paper import TABLE_6, TABLE_7
+from moe_lm.analysis.cost.operations import operations_per_timestep, parameters_without_embedding_and_softmax
+from moe_lm.cli import sweep
+from moe_lm.cli.config import choices, composed, folder, resolved
+from moe_lm.cli.machine import build_model
+from moe_lm.cli.study import study_of
+from moe_lm.cli.sweep import jobs_of
+from moe_lm.errors import UserError
 from moe_lm.report.beside import alike
+from moe_lm.report.paper import TABLE_6, TABLE_7
 
 
 def scales_of(study):
@@ -210,7 +210,7 @@ def test_small_scale_is_the_default_and_the_command_line_wins():
 )
 def test_a_wrong_scale_is_one_line(arguments, words, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(Mistake):
+    with pytest.raises(UserError):
         jobs_of(arguments)
     assert call("sweep", *arguments) == 2
     error = capfd.readouterr().err

@@ -11,10 +11,10 @@ import pytest
 from filelock import FileLock
 from tiny_training import call
 
-from moe_lm.commands import sweep
-from moe_lm.commands.study import Study
-from moe_lm.commands.sweep import jobs_of
-from moe_lm.mistake import Mistake
+from moe_lm.cli import sweep
+from moe_lm.cli.study import Study
+from moe_lm.cli.sweep import jobs_of
+from moe_lm.errors import UserError
 
 
 def names(arguments):
@@ -55,7 +55,7 @@ def test_command_line_replaces_the_study(monkeypatch, tmp_path):
 )
 def test_runs_of_one_name_are_refused(grid):
     """A grid whose runs would share a directory trains none of them."""
-    with pytest.raises(Mistake, match="two runs of the grid would be called"):
+    with pytest.raises(UserError, match="two runs of the grid would be called"):
         jobs_of(grid)
 
 

@@ -6,9 +6,9 @@ import threading
 import pytest
 import torch
 
-from moe_lm import threads
-from moe_lm.commands import build as make
-from moe_lm.threads import at_once
+from moe_lm import thread_pool as threads
+from moe_lm.cli import machine as make
+from moe_lm.thread_pool import run_parallel
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +26,9 @@ def test_all_run_at_the_same_time():
         together.wait()
         seen.append((torch.get_num_threads(), torch.is_grad_enabled(), threading.current_thread().name))
 
-    at_once([together.wait] * 3)  # nothing that asks for the number
+    run_parallel([together.wait] * 3)  # nothing that asks for the number
     for _ in range(2):
-        at_once([work] * 3)
+        run_parallel([work] * 3)
     assert {state[:2] for state in seen} == {(1, False)}
     assert len(seen) == 6
     assert len({name for *_, name in seen}) == 3
@@ -44,7 +44,7 @@ def test_all_run_at_the_same_time():
 def test_one_runs_here():
     """A single work needs no thread."""
     seen = []
-    at_once([lambda: seen.append(threading.current_thread())])
+    run_parallel([lambda: seen.append(threading.current_thread())])
     assert seen == [threading.current_thread()]
 
 
@@ -60,20 +60,20 @@ def test_an_error_comes_when_all_have_ended():
         done.append(True)
 
     with pytest.raises(MemoryError, match="no room"):
-        at_once([fails, slow])
+        run_parallel([fails, slow])
     assert done == [True]
 
 
 def _in_child(queue):
     seen = []
-    at_once([lambda: seen.append(1), lambda: seen.append(2)])
+    run_parallel([lambda: seen.append(1), lambda: seen.append(2)])
     queue.put(sorted(seen))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_has_threads_of_its_own():
     """A fork has none of its parent's threads."""
-    at_once([lambda: None, lambda: None])
+    run_parallel([lambda: None, lambda: None])
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=_in_child, args=(queue,))

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import moe_lm
-from moe_lm.commands import result
+from moe_lm.cli import result
 
 ROOT = Path(__file__).parent.parent
 

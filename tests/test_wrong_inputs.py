@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from tiny_training import TRAINING, assert_one_line, with_overrides
 
-from moe_lm.commands import NAMES
-from moe_lm.commands.configuration import folder
+from moe_lm.cli import NAMES
+from moe_lm.cli.config import folder
 
 # Commands on a finished run.
 OTHERS = [

@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 from tiny_training import TRAINING, assert_one_line, with_overrides
 
-from moe_lm.commands.configuration import composed
+from moe_lm.cli.config import composed
 
 # Overrides of a good training, and what the line must contain.
 TRAIN = [

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
-from moe_lm.corpus import SPLITS, Corpus
-from moe_lm.data.preparation import FORMAT, Making
+from moe_lm.atomic_io import sync
+from moe_lm.data.corpus import SPLITS, Corpus
+from moe_lm.data.prepare import FORMAT, Making
 from moe_lm.data.split_writer import DTYPES
-from moe_lm.files import sync
-from moe_lm.mistake import Mistake
-from moe_lm.vocabulary import Vocabulary, VocabularyRecipe
+from moe_lm.data.vocabulary import Vocabulary, VocabularyRecipe
+from moe_lm.errors import UserError
 
 # What a disk says; a corpus fetched over a network raises other kinds of OSError, which are not ours to explain.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -75,7 +75,7 @@ def prepare(
     progress: bool,
     num_processes: int = 1,
 ) -> Prepared:
-    """Make `folder` unless it stands there with the same inputs; raises `Mistake` for bad text or disk.
+    """Make `folder` unless it stands there with the same inputs; raises `UserError` for bad text or disk.
 
     `settings` is the configuration that the inputs came from: any change of it prepares anew. The number of
     processes changes nothing in the folder.
@@ -96,7 +96,7 @@ def prepare(
         if error.errno not in _DISK:
             raise
         reason = f"{error.strerror}; mend that and repeat the command, or choose another folder"
-        raise Mistake(f"cannot write {folder}: {reason}") from error
+        raise UserError(f"cannot write {folder}: {reason}") from error
     return open_prepared(folder, recipe)
 
 
@@ -113,7 +113,7 @@ def _make(
     """Write everything beside `folder`, then put it in its place; the caller holds the folder's lock."""
     ours = (folder / "data.json").exists() or (folder / "train.tokens").exists()
     if folder.exists() and any(folder.iterdir()) and not ours:
-        raise Mistake(f"{folder} holds other files than prepared text; choose another folder or empty it")
+        raise UserError(f"{folder} holds other files than prepared text; choose another folder or empty it")
     making = Making(corpus, recipe, partial_folder(folder), say=say, progress=progress, num_processes=num_processes)
     try:
         making.take_up(inputs)
@@ -143,7 +143,7 @@ def partial_folder(folder: Path) -> Path:
 
 
 def open_prepared(folder: Path, recipe: VocabularyRecipe) -> Prepared:
-    """Map a prepared folder into memory; raises `Mistake` where it is missing, damaged or foreign."""
+    """Map a prepared folder into memory; raises `UserError` where it is missing, damaged or foreign."""
     record = _read_record(folder)
     splits = {}
     for split in SPLITS:
@@ -156,7 +156,7 @@ def _open_current(folder: Path, recipe: VocabularyRecipe, inputs: dict) -> Prepa
     try:
         if _read_record(folder)["inputs"] == inputs:
             return open_prepared(folder, recipe)
-    except Mistake:
+    except UserError:
         pass  # missing, damaged or of another format: to be made anew, which mends it
     return None
 
@@ -166,14 +166,14 @@ def _read_record(folder: Path) -> dict:
     try:
         record = json.loads((folder / "data.json").read_text(encoding="utf-8"))
         if record["format"] != FORMAT:
-            raise Mistake(f"{folder} has format {record['format']}, this version reads {FORMAT}; prepare again")
+            raise UserError(f"{folder} has format {record['format']}, this version reads {FORMAT}; prepare again")
         wrong = [name for name, size in record["files"].items() if (folder / name).stat().st_size != size]
     except FileNotFoundError as error:
-        raise Mistake(f"{folder} is not prepared ({Path(error.filename).name} is missing); prepare it") from error
+        raise UserError(f"{folder} is not prepared ({Path(error.filename).name} is missing); prepare it") from error
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise Mistake(f"{folder}/data.json cannot be read ({error}); prepare it again") from error
+        raise UserError(f"{folder}/data.json cannot be read ({error}); prepare it again") from error
     if wrong:
-        raise Mistake(f"{folder / wrong[0]} is damaged: not the size it was written with; prepare it again")
+        raise UserError(f"{folder / wrong[0]} is damaged: not the size it was written with; prepare it again")
     return record
 
 

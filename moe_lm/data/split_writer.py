@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_lm.vocabulary import Vocabulary
+from moe_lm.data.vocabulary import Vocabulary
 
 DTYPES = {"tokens": "<i4", "starts": "<i8", "words": "<u4"}
 _PART_DTYPES = {"tokens": "<i4", "lengths": "<i4", "words": "<u4"}

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import TypeVar
 
-from moe_lm.mistake import Mistake
+from moe_lm.errors import UserError
 
 Task, Result = TypeVar("Task"), TypeVar("Result")
 Watch = Callable[[int], None]
@@ -23,7 +23,7 @@ def each(
     """Yield `(index, work(task, watch))` in the order in which they end; `work` and tasks are pickled.
 
     Every process ends with this iterator, however it ends, and with this process, even if that is killed. Raises
-    `Mistake` where a process is killed, and whatever `work` raises.
+    `UserError` where a process is killed, and whatever `work` raises.
     """
     if min(num_processes, len(tasks)) <= 1:
         for index, task in enumerate(tasks):
@@ -50,7 +50,7 @@ def each(
 def _started(number: int, work: Callable[[Task, Watch], Result]) -> Iterator[list[Connection]]:
     """Start processes that wait for tasks, and end them in any case."""
     context = multiprocessing.get_context("spawn")  # a copy of a process that runs threads may hang
-    processes, connections = [], []
+    parallel, connections = [], []
     try:
         with _interrupts_ignored():
             for _ in range(number):
@@ -58,13 +58,13 @@ def _started(number: int, work: Callable[[Task, Watch], Result]) -> Iterator[lis
                 process = context.Process(target=_serve, args=(theirs, work), daemon=True)
                 process.start()
                 theirs.close()
-                processes.append(process)
+                parallel.append(process)
                 connections.append(ours)
         yield connections
     finally:
-        for process in processes:
+        for process in parallel:
             process.terminate()
-        for process in processes:
+        for process in parallel:
             process.join()
         for connection in connections:
             connection.close()
@@ -88,8 +88,8 @@ def _receive(connection: Connection) -> tuple[str, object]:
         raise _killed() from None
 
 
-def _killed() -> Mistake:
-    return Mistake(
+def _killed() -> UserError:
+    return UserError(
         "a worker process was killed, most likely for want of memory; repeat the command to go on, or moe-lm "
         "prepare with processes=1 and the same corpus and vocabulary, which needs less"
     )
@@ -126,7 +126,7 @@ def _serve(connection: Connection, work: Callable[[Task, Watch], Result]) -> Non
 
 def _sendable(error: Exception) -> Exception:
     """Return the error, or one that can be pickled: many of other packages cannot be put together again."""
-    if type(error) is Mistake:
+    if type(error) is UserError:
         return error
     if type(error).__module__ == "builtins":
         error.add_note(traceback.format_exc())

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moe_lm.mistake import Mistake
+from moe_lm.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class Gating:
     """Sum of the gate values each expert received (eq. 6)."""
     load_E: Tensor
     """Assignments each expert received: the smooth estimate (eq. 10) or, without noise, their number."""
-    num_asked: int
+    num_requested: int
     """Assignments that the gate asked for."""
     num_dropped: int = 0
-    """Assignments lost to a capacity limit; `num_asked` - `num_dropped` are in the list."""
+    """Assignments lost to a capacity limit; `num_requested` - `num_dropped` are in the list."""
     sums: Mapping[str, Tensor] = field(default_factory=dict)
     """Further additive statistics that balance losses or the gate's `adapt` may read, by name.
 
-    Of one entry an expert: `asked_E`, its choices before any capacity, `first_choice_E`, the first choices among them,
+    Of one entry an expert: `requested_E`, its choices before any capacity, `first_choice_E`, the first choices among them,
     `probability_E`, the sum of its share of a softmax over all experts. Scalars: `log_z_squared`, the sum of
     logsumexp(logits)^2, and `num_tokens`, over how many.
     """
@@ -45,7 +45,7 @@ class Gating:
         """Number of experts, E."""
         return self.importance_E.numel()
 
-    def num_unserved(self) -> Tensor:
+    def num_unrouted(self) -> Tensor:
         """Return how many tokens no expert serves: dropped everywhere, or chosen by none."""
         served_T = torch.zeros(self.num_tokens, dtype=torch.bool, device=self.token_A.device)
         return self.num_tokens - served_T.index_fill_(0, self.token_A, True).sum()
@@ -72,13 +72,13 @@ class Gate(Protocol):
     """Experts that a token is sent to on average, where that is not `k`."""
     only_k: int | None = None
     """The one k that the gate is defined for."""
-    offers: frozenset[str] = frozenset({"importance_E"})
+    differentiable_stats: frozenset[str] = frozenset({"importance_E"})
     """Names of the statistics through which the gradient of a balance loss reaches the gate."""
-    wanted: frozenset[str] | None = None
+    required_stats: frozenset[str] | None = None
     """Names of the statistics that losses read: no others need be made of a batch; None: all."""
     needs_loss: str | None = None
     """Name of the balance loss without which the gate would not learn what it needs at evaluation."""
-    chooses_over_batch: str | None = None
+    non_causal_note: str | None = None
     """What its choice in training depends on beside the token itself, and what evaluation goes by instead."""
 
     def __call__(self, x_TD: Tensor, group_T: Tensor | None = None) -> Gating:
@@ -102,21 +102,21 @@ class Gate(Protocol):
 
 
 def checked_k(k: int, num_experts: int, only: int | None = None, name: str = "") -> int:
-    """Return k; raises `Mistake` where there are not as many experts, or where the gate is defined for another k."""
+    """Return k; raises `UserError` where there are not as many experts, or where the gate is defined for another k."""
     if not 1 <= k <= num_experts:
-        raise Mistake(
+        raise UserError(
             f"model.k={k} experts a token of model.num_experts={num_experts}: "
             "k must be at least 1 and at most num_experts"
         )
     if only is not None and k != min(only, num_experts):
         experts = "1 expert" if only == 1 else f"{only} experts"
-        raise Mistake(
+        raise UserError(
             f"the gate {name} sends a token to {experts}, not {k}: model.k={only}"
             " (or primary_k of the layer, for a primary gate)"
         )
     return k
 
 
-def offers_of(gate: Gate) -> frozenset[str]:
+def differentiable_stats_of(gate: Gate) -> frozenset[str]:
     """Return what a gate offers to balance losses; one that does not say so offers what `Gate` says."""
-    return getattr(gate, "offers", Gate.offers)
+    return getattr(gate, "differentiable_stats", Gate.differentiable_stats)

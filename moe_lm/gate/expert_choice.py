@@ -10,8 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from moe_lm.errors import UserError
 from moe_lm.gate import Gating, checked_k
-from moe_lm.gate.choices import (
+from moe_lm.gate.capped_choice import at_most, entropic_choice
+from moe_lm.gate.routing import (
     batchwise_mask,
     equal_share,
     expert_choice,
@@ -22,8 +24,6 @@ from moe_lm.gate.choices import (
     summed,
     tokens_of_groups,
 )
-from moe_lm.gate.transport import at_most, entropic_choice
-from moe_lm.mistake import Mistake
 
 _FARTHEST = 0.5
 """Largest step of a threshold's logarithm: among thousands of experts m is small, and many tokens may lie above."""
@@ -41,11 +41,11 @@ class ExpertChoice(nn.Module):
     every expert its m tokens of the batch: log threshold_i += threshold_rate * (tokens above - m) / m.
     """
 
-    offers: ClassVar[frozenset[str]] = frozenset({"importance_E", "log_z_squared"})
-    chooses_over_batch: ClassVar[str] = (
+    differentiable_stats: ClassVar[frozenset[str]] = frozenset({"importance_E", "log_z_squared"})
+    non_causal_note: ClassVar[str] = (
         "lets each expert take the tokens it scores highest in the micro-batch; evaluation goes by running thresholds"
     )
-    wanted: frozenset[str] | None = None
+    required_stats: frozenset[str] | None = None
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class ExpertChoice(nn.Module):
         if self.max_experts is not None:
             mask_TE = at_most(fixed_TE, mask_TE, self.max_experts)
         if self.training:
-            sums = logit_sums(logit_TE, self.wanted) | self._loads(mask_TE, fixed_TE, group_T)
+            sums = logit_sums(logit_TE, self.required_stats) | self._loads(mask_TE, fixed_TE, group_T)
             if self.max_experts is None:
                 mask_TE = batchwise_mask(fixed_TE, self.assignments_per_token, group_T)
             else:
@@ -131,18 +131,18 @@ def _check(
     factor: float, num_experts: int, max_experts: int | None, weight: float, iterations: int, rate: float
 ) -> None:
     if not 0 < factor <= num_experts:
-        raise Mistake(
+        raise UserError(
             f"capacity_factor={factor:g} of the gate expert_choice, experts a token of {num_experts}: "
             "must be positive and at most as many"
         )
     if max_experts is not None and not max_experts >= factor:
-        raise Mistake(
+        raise UserError(
             f"max_experts={max_experts} of the gate expert_choice: must be at least the {factor:g} experts a token "
             "on average"
         )
     if not weight > 0 or iterations < 1:
-        raise Mistake(
+        raise UserError(
             f"entropy_weight={weight} max_iterations={iterations} of the gate expert_choice: must be positive"
         )
     if not 0 <= rate <= 1:
-        raise Mistake(f"threshold_rate={rate} of the gate expert_choice: must be at least 0 and at most 1")
+        raise UserError(f"threshold_rate={rate} of the gate expert_choice: must be at least 0 and at most 1")

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from moe_lm.errors import UserError
 from moe_lm.gate import Gating, checked_k
-from moe_lm.gate.choices import (
+from moe_lm.gate.routing import (
     choice_sums,
     initial_matrix,
     numbered,
@@ -18,7 +19,6 @@ from moe_lm.gate.choices import (
     token_choice,
     within_capacity,
 )
-from moe_lm.mistake import Mistake
 
 
 class GShard(nn.Module):
@@ -30,17 +30,17 @@ class GShard(nn.Module):
     """
 
     only_k: ClassVar[int] = 2
-    offers: ClassVar[frozenset[str]] = frozenset({"importance_E", "probability_E", "log_z_squared"})
-    chooses_over_batch: ClassVar[str] = (
+    differentiable_stats: ClassVar[frozenset[str]] = frozenset({"importance_E", "probability_E", "log_z_squared"})
+    non_causal_note: ClassVar[str] = (
         "drops what exceeds an expert's capacity, second choices after everybody's first; evaluation has no capacity"
     )
-    wanted: frozenset[str] | None = None
+    required_stats: frozenset[str] | None = None
 
     def __init__(self, *, width: int, num_experts: int, k: int, capacity_factor: float, num_groups: int | None = None):
         super().__init__()
         self.k, self.num_groups, self.num_experts = checked_k(k, num_experts, 2, "gshard"), num_groups, num_experts
         if not capacity_factor > 0:
-            raise Mistake(f"capacity_factor={capacity_factor} of the gate gshard: must be positive")
+            raise UserError(f"capacity_factor={capacity_factor} of the gate gshard: must be positive")
         self.capacity_factor = capacity_factor
         self.gate_DE = initial_matrix(width, num_experts, num_groups)
 
@@ -59,7 +59,7 @@ class GShard(nn.Module):
         gate_TK = top_TK.softmax(dim=1)  # the two largest of a softmax, renormalised
         expert_TK, kept_TK, sums = numbered(expert_TK, group_T, self.num_experts), None, {}
         if self.training:
-            sums = choice_sums(logit_TE, expert_TK, group_T, self.num_groups, self.wanted)
+            sums = choice_sums(logit_TE, expert_TK, group_T, self.num_groups, self.required_stats)
             kept_TK = self._kept(gate_TK.detach(), expert_TK, group_T)
         return token_choice(expert_TK, gate_TK, self.num_experts * (self.num_groups or 1), kept_TK=kept_TK, sums=sums)
 

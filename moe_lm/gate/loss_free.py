@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from moe_lm.errors import UserError
 from moe_lm.gate import Gating, checked_k
-from moe_lm.gate.choices import choice_sums, initial_matrix, numbered, of_tokens, product, token_choice
-from moe_lm.mistake import Mistake
+from moe_lm.gate.routing import choice_sums, initial_matrix, numbered, of_tokens, product, token_choice
 
 
 class LossFree(nn.Module):
@@ -22,14 +22,14 @@ class LossFree(nn.Module):
     (Algorithm 1): the next batch is chosen for by what the last one showed, in evaluation by what is left at the end.
     """
 
-    offers: ClassVar[frozenset[str]] = frozenset({"importance_E", "probability_E", "log_z_squared"})
-    wanted: frozenset[str] | None = None
+    differentiable_stats: ClassVar[frozenset[str]] = frozenset({"importance_E", "probability_E", "log_z_squared"})
+    required_stats: frozenset[str] | None = None
 
     def __init__(self, *, width: int, num_experts: int, k: int, bias_update_rate: float, num_groups: int | None = None):
         super().__init__()
         self.k, self.num_groups, self.num_experts = checked_k(k, num_experts), num_groups, num_experts
         if not 0 <= bias_update_rate < math.inf:
-            raise Mistake(f"bias_update_rate={bias_update_rate} of the gate loss_free: must be at least 0 and finite")
+            raise UserError(f"bias_update_rate={bias_update_rate} of the gate loss_free: must be at least 0 and finite")
         self.bias_update_rate = bias_update_rate
         self.gate_DE = initial_matrix(width, num_experts, num_groups)
         self.register_buffer("bias_E", torch.zeros((num_groups or 1) * num_experts))
@@ -45,7 +45,7 @@ class LossFree(nn.Module):
             expert_TK, sums = numbered(expert_TK, group_T, self.num_experts), {}
             if self.training:
                 share_TE = score_TE / score_TE.sum(dim=1, keepdim=True).clamp(min=torch.finfo(score_TE.dtype).tiny)
-                sums = choice_sums(logit_TE, expert_TK, group_T, self.num_groups, self.wanted, share_TE)
+                sums = choice_sums(logit_TE, expert_TK, group_T, self.num_groups, self.required_stats, share_TE)
             return token_choice(expert_TK, gate_TK, self.bias_E.numel(), sums=sums)
 
     @torch.no_grad()

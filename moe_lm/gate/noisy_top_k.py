@@ -8,22 +8,24 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from moe_lm.errors import UserError
 from moe_lm.gate import Gating, checked_k
-from moe_lm.gate.choices import choice_sums, numbered, product, summed, token_choice
-from moe_lm.gate.noisy_choice import noisy_choice
-from moe_lm.mistake import Mistake
+from moe_lm.gate.routing import choice_sums, numbered, product, summed, token_choice
+from moe_lm.ops.noisy_top_k import noisy_choice
 
 
 class NoisyTopK(nn.Module):
     """G(x) = Softmax(KeepTopK(x W_g + eps * (Softplus(x W_noise) + noise_epsilon), k)), noise in training only."""
 
-    offers: ClassVar[frozenset[str]] = frozenset({"importance_E", "load_E", "probability_E", "log_z_squared"})
-    wanted: frozenset[str] | None = None
+    differentiable_stats: ClassVar[frozenset[str]] = frozenset(
+        {"importance_E", "load_E", "probability_E", "log_z_squared"}
+    )
+    required_stats: frozenset[str] | None = None
 
     def __init__(self, *, width: int, num_experts: int, k: int, noise_epsilon: float, num_groups: int | None = None):
         super().__init__()
         if not noise_epsilon > 0:
-            raise Mistake(f"gate.noise_epsilon={noise_epsilon}: must be positive")
+            raise UserError(f"gate.noise_epsilon={noise_epsilon}: must be positive")
         self.k, self.num_groups, self.num_experts = checked_k(k, num_experts), num_groups, num_experts
         self.noise_epsilon = noise_epsilon
         # Both start at zero, so that every expert is equally likely at first (Appendix A).
@@ -51,7 +53,7 @@ class NoisyTopK(nn.Module):
         draw_TE = torch.randn_like(logit_TF[:, : self.num_experts])
         top_TN, expert_TN, noisy_TE, chance_TE = noisy_choice(logit_TF, draw_TE, self.noise_epsilon, self.k)
         expert_TK = numbered(expert_TN[:, : self.k], group_T, self.num_experts)
-        sums = choice_sums(noisy_TE, expert_TK, group_T, self.num_groups, self.wanted)
+        sums = choice_sums(noisy_TE, expert_TK, group_T, self.num_groups, self.required_stats)
         if chance_TE is not None:
             load_E = summed(chance_TE, group_T, self.num_groups).reshape(-1)
         return token_choice(expert_TK, top_TN[:, : self.k].softmax(dim=1), num_experts, load_E=load_E, sums=sums)

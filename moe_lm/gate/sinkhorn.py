@@ -12,8 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from moe_lm.errors import UserError
 from moe_lm.gate import Gating, checked_k
-from moe_lm.gate.choices import (
+from moe_lm.gate.routing import (
     initial_matrix,
     logit_sums,
     numbered,
@@ -23,7 +24,6 @@ from moe_lm.gate.choices import (
     token_choice,
     tokens_of_groups,
 )
-from moe_lm.mistake import Mistake
 
 
 class Sinkhorn(nn.Module):
@@ -33,11 +33,11 @@ class Sinkhorn(nn.Module):
     every expert 1/E; in evaluation, the k largest of x W_g.
     """
 
-    offers: ClassVar[frozenset[str]] = frozenset({"importance_E", "log_z_squared"})
-    chooses_over_batch: ClassVar[str] = (
+    differentiable_stats: ClassVar[frozenset[str]] = frozenset({"importance_E", "log_z_squared"})
+    non_causal_note: ClassVar[str] = (
         "assigns all tokens of the micro-batch together, evenly; evaluation gives each its own likeliest experts"
     )
-    wanted: frozenset[str] | None = None
+    required_stats: frozenset[str] | None = None
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Sinkhorn(nn.Module):
         super().__init__()
         self.k, self.num_groups, self.num_experts = checked_k(k, num_experts), num_groups, num_experts
         if not tolerance > 0 or max_iterations < 1:
-            raise Mistake(
+            raise UserError(
                 f"tolerance={tolerance} max_iterations={max_iterations} of the gate sinkhorn: "
                 "must be positive and at least 1"
             )
@@ -74,7 +74,7 @@ class Sinkhorn(nn.Module):
                 numbered(expert_TK, group_T, self.num_experts),
                 gate_TE.gather(1, expert_TK),
                 self.num_experts * (self.num_groups or 1),
-                sums=logit_sums(logit_TE, self.wanted) if self.training else {},
+                sums=logit_sums(logit_TE, self.required_stats) if self.training else {},
             )
 
     def operations_per_timestep(self) -> int:

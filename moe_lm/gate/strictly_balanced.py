@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lm.gate import Gating, checked_k
-from moe_lm.gate.choices import batchwise_mask, expert_choice, logit_sums, of_tokens, product
+from moe_lm.gate.routing import batchwise_mask, expert_choice, logit_sums, of_tokens, product
 
 
 class StrictlyBalanced(nn.Module):
@@ -22,11 +22,11 @@ class StrictlyBalanced(nn.Module):
     """
 
     needs_loss: ClassVar[str] = "batchwise"
-    offers: ClassVar[frozenset[str]] = frozenset({"importance_E", "log_z_squared", "threshold_gap"})
-    chooses_over_batch: ClassVar[str] = (
+    differentiable_stats: ClassVar[frozenset[str]] = frozenset({"importance_E", "log_z_squared", "threshold_gap"})
+    non_causal_note: ClassVar[str] = (
         "lets each expert take equally many tokens of the micro-batch; evaluation goes by learned thresholds"
     )
-    wanted: frozenset[str] | None = None
+    required_stats: frozenset[str] | None = None
 
     def __init__(self, *, width: int, num_experts: int, k: int, num_groups: int | None = None):
         super().__init__()
@@ -55,7 +55,7 @@ class StrictlyBalanced(nn.Module):
         if self.training:
             above_TE, mask_TE = mask_TE, batchwise_mask(gate_TE.detach(), self.k, group_T)
             surplus_TE = above_TE.to(gate_TE.dtype) - mask_TE.to(gate_TE.dtype)
-            sums = logit_sums(logit_TE, self.wanted) | {
+            sums = logit_sums(logit_TE, self.required_stats) | {
                 "threshold_gap": (surplus_TE * (gate_TE - threshold_TE)).sum(),
                 "threshold_tokens": gate_TE.new_full((), x_TD.shape[0]),
             }

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from moe_lm.errors import UserError
 from moe_lm.gate import Gating, checked_k
-from moe_lm.gate.choices import (
+from moe_lm.gate.routing import (
     choice_sums,
     initial_matrix,
     numbered,
@@ -18,7 +19,6 @@ from moe_lm.gate.choices import (
     token_choice,
     within_capacity,
 )
-from moe_lm.mistake import Mistake
 
 
 class Switch(nn.Module):
@@ -30,11 +30,11 @@ class Switch(nn.Module):
     """
 
     only_k: ClassVar[int] = 1
-    offers: ClassVar[frozenset[str]] = frozenset({"importance_E", "probability_E", "log_z_squared"})
-    chooses_over_batch: ClassVar[str] = (
+    differentiable_stats: ClassVar[frozenset[str]] = frozenset({"importance_E", "probability_E", "log_z_squared"})
+    non_causal_note: ClassVar[str] = (
         "drops what exceeds an expert's capacity, by the tokens before it; evaluation has no capacity"
     )
-    wanted: frozenset[str] | None = None
+    required_stats: frozenset[str] | None = None
 
     def __init__(
         self,
@@ -49,9 +49,9 @@ class Switch(nn.Module):
         super().__init__()
         self.k, self.num_groups, self.num_experts = checked_k(k, num_experts, 1, "switch"), num_groups, num_experts
         if not capacity_factor > 0:
-            raise Mistake(f"capacity_factor={capacity_factor} of the gate switch: must be positive")
+            raise UserError(f"capacity_factor={capacity_factor} of the gate switch: must be positive")
         if not 0 <= jitter < 1:
-            raise Mistake(f"jitter={jitter} of the gate switch: must be at least 0 and below 1")
+            raise UserError(f"jitter={jitter} of the gate switch: must be at least 0 and below 1")
         self.capacity_factor, self.jitter = capacity_factor, jitter
         self.gate_DE = initial_matrix(width, num_experts, num_groups)
 
@@ -72,7 +72,7 @@ class Switch(nn.Module):
         gate_T1, expert_T1 = probability_TE.max(dim=1, keepdim=True)
         expert_T1, kept_T1, sums = numbered(expert_T1, group_T, self.num_experts), None, {}
         if self.training:
-            sums = choice_sums(logit_TE, expert_T1, group_T, self.num_groups, self.wanted, probability_TE)
+            sums = choice_sums(logit_TE, expert_T1, group_T, self.num_groups, self.required_stats, probability_TE)
             place_T1 = places(expert_T1.squeeze(1)).unsqueeze(1)
             kept_T1 = within_capacity(place_T1, self.capacity_factor, self.num_experts, group_T, self.num_groups)
         return token_choice(expert_T1, gate_T1, self.num_experts * (self.num_groups or 1), kept_TK=kept_T1, sums=sums)

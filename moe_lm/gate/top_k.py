@@ -8,22 +8,22 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from moe_lm.errors import UserError
 from moe_lm.gate import Gating, checked_k
-from moe_lm.gate.choices import choice_sums, initial_matrix, numbered, product, token_choice
-from moe_lm.mistake import Mistake
+from moe_lm.gate.routing import choice_sums, initial_matrix, numbered, product, token_choice
 
 
 class TopK(nn.Module):
     """G(x) = Softmax(KeepTopK(x W_g, k)), the same in training and evaluation."""
 
-    offers: ClassVar[frozenset[str]] = frozenset({"importance_E", "probability_E", "log_z_squared"})
-    wanted: frozenset[str] | None = None
+    differentiable_stats: ClassVar[frozenset[str]] = frozenset({"importance_E", "probability_E", "log_z_squared"})
+    required_stats: frozenset[str] | None = None
 
     def __init__(self, *, width: int, num_experts: int, k: int, num_groups: int | None = None):
         super().__init__()
         self.k, self.num_groups, self.num_experts = checked_k(k, num_experts), num_groups, num_experts
         if k == 1 < num_experts:
-            raise Mistake(
+            raise UserError(
                 "the gate top_k with one expert a token gives it the weight 1 and learns nothing from the text: "
                 "model.k=2, or the gate switch for one expert a token"
             )
@@ -37,7 +37,7 @@ class TopK(nn.Module):
             expert_TK = numbered(expert_TK, group_T, self.num_experts)
             sums = {}
             if self.training:
-                sums = choice_sums(logit_TE, expert_TK, group_T, self.num_groups, self.wanted)
+                sums = choice_sums(logit_TE, expert_TK, group_T, self.num_groups, self.required_stats)
             num_experts = self.num_experts * (self.num_groups or 1)
             return token_choice(expert_TK, top_TK.softmax(dim=1), num_experts, sums=sums)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from moe_lm.paper import Printed
+from moe_lm.report.paper import Printed
 
 Line = Mapping[str, Any]
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-from moe_lm.paper import TABLE_6
 from moe_lm.report import Column, RunRecord, Table
 from moe_lm.report.beside import row_of
 from moe_lm.report.figures import LAST_LINES, mean_figures
 from moe_lm.report.formats import perplexity, small, weight
+from moe_lm.report.paper import TABLE_6
 from moe_lm.report.routing import gates
 from moe_lm.report.seeds import seed_groups
 

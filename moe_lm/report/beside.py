@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from moe_lm.paper import TABLE_7, Printed, printed
 from moe_lm.report import Column, PaperModel, Row, RunRecord, Table
 from moe_lm.report.figures import Figures, mean_figures
 from moe_lm.report.formats import billions, change, millions, percent, perplexity, times
+from moe_lm.report.paper import TABLE_7, Printed, printed
 from moe_lm.report.seeds import seed_groups
 from moe_lm.run import flatten
 

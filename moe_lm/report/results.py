@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from moe_lm.mistake import Mistake
+from moe_lm.errors import UserError
 from moe_lm.report import RunRecord
 
 RESULT_NUMBERS = (
@@ -26,15 +26,15 @@ def read_runs(folder: Path) -> list[RunRecord]:
     """Every run directly in `folder`, or `folder` itself, by operations and parameters; unfinished last."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise Mistake(f"no folder {folder}: give runs=<folder that holds run directories>")
+        raise UserError(f"no folder {folder}: give runs=<folder that holds run directories>")
     if is_run(folder):
         return [read_run(folder)]
     try:
         runs = [read_run(child) for child in sorted(folder.iterdir()) if is_run(child)]
     except PermissionError as error:
-        raise Mistake(f"cannot read {error.filename}: make it readable") from error
+        raise UserError(f"cannot read {error.filename}: make it readable") from error
     if not runs:
-        raise Mistake(f"no run in {folder} (a run holds config.yaml): {nearest_runs(folder)}")
+        raise UserError(f"no run in {folder} (a run holds config.yaml): {nearest_runs(folder)}")
     return sorted(runs, key=order)
 
 
@@ -80,15 +80,15 @@ def read_result(path: Path) -> Mapping[str, Any] | None:
     try:
         result = json.loads(path.read_bytes())
     except ValueError as error:
-        raise Mistake(f"{path} is damaged ({first_line(error)}): {mend}") from error
+        raise UserError(f"{path} is damaged ({first_line(error)}): {mend}") from error
     if not isinstance(result, dict):
-        raise Mistake(f"{path} is damaged (not a JSON object): {mend}")
+        raise UserError(f"{path} is damaged (not a JSON object): {mend}")
     for key in RESULT_NUMBERS:
         if not is_number(result.get(key)):
-            raise Mistake(f"{path} is damaged ({key} is not a number): {mend}")
+            raise UserError(f"{path} is damaged ({key} is not a number): {mend}")
     perplexity = result.get("perplexity")
     if not isinstance(perplexity, dict) or not all(v is None or is_number(v) for v in perplexity.values()):
-        raise Mistake(f"{path} is damaged (perplexity is not a number for each split): {mend}")
+        raise UserError(f"{path} is damaged (perplexity is not a number for each split): {mend}")
     return result
 
 
@@ -103,9 +103,9 @@ def read_audit(path: Path, result: Mapping[str, Any] | None) -> Mapping[str, Any
         numbers = [audit["step"], *(audit[key]["mean_bits"] for key in ("training", "later_words"))]
         numbers += [audit[key]["perplexity"] for key in ("by_evaluation", "by_training")]
     except (ValueError, KeyError, TypeError) as error:
-        raise Mistake(f"{path} is damaged ({first_line(error)}): {mend}") from error
+        raise UserError(f"{path} is damaged ({first_line(error)}): {mend}") from error
     if not whole or not all(map(is_number, numbers)):
-        raise Mistake(f"{path} is damaged (not all of its figures are numbers): {mend}")
+        raise UserError(f"{path} is damaged (not all of its figures are numbers): {mend}")
     return audit if audit["step"] == result.get("steps") else None
 
 
@@ -115,7 +115,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     *complete, unfinished = path.read_bytes().split(b"\n")
     lines = [read_line(text, path, number) for number, text in enumerate(complete, start=1)]
-    with suppress(Mistake):  # no newline yet: a later report will find it whole
+    with suppress(UserError):  # no newline yet: a later report will find it whole
         lines.append(read_line(unfinished, path, len(complete) + 1))
     return [line for line in lines if line]
 
@@ -128,12 +128,12 @@ def read_line(text: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
         line = json.loads(text)
     except ValueError as error:
-        raise Mistake(f"{path} line {number} is damaged ({first_line(error)}): {mend}") from error
+        raise UserError(f"{path} line {number} is damaged ({first_line(error)}): {mend}") from error
     if not isinstance(line, dict):
-        raise Mistake(f"{path} line {number} is damaged (not a JSON object): {mend}")
+        raise UserError(f"{path} line {number} is damaged (not a JSON object): {mend}")
     for key in ("words", "perplexity" if "split" in line else "nats_per_word"):
         if not is_number(line.get(key)):
-            raise Mistake(f"{path} line {number} is damaged ({key} is not a number): {mend}")
+            raise UserError(f"{path} line {number} is damaged ({key} is not a number): {mend}")
     return line
 
 
@@ -143,5 +143,5 @@ def is_number(value: object) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an exception's message: a `Mistake` has only one."""
+    """The first line of an exception's message: a `UserError` has only one."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from moe_lm.files import replace_files
+from moe_lm.atomic_io import replace_files
 from moe_lm.report import Report
 from moe_lm.report.ablation import balance_tables
 from moe_lm.report.beside import Presets, paper_tables, set_beside
@@ -29,7 +29,7 @@ def write_report(folder: Path, presets: Presets, notes: Sequence[str] = (), stud
 
     `presets` gives a preset's configuration, which tells whether a run is the paper's model or imitates it.
     `notes` and `study` stand at the top of the page: what the study can show and what not, its name and scale.
-    Raises `Mistake` where there is no run, a run is damaged or the report cannot be written.
+    Raises `UserError` where there is no run, a run is damaged or the report cannot be written.
     """
     folder = Path(folder)
     runs = set_beside(read_runs(folder), presets)

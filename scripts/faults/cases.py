@@ -94,7 +94,7 @@ def launcher_killed(trial: Trial) -> None:
     for early in (trial.draw.random() < 0.5, False):
         child = trial.start(programs.SLOWLY)
         if early:
-            child.wait(until=lambda child=child: "0" in child.processes().values())
+            child.wait(until=lambda child=child: "0" in child.parallel().values())
             _sleep(trial, child, trial.draw.uniform(0, trial.site.timelines[trial.size].ready))
         else:
             trial.wait_for_step(child, intact.last_step(trial.run) + 4)
@@ -111,10 +111,10 @@ def torchrun_restarts(trial: Trial) -> None:
     child = trial.start(programs.SLOWLY, torchrun=True)
     for step in sorted(trial.draw.sample(range(3, STEPS - 6), 2)):
         trial.wait_for_step(child, step)
-        pids = [pid for pid, rank in child.processes().items() if rank is not None]
+        pids = [pid for pid, rank in child.parallel().items() if rank is not None]
         trial.expect(child.kill(trial.draw.choice("01")), "no process to kill")
         trial.disturbed += 1
-        child.wait(until=lambda pids=pids: not set(pids) & set(child.processes()))
+        child.wait(until=lambda pids=pids: not set(pids) & set(child.parallel()))
         newest = max(intact.steps(trial.run), default=0)
         child.wait(until=lambda newest=newest: trial.at_step(0) and intact.resumed_at(child.text) >= newest)
     trial.ended(child, (0,))

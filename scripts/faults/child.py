@@ -43,7 +43,7 @@ class Child:
         """What it has said so far."""
         return self.log.read_text(errors="replace")
 
-    def processes(self) -> dict[int, str | None]:
+    def parallel(self) -> dict[int, str | None]:
         """Return all its living processes with their rank, None for what has none."""
         found = {}
         for folder in Path("/proc").iterdir():
@@ -59,7 +59,7 @@ class Child:
 
     def kill(self, rank: str | None = None, number: int = signal.SIGKILL) -> bool:
         """Send a signal to the process of a rank, or to what was started; False where it is not there (any more)."""
-        pids = [pid for pid, found in self.processes().items() if found == rank] if rank is not None else [self.pid]
+        pids = [pid for pid, found in self.parallel().items() if found == rank] if rank is not None else [self.pid]
         alive = [pid for pid in pids if pid != self.pid or self.code is None]
         for pid in alive:
             _send(pid, number)
@@ -67,14 +67,14 @@ class Child:
 
     def kill_all(self) -> None:
         """End every process at once."""
-        for pid in self.processes():
+        for pid in self.parallel():
             _send(pid, signal.SIGKILL)
 
     def wait(self, seconds: float = LONGEST, until: Callable[[], bool] = bool) -> bool:
         """Wait until all its processes have ended, or until a condition holds; False where time is up."""
         deadline = time.monotonic() + seconds
         while not until():
-            if self.code is not None and not self.processes():
+            if self.code is not None and not self.parallel():
                 return True
             if time.monotonic() > deadline:
                 return False
@@ -83,7 +83,7 @@ class Child:
 
     def end(self) -> None:
         """Leave nothing running."""
-        while self.processes():
+        while self.parallel():
             self.kill_all()
             time.sleep(0.02)
         self._process.wait()

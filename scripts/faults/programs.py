@@ -2,7 +2,7 @@
 
 _SLOWLY = """
 import time
-from moe_lm.data.batches import Batches
+from moe_lm.data.batching import Batches
 _step = Batches.step
 Batches.step = lambda *a, **k: (time.sleep({seconds}), _step(*a, **k))[1]
 """
@@ -34,7 +34,7 @@ run.write_text = write_text
 
 _PLACES = {
     "while the model's files are written": """
-from moe_lm.storage import tensors_on_disk
+from moe_lm.checkpoint import sharded_safetensors as tensors_on_disk
 _write = tensors_on_disk.write
 def write(folder, tensors, group):
     if folder.name == "model":
@@ -46,7 +46,7 @@ def write(folder, tensors, group):
 tensors_on_disk.write = write
 """,
     "after the model's files": """
-from moe_lm.storage import tensors_on_disk
+from moe_lm.checkpoint import sharded_safetensors as tensors_on_disk
 _write = tensors_on_disk.write
 def write(folder, tensors, group):
     if folder.name == "optimizer":
@@ -55,7 +55,7 @@ def write(folder, tensors, group):
 tensors_on_disk.write = write
 """,
     "after its own files": """
-from moe_lm.storage.saver import Saver
+from moe_lm.checkpoint.saver import Saver
 _sums = Saver._sums
 def sums(self, partial):
     die_at_last()
@@ -63,7 +63,7 @@ def sums(self, partial):
 Saver._sums = sums
 """,
     "before state.json": """
-from moe_lm.storage import saver
+from moe_lm.checkpoint import saver
 _put = saver._put_in_place
 def put(partial, path, state):
     die_at_last()
@@ -71,7 +71,7 @@ def put(partial, path, state):
 saver._put_in_place = put
 """,
     "in the middle of state.json": """
-from moe_lm.storage import saver
+from moe_lm.checkpoint import saver
 _put = saver._put_in_place
 def put(partial, path, state):
     if about_to_die():
@@ -81,7 +81,7 @@ def put(partial, path, state):
 saver._put_in_place = put
 """,
     "between rename and prune": """
-from moe_lm.storage import checkpoint
+from moe_lm.checkpoint import checkpoint
 _prune = checkpoint.prune
 def prune(*arguments):
     die_at_last()
@@ -91,7 +91,7 @@ checkpoint.prune = prune
     "in the middle of prune": """
 import types
 from pathlib import Path
-from moe_lm.storage import checkpoint
+from moe_lm.checkpoint import checkpoint
 _shutil = checkpoint.shutil
 def rmtree(path, *a, **k):
     if about_to_die():
@@ -117,7 +117,7 @@ def killed(place: str, count: int) -> str:
 
 _STEP_KNOWN = """
 import torch
-from moe_lm.training.update import Update
+from moe_lm.train.step import Update
 _call, _now = Update.__call__, [None]
 def call(self, batch, step, rate):
     _now[0] = step
@@ -129,7 +129,7 @@ def is_now():
 
 _NAN = {
     "loss": """
-from moe_lm.training.objective import Objective
+from moe_lm.loss.objective import Objective
 _loss = Objective.__call__
 def objective(self, *a, **k):
     loss, values = _loss(self, *a, **k)
@@ -137,7 +137,7 @@ def objective(self, *a, **k):
 Objective.__call__ = objective
 """,
     "gradient": """
-from moe_lm.gradients import Gradients
+from moe_lm.parallel.grad_reduce import Gradients
 _init = Gradients.__init__
 def init(self, model, *a, **k):
     _init(self, model, *a, **k)
@@ -165,7 +165,7 @@ def faulty(kind: str, first: int, last: int) -> str:
 
 
 UNAWARE_OF_DISK = """
-from moe_lm.storage import saver
+from moe_lm.checkpoint import saver
 saver.free_disk = lambda folder: 2**50
 """
 """The disk fills up after the look at how much is free: the writing itself fails."""

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from moe_lm.data.batches import POOL_STEPS, Batches, in_order
-from moe_lm.data.micro_batches import lengths, micro_batch
+from moe_lm.data.batching import POOL_STEPS, Batches, iter_eval_batches
+from moe_lm.data.micro_batch import lengths, micro_batch
 from moe_lm.data.prepared import Split
 from moe_lm.data.sentences import Sentences
-from moe_lm.mistake import Mistake
+from moe_lm.errors import UserError
 
 START, END, FILL, FIRST = 0, 1, 2, 10
 
@@ -235,7 +235,9 @@ def test_in_order_yields_every_sentence_once(num_sentences, max_sentences, max_w
     split = split_of(realistic(num_sentences))
     expected = list(range(num_sentences))[:limit]
     found = []
-    for chosen, batch in in_order(split, start=START, max_sentences=max_sentences, max_words=max_words, limit=limit):
+    for chosen, batch in iter_eval_batches(
+        split, start=START, max_sentences=max_sentences, max_words=max_words, limit=limit
+    ):
         assert named(batch) == chosen.tolist()
         place = batch.sentences
         assert 1 <= place.num_sentences <= max_sentences
@@ -252,7 +254,7 @@ def test_lengths_count_the_end_of_sentence():
 @pytest.mark.parametrize(("words", "micro_words"), [(10, 11), (10, 0), (0, 0)])
 def test_wrong_sizes_are_mistakes(words, micro_words):
     """micro_words beyond words, or none, is refused with the keys to change."""
-    with pytest.raises(Mistake, match=r"batch\.micro_words"):
+    with pytest.raises(UserError, match=r"batch\.micro_words"):
         batches_of(split_of([3, 4]), words=words, micro_words=micro_words)
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from moe_lm.data import distinct as module
-from moe_lm.data.distinct import distinct
+from moe_lm.data import unique as module
+from moe_lm.data.unique import unique_inverse
 
 
 @pytest.mark.parametrize("most", [0, 8, 10**9], ids=["sorted", "as it is", "in a table"])
@@ -12,7 +12,7 @@ from moe_lm.data.distinct import distinct
 def test_ascending_and_each_ones_place(x, most, monkeypatch):
     """As Python's own sets tell."""
     monkeypatch.setattr(module, "_MOST_OF_TABLE", most)
-    found, place = distinct(torch.tensor(x, dtype=torch.int64))
+    found, place = unique_inverse(torch.tensor(x, dtype=torch.int64))
     assert found.tolist() == sorted(set(x))
     assert place.tolist() == [sorted(set(x)).index(number) for number in x]
     assert found.dtype == place.dtype == torch.int64
@@ -21,13 +21,13 @@ def test_ascending_and_each_ones_place(x, most, monkeypatch):
 def test_a_table_of_at_most_eight_times_as_many(monkeypatch):
     """Of a few among very many there is none: it would take gigabytes."""
     monkeypatch.setattr(torch.Tensor, "unique", None)
-    assert distinct(torch.tensor([23, 1, 23]))[0].tolist() == [1, 23]
+    assert unique_inverse(torch.tensor([23, 1, 23]))[0].tolist() == [1, 23]
     with pytest.raises(TypeError):
-        distinct(torch.tensor([24, 1, 24]))
+        unique_inverse(torch.tensor([24, 1, 24]))
 
 
 def test_whatever_the_default_device():
     """Numbers in the host's memory stay there."""
     with torch.device("meta"):
         x_T = torch.tensor([3, 1, 3], device="cpu")
-        assert [x.tolist() for x in distinct(x_T)] == [[1, 3], [1, 0, 1]]
+        assert [x.tolist() for x in unique_inverse(x_T)] == [[1, 3], [1, 0, 1]]

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-import moe_lm.corpus.lines
-import moe_lm.data.preparation
-from moe_lm.corpus.text import Text
+import moe_lm.data.corpus.lines
+import moe_lm.data.prepare
+from moe_lm.data.corpus.text import Text
 from moe_lm.data.prepared import open_prepared, prepare
-from moe_lm.mistake import Mistake
-from moe_lm.vocabulary.words import Words
+from moe_lm.data.vocabulary.words import Words
+from moe_lm.errors import UserError
 
 WORDS = Words(file=None, min_count=2, max_size=None)
 
@@ -28,8 +28,8 @@ def large(monkeypatch):
 
 
 def make_large(setattr=setattr):
-    setattr(moe_lm.data.preparation, "_LARGE", 1)
-    setattr(moe_lm.corpus.lines, "BLOCK", 500)
+    setattr(moe_lm.data.prepare, "_LARGE", 1)
+    setattr(moe_lm.data.corpus.lines, "BLOCK", 500)
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_the_number_of_processes_changes_nothing(text):
 def test_a_killed_preparation_goes_on_and_gives_the_same_bytes(text, deadly, num_processes):
     make(corpus(text), text / "undisturbed")
     killed(text, deadly)
-    with pytest.raises(Mistake, match="not prepared"):
+    with pytest.raises(UserError, match="not prepared"):
         open_prepared(text / "data", WORDS)
     spied, said = Spied(text), []
     if num_processes == 1:
@@ -178,14 +178,14 @@ def test_a_mistake_in_a_part_reaches_the_user_with_its_line(text):
     lines = (text / "train-1").read_bytes().split(b"\n")
     lines[100] = b"bad \xff byte"
     (text / "train-1").write_bytes(b"\n".join(lines))
-    with pytest.raises(Mistake, match=r"train-1, line 101: not UTF-8"):
+    with pytest.raises(UserError, match=r"train-1, line 101: not UTF-8"):
         make(corpus(text), text / "data", 2)
 
 
 def test_a_disk_too_small_is_said_before_it_is_full(text, monkeypatch):
     free = shutil.disk_usage(text)._replace(free=2000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
-    with pytest.raises(Mistake, match=r"needs 0\.0 GB for the token ids and has 0\.0 GB free; make room"):
+    with pytest.raises(UserError, match=r"needs 0\.0 GB for the token ids and has 0\.0 GB free; make room"):
         make(corpus(text), text / "data")
 
 
@@ -203,7 +203,7 @@ def test_a_small_disk_is_said_before_encoding_where_no_word_is_counted(text, mon
     recipe, parts, whole = listed
     disk = shutil.disk_usage(text)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: disk._replace(free=(parts + whole) * 6 // 10))
-    with pytest.raises(Mistake, match="free; make room"):
+    with pytest.raises(UserError, match="free; make room"):
         make(corpus(text), text / "data", recipe=recipe)
     assert not list((text / ".data.partial" / "parts").iterdir())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: disk._replace(free=parts + whole))
@@ -213,18 +213,18 @@ def test_a_small_disk_is_said_before_encoding_where_no_word_is_counted(text, mon
 @pytest.mark.parametrize("lacking", [0, 1])
 def test_a_disk_that_others_fill_is_said_before_the_parts_are_joined(text, monkeypatch, listed, lacking):
     recipe, _, whole = listed
-    disk, encode = shutil.disk_usage(text), moe_lm.data.preparation.Making._encode
+    disk, encode = shutil.disk_usage(text), moe_lm.data.prepare.Making._encode
 
     def encode_and_fill(making):
         records = encode(making)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: disk._replace(free=whole - lacking))
         return records
 
-    monkeypatch.setattr(moe_lm.data.preparation.Making, "_encode", encode_and_fill)
+    monkeypatch.setattr(moe_lm.data.prepare.Making, "_encode", encode_and_fill)
     if not lacking:
         assert make(corpus(text), text / "data", recipe=recipe).fingerprint
         return
-    with pytest.raises(Mistake, match="free; make room"):
+    with pytest.raises(UserError, match="free; make room"):
         make(corpus(text), text / "data", recipe=recipe)
     assert not list((text / ".data.partial" / "whole").iterdir())
 

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-import moe_lm.data.preparation
+import moe_lm.data.prepare
 import moe_lm.data.prepared
 import moe_lm.data.split_writer
 from moe_lm.data.prepared import open_prepared, prepare
-from moe_lm.mistake import Mistake
-from moe_lm.vocabulary.subwords import Subwords
-from moe_lm.vocabulary.words import Words
+from moe_lm.data.vocabulary.subwords import Subwords
+from moe_lm.data.vocabulary.words import Words
+from moe_lm.errors import UserError
 
 TEXT = {
     "train": ["b a a", "a b", "", "c a b d e", "  ", "a"],  # the third sentence is longer than max_words
@@ -206,7 +206,7 @@ def test_a_damaged_folder_is_reported_and_mended(tmp_path, file, damage):
     path = folder / file
     before = path.read_bytes()
     path.unlink() if damage == "gone" else path.write_bytes(before[:-3])
-    with pytest.raises(Mistake, match="prepare it"):
+    with pytest.raises(UserError, match="prepare it"):
         open_prepared(folder, WORDS)
     assert make(folder).fingerprint == whole.fingerprint
     assert path.read_bytes() == before
@@ -217,7 +217,7 @@ def test_a_damaged_folder_is_reported_and_mended(tmp_path, file, damage):
 def test_a_strange_record_is_reported(tmp_path, content):
     make(tmp_path / "data")
     (tmp_path / "data" / "data.json").write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.raises(Mistake, match=r"data\.json cannot be read"):
+    with pytest.raises(UserError, match=r"data\.json cannot be read"):
         open_prepared(tmp_path / "data", WORDS)
 
 
@@ -225,28 +225,28 @@ def test_another_format_is_reported(tmp_path):
     make(tmp_path / "data")
     record = json.loads((tmp_path / "data" / "data.json").read_text())
     (tmp_path / "data" / "data.json").write_text(json.dumps(record | {"format": 0}))
-    with pytest.raises(Mistake, match="has format 0, this version reads 1"):
+    with pytest.raises(UserError, match="has format 0, this version reads 1"):
         open_prepared(tmp_path / "data", WORDS)
 
 
 def test_a_folder_that_was_never_prepared_is_reported(tmp_path):
-    with pytest.raises(Mistake, match=r"nothing is not prepared \(data\.json is missing\)"):
+    with pytest.raises(UserError, match=r"nothing is not prepared \(data\.json is missing\)"):
         open_prepared(tmp_path / "nothing", WORDS)
 
 
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
 def test_a_split_without_a_sentence_is_refused(tmp_path, split):
-    with pytest.raises(Mistake, match=f"the {split} split of the corpus has no sentence"):
+    with pytest.raises(UserError, match=f"the {split} split of the corpus has no sentence"):
         make(tmp_path / "data", Lines(TEXT | {split: ["", " \t"]}))
     assert names(tmp_path) == []
 
 
 def test_training_text_of_long_sentences_only_is_refused(tmp_path):
-    with pytest.raises(Mistake, match="the train split of the corpus has no sentence of at most 4 words"):
+    with pytest.raises(UserError, match="the train split of the corpus has no sentence of at most 4 words"):
         make(tmp_path / "data", Lines(TEXT | {"train": ["a b c d e"]}))
 
 
-@pytest.mark.parametrize("error", [Mistake("line 3: not UTF-8"), RuntimeError("bug"), ConnectionError("offline")])
+@pytest.mark.parametrize("error", [UserError("line 3: not UTF-8"), RuntimeError("bug"), ConnectionError("offline")])
 def test_an_error_in_the_text_passes_through_and_leaves_nothing(tmp_path, error):
     with pytest.raises(type(error), match=str(error)):
         make(tmp_path / "data", Lines(TEXT | {"valid": ["a", None]}, error=error))
@@ -260,7 +260,7 @@ def test_a_full_disk_is_a_mistake_and_keeps_what_stood_there(tmp_path, monkeypat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(Mistake, match=r"cannot write .*data: No space left on device"):
+    with pytest.raises(UserError, match=r"cannot write .*data: No space left on device"):
         make(tmp_path / "data", Lines(TEXT | {"test": ["a"]}, stamp=1))
     assert names(tmp_path) == ["data"]
     assert open_prepared(tmp_path / "data", WORDS).fingerprint == before
@@ -268,14 +268,14 @@ def test_a_full_disk_is_a_mistake_and_keeps_what_stood_there(tmp_path, monkeypat
 
 def test_a_place_where_no_folder_can_be_made_is_a_mistake(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(Mistake, match=r"cannot write .*file/data: "):
+    with pytest.raises(UserError, match=r"cannot write .*file/data: "):
         make(tmp_path / "file" / "data")
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "thesis.txt").write_text("years of work")
-    with pytest.raises(Mistake, match="holds other files than prepared text"):
+    with pytest.raises(UserError, match="holds other files than prepared text"):
         make(tmp_path / "data")
     assert (tmp_path / "data" / "thesis.txt").read_text() == "years of work"
 
@@ -304,7 +304,7 @@ def test_a_process_killed_in_the_middle_leaves_nothing_that_counts(tmp_path):
     ended = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, check=False)
     assert ended.returncode == -9, ended.stderr
     assert (tmp_path / ".data.partial" / "parts" / "train-00000.tokens").exists()  # it was well under way
-    with pytest.raises(Mistake, match="not prepared"):
+    with pytest.raises(UserError, match="not prepared"):
         open_prepared(tmp_path / "data", WORDS)
     assert make(tmp_path / "data").splits["train"].num_sentences == 3
     assert names(tmp_path) == ["data"]
@@ -339,7 +339,7 @@ def test_a_finished_folder_opens_where_no_lock_can_be_had(tmp_path, monkeypatch)
 def test_progress_goes_to_standard_error_only_when_asked(tmp_path, capsys):
     make(tmp_path / "quiet")
     assert capsys.readouterr() == ("", "")
-    with suppress(Mistake):
+    with suppress(UserError):
         prepare(corpus=Lines(), recipe=WORDS, folder=tmp_path / "bars", settings={}, say=print, progress=True)
     output = capsys.readouterr()
     assert "vocabulary: 5 tokens" in output.out

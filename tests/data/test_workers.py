@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from moe_lm.data.workers import each
-from moe_lm.mistake import Mistake
+from moe_lm.errors import UserError
 
 
 def square(task, watch):
@@ -22,7 +22,7 @@ def square(task, watch):
 
 def refuse(task, watch):
     if task == 3:
-        raise Mistake("task 3 is no good")
+        raise UserError("task 3 is no good")
     return task
 
 
@@ -66,7 +66,7 @@ def test_no_task_is_no_work():
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_mistake_reaches_the_user(num_processes):
-    with pytest.raises(Mistake, match=r"^task 3 is no good$"):
+    with pytest.raises(UserError, match=r"^task 3 is no good$"):
         list(each([1, 2, 3, 4], refuse, num_processes=num_processes, watch=print))
 
 
@@ -80,7 +80,7 @@ def test_other_errors_come_with_what_happened():
 
 def test_a_killed_worker_is_one_line_and_no_waiting():
     began = time.monotonic()
-    with pytest.raises(Mistake, match=r"a worker process was killed.*processes=1"):
+    with pytest.raises(UserError, match=r"a worker process was killed.*processes=1"):
         list(each([0, 1], die, num_processes=2, watch=print))
     assert time.monotonic() - began < 50
 

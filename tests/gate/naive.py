@@ -8,9 +8,9 @@ Shape suffixes: T tokens, D width, E experts (of a group), A assignments, G grou
 import torch
 
 ZERO = torch.zeros((), dtype=torch.float64)
-SUMS = ("asked_E", "first_choice_E", "probability_E", "log_z_squared", "num_tokens")
+SUMS = ("requested_E", "first_choice_E", "probability_E", "log_z_squared", "num_tokens")
 """The sums of a gate whose tokens choose experts."""
-CONSTANT = ("asked_E", "first_choice_E", "above_E", "share_E", "num_tokens")
+CONSTANT = ("requested_E", "first_choice_E", "above_E", "share_E", "num_tokens")
 """Sums without a gradient."""
 
 
@@ -54,9 +54,9 @@ def stacked(rows, num_experts):
     return torch.stack([torch.stack(row) for row in rows]) if rows else torch.zeros(0, num_experts).double()
 
 
-def sums_of(asked_E, first_E, probability_E, log_z_squared, num_tokens):
+def sums_of(requested_E, first_E, probability_E, log_z_squared, num_tokens):
     """The sums of a gate whose tokens choose experts, by name."""
-    counts = [torch.tensor(x).double() for x in (asked_E, first_E)]
+    counts = [torch.tensor(x).double() for x in (requested_E, first_E)]
     values = [*counts, torch.stack(probability_E), log_z_squared, torch.tensor(float(num_tokens)).double()]
     return dict(zip(SUMS, values, strict=True))
 
@@ -77,13 +77,13 @@ def check_order(gating):
     assert pairs == sorted(set(pairs))
 
 
-def check(gating, table_TE, sums, num_asked, train):
+def check(gating, table_TE, sums, num_requested, train):
     """Everything in the gating is that of the loops; in evaluation there are no sums."""
     torch.testing.assert_close(dense(gating), table_TE)
     torch.testing.assert_close(gating.importance_E, table_TE.sum(dim=0))
     assert gating.load_E.tolist() == (table_TE > 0).sum(dim=0).tolist()
     assert not gating.load_E.requires_grad
-    assert gating.num_asked == num_asked == len(gating.token_A) + gating.num_dropped
+    assert gating.num_requested == num_requested == len(gating.token_A) + gating.num_dropped
     assert len(gating.token_A) == int((table_TE > 0).sum())
     check_order(gating)
     assert set(gating.sums) == (set(sums) if train else set())

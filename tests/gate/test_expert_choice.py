@@ -136,6 +136,6 @@ def test_learnt_thresholds_let_k_experts_through(most):
         gate.threshold_rate = 0.1 if step < 150 else 0.02
         gate.adapt(gate(torch.randn(400, 5)).sums)
     gating = gate.eval()(torch.randn(40_000, 5))
-    assert gating.num_asked / 40_000 == pytest.approx(2, rel=0.03)
+    assert gating.num_requested / 40_000 == pytest.approx(2, rel=0.03)
     assert (gating.load_E / 40_000 - 2 / 8).abs().max() < 0.02
     assert torch.bincount(gating.token_A).max() <= (most or 8)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from moe_lm.errors import UserError
+from moe_lm.gate.capped_choice import transport_plan
 from moe_lm.gate.expert_choice import ExpertChoice
-from moe_lm.gate.transport import transport_plan
-from moe_lm.mistake import Mistake
 
 # Tokens, experts, experts a token, at most so many, in each case with room for m tokens of every expert.
 FEASIBLE = [(3, 3, 2, 2), (4, 4, 1.5, 2), (7, 4, 2, 3), (12, 8, 2, 2), (20, 5, 2, 3), (33, 3, 2, 2), (30, 6, 1, 1)]
@@ -146,7 +146,7 @@ def test_by_hand_on_paper():
     gating = gate(logit_TE)
     assert (gating.expert_A.tolist(), gating.token_A.tolist()) == ([0, 1, 2], [1, 0, 2])
     assert gating.gate_A.tolist() == pytest.approx([0.4, 0.45, 0.5])
-    assert (gating.num_asked, gating.num_dropped) == (3, 0)
+    assert (gating.num_requested, gating.num_dropped) == (3, 0)
     gating.gate_A[0].backward()  # 0.4 (1 - 0.4), -0.4 x 0.3 and -0.4 x 0.3: the choice is a constant
     assert logit_TE.grad[1].tolist() == pytest.approx([0.24, -0.12, -0.12])
     assert logit_TE.grad[[0, 2]].abs().max() == 0
@@ -176,7 +176,7 @@ def test_every_expert_has_m_tokens(num_tokens, num_experts, c, b, scale, iterati
         x_TD = naive.tokens(num_tokens, seed=seed + 10)
         gating = gate(x_TD)
         assert gating.load_E.tolist() == [m] * num_experts
-        assert gating.num_asked == len(gating.token_A) == num_experts * m
+        assert gating.num_requested == len(gating.token_A) == num_experts * m
         assert gating.num_dropped == 0
         share_TE = (x_TD @ gate.gate_DE).softmax(dim=1)
         torch.testing.assert_close(gating.gate_A, share_TE[gating.token_A, gating.expert_A])
@@ -219,7 +219,7 @@ def test_evaluation_is_capped_too():
     gating = gate(share_TE.log())
     assert (gating.expert_A.tolist(), gating.token_A.tolist()) == ([0, 0, 1, 2, 3], [0, 1, 2, 0, 2])
     assert gating.gate_A.tolist() == pytest.approx([0.3, 0.9, 0.4, 0.28, 0.4])
-    assert gating.num_asked - gating.num_dropped == 5
+    assert gating.num_requested - gating.num_dropped == 5
 
 
 def test_a_cap_that_binds_nobody_changes_nothing():
@@ -232,7 +232,7 @@ def test_a_cap_that_binds_nobody_changes_nothing():
 @pytest.mark.parametrize(("c", "b"), [(2, 1), (1.5, 1), (3.0, 2)])
 def test_a_cap_below_the_average_is_a_mistake_of_one_line(c, b):
     """No token can have fewer experts at most than all have on average."""
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         make(4, c, b)
     assert "max_experts" in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -16,8 +16,8 @@ import torch
 from omegaconf import OmegaConf
 
 import moe_lm
-from moe_lm.commands.build import build
-from moe_lm.commands.configuration import folder
+from moe_lm.cli.config import folder
+from moe_lm.cli.machine import build
 
 WIDTH = 6
 GATES = sorted(path.stem for path in (folder() / "gate").glob("*.yaml"))
@@ -75,9 +75,9 @@ def check(gate, gating, x_TD, num_experts, train):
     pairs = list(zip(gating.expert_A.tolist(), gating.token_A.tolist(), strict=True))
     assert pairs == sorted(set(pairs)), "ascending by expert, then by token, none twice"
     assert all(0 <= expert < num_experts and 0 <= token < num_tokens for expert, token in pairs)
-    assert isinstance(gating.num_asked, int)
+    assert isinstance(gating.num_requested, int)
     assert isinstance(gating.num_dropped, int)
-    assert len(pairs) == gating.num_asked - gating.num_dropped
+    assert len(pairs) == gating.num_requested - gating.num_dropped
     assert gating.num_dropped >= 0
 
     importance, count = [0.0] * num_experts, [0] * num_experts
@@ -121,16 +121,16 @@ def test_assignments_are_as_many_as_asked_for(name, num_experts, num_tokens, tra
     gate, k = make(name, num_experts, train), k_of(name, num_experts)
     gating = gate(tokens(num_tokens))
     counts = torch.bincount(gating.expert_A, minlength=num_experts)
-    assert len(gating.token_A) + gating.num_dropped == gating.num_asked
+    assert len(gating.token_A) + gating.num_dropped == gating.num_requested
     if name not in BY_EXPERT:
-        assert gating.num_asked == k * num_tokens
+        assert gating.num_requested == k * num_tokens
         assert gating.num_dropped == 0 or (train and name in ("switch", "gshard"))
         if not gating.num_dropped:
             assert torch.bincount(gating.token_A, minlength=num_tokens).tolist() == [k] * num_tokens
     elif train:
         m = min(max(math.floor(k * num_tokens / num_experts + 0.5), 1), num_tokens)
         assert counts.tolist() == [m] * num_experts
-        assert gating.num_asked == num_experts * m
+        assert gating.num_requested == num_experts * m
 
 
 @pytest.mark.parametrize("num_experts", [2, 7, 64])
@@ -147,7 +147,7 @@ def test_evaluation_decides_about_each_token_alone(name, num_experts):
     assert pairs == set(zip(whole.token_A.tolist(), whole.expert_A.tolist(), strict=True))
     torch.testing.assert_close(whole.importance_E, parts[0].importance_E + parts[1].importance_E)
     torch.testing.assert_close(whole.load_E, parts[0].load_E + parts[1].load_E)
-    assert whole.num_asked == parts[0].num_asked + parts[1].num_asked
+    assert whole.num_requested == parts[0].num_requested + parts[1].num_requested
     assert set(whole.sums) == set(parts[0].sums) == set(parts[1].sums)
     for key, value in whole.sums.items():
         torch.testing.assert_close(value, parts[0].sums[key] + parts[1].sums[key])
@@ -205,7 +205,7 @@ def test_groups_are_gates_of_their_own(monkeypatch, name, num_experts, rows, tra
             if whole.grad is not None:
                 grad = whole.grad.view(len(rows), *parameter.shape)[g]
                 assert torch.allclose(grad, parameter.grad, rtol=1e-9, atol=1e-12)
-    assert together.num_asked == sum(gating.num_asked for gating in gatings)
+    assert together.num_requested == sum(gating.num_requested for gating in gatings)
     assert together.num_dropped == sum(gating.num_dropped for gating in gatings)
     torch.testing.assert_close(together.importance_E, torch.cat([gating.importance_E for gating in gatings]))
     torch.testing.assert_close(together.load_E, torch.cat([gating.load_E for gating in gatings]))
@@ -256,9 +256,9 @@ USE_IT = """
 import sys
 import pytest
 import moe_lm
-from moe_lm.data.micro_batches import micro_batch
-from moe_lm.commands.build import build_model
-from moe_lm.commands.configuration import composed, resolved
+from moe_lm.data.micro_batch import micro_batch
+from moe_lm.cli.machine import build_model
+from moe_lm.cli.config import composed, resolved
 print("PACKAGE", moe_lm.__file__)
 choice = ["gate@model.layers.middle.gate=first_k", "model.layers.middle.gate.share=0.5"]
 config = resolved(composed("train", [*choice, "model.width=4", "model.expert_hidden=3", "model.num_experts=6"]))

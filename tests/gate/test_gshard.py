@@ -57,14 +57,16 @@ def by_hand(x_TD, w_DE, draw_T, factor, train):
         first_E[order[0]] += 1
         probability_E = [total + value for total, value in zip(probability_E, g, strict=True)]
         log_z_squared = log_z_squared + sum(e).log() ** 2
-    taken_E, asked_E = list(first_E), list(first_E)
+    taken_E, requested_E = list(first_E), list(first_E)
     for s, (order, g) in enumerate(choices):
         if k == 2:
-            asked_E[order[1]] += 1
+            requested_E[order[1]] += 1
             if taken_E[order[1]] < capacity and (not train or 2 * g[1].item() > draw_T[s].item()):
                 table[s][order[1]] = g[1]
                 taken_E[order[1]] += 1
-    return naive.stacked(table, num_experts), naive.sums_of(asked_E, first_E, probability_E, log_z_squared, num_tokens)
+    return naive.stacked(table, num_experts), naive.sums_of(
+        requested_E, first_E, probability_E, log_z_squared, num_tokens
+    )
 
 
 def reference(gate, x_TD, draw_T, factor, train, grouped):
@@ -133,10 +135,10 @@ def test_by_hand_on_paper(monkeypatch, first_draw, want):
     gating = naive.reading_logits(make(2, 0.5, width=2))(shares.log())
     assert list(zip(gating.expert_A.tolist(), gating.token_A.tolist(), strict=True)) == [row[:2] for row in want]
     assert gating.gate_A.tolist() == pytest.approx([row[2] for row in want])
-    assert (gating.num_asked, gating.num_dropped) == (8, 4)
+    assert (gating.num_requested, gating.num_dropped) == (8, 4)
     assert gating.load_E.tolist() == [2, 2]
     assert gating.sums["first_choice_E"].tolist() == [3, 1]
-    assert gating.sums["asked_E"].tolist() == [4, 4]
+    assert gating.sums["requested_E"].tolist() == [4, 4]
     assert gating.sums["probability_E"].tolist() == pytest.approx([2.55, 1.45])
 
 

@@ -7,8 +7,8 @@ import naive
 import pytest
 import torch
 
-from moe_lm.balance.switch import Switch
 from moe_lm.gate.loss_free import LossFree
+from moe_lm.loss.balance.switch import Switch
 
 RATE = 0.125
 SIZES = [(0, 4, 2), (1, 1, 1), (1, 4, 2), (30, 6, 2), (9, 5, 1), (9, 5, 4), (9, 3, 3), (3, 16, 2)]
@@ -28,7 +28,7 @@ def make(num_experts, k, num_groups=None, train=True, width=5):
 def by_hand(x_TD, w_DE, bias_E, k):
     """Return the table of gate values and the sums."""
     num_experts = w_DE.shape[1]
-    rows, asked_E, first_E = [], [0.0] * num_experts, [0.0] * num_experts
+    rows, requested_E, first_E = [], [0.0] * num_experts, [0.0] * num_experts
     probability_E, log_z_squared = [naive.ZERO] * num_experts, naive.ZERO
     for x_D in x_TD:
         z = naive.logits(x_D, w_DE)
@@ -37,10 +37,12 @@ def by_hand(x_TD, w_DE, bias_E, k):
         rows.append([s[i] if i in order[:k] else naive.ZERO for i in range(num_experts)])
         first_E[order[0]] += 1
         for i in order[:k]:
-            asked_E[i] += 1
+            requested_E[i] += 1
         probability_E = [total + value / sum(s) for total, value in zip(probability_E, s, strict=True)]
         log_z_squared = log_z_squared + sum(value.exp() for value in z).log() ** 2
-    return naive.stacked(rows, num_experts), naive.sums_of(asked_E, first_E, probability_E, log_z_squared, len(x_TD))
+    return naive.stacked(rows, num_experts), naive.sums_of(
+        requested_E, first_E, probability_E, log_z_squared, len(x_TD)
+    )
 
 
 def reference(gate, x_TD, k, grouped):

@@ -81,7 +81,7 @@ def test_every_token_gets_k_experts_whose_gates_sum_to_one(num_tokens, num_exper
         mine = gating.gate_A[gating.token_A == token].tolist()
         assert len(mine) == k
         assert sum(mine) == pytest.approx(1, abs=1e-12)
-    assert len(gating.token_A) == gating.num_asked == num_tokens * k
+    assert len(gating.token_A) == gating.num_requested == num_tokens * k
     assert gating.num_dropped == 0
 
 
@@ -192,7 +192,7 @@ def test_one_group_is_the_gate_without_groups(num_tokens, k, train, dtype):
     assert torch.equal(after, after_one)
     assert got.token_A.tolist() == want.token_A.tolist()
     assert got.expert_A.tolist() == want.expert_A.tolist()
-    assert (got.num_tokens, got.num_asked, got.num_experts) == (num_tokens, num_tokens * k, 4)
+    assert (got.num_tokens, got.num_requested, got.num_experts) == (num_tokens, num_tokens * k, 4)
     for name in ("gate_A", "importance_E", "load_E"):
         torch.testing.assert_close(getattr(got, name), getattr(want, name))
     for mine, theirs in zip(grads_of_one, grads, strict=True):

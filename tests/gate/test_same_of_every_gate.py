@@ -6,6 +6,7 @@ import naive
 import pytest
 import torch
 
+from moe_lm.errors import UserError
 from moe_lm.gate.expert_choice import ExpertChoice
 from moe_lm.gate.gshard import GShard
 from moe_lm.gate.loss_free import LossFree
@@ -14,7 +15,6 @@ from moe_lm.gate.sinkhorn import Sinkhorn
 from moe_lm.gate.strictly_balanced import StrictlyBalanced
 from moe_lm.gate.switch import Switch
 from moe_lm.gate.top_k import TopK
-from moe_lm.mistake import Mistake
 
 GATES = {
     "expert_choice": ExpertChoice,
@@ -91,7 +91,7 @@ gshard another number than two, or than one of one; for switch another number th
 @pytest.mark.parametrize(("name", "num_experts", "k"), REFUSED)
 def test_a_wrong_k_is_a_mistake_of_one_line(name, num_experts, k):
     """A number of experts a token that the gate is not defined for is refused with the key to change."""
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         GATES[name](width=3, num_experts=num_experts, k=k)
     assert (f"model.k={k}" if name in ANY_K else "model.k=") in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -143,7 +143,7 @@ def test_every_expert_takes_m_tokens(name, num_tokens, num_experts, k, factor, m
     gate = make(name, num_experts, k, **({} if factor is None else {"capacity_factor": factor}))
     gating = gate(torch.ones(num_tokens, 5).double() if equal else naive.tokens(num_tokens))
     assert gating.load_E.tolist() == [m] * num_experts
-    assert gating.num_asked == num_experts * m
+    assert gating.num_requested == num_experts * m
     if equal:
         assert gating.token_A.tolist() == list(range(m)) * num_experts
 

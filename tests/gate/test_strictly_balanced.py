@@ -66,7 +66,7 @@ def test_gating_follows_the_equations(num_tokens, num_experts, k, train):
     torch.testing.assert_close(gating.importance_E, want_TE.sum(dim=0))
     assert gating.load_E.tolist() == (want_TE > 0).sum(dim=0).tolist()
     assert not gating.load_E.requires_grad
-    assert gating.num_asked == int((want_TE > 0).sum()) == len(gating.token_A)
+    assert gating.num_requested == int((want_TE > 0).sum()) == len(gating.token_A)
     naive.check_order(gating)
     assert gating.sums.keys() == (
         {"threshold_gap", "threshold_tokens", "num_tokens", "log_z_squared"} if train else set()
@@ -100,7 +100,7 @@ def test_one_group_is_the_flat_gate(train):
     one, other = flat(x_TD), grouped(x_TD, torch.zeros(25, dtype=torch.int64))
     assert torch.equal(one.token_A, other.token_A)
     assert torch.equal(one.expert_A, other.expert_A)
-    assert (one.num_asked, one.num_tokens) == (other.num_asked, other.num_tokens)
+    assert (one.num_requested, one.num_tokens) == (other.num_requested, other.num_tokens)
     torch.testing.assert_close(one.gate_A, other.gate_A)
     torch.testing.assert_close(one.statistics(), other.statistics())
 
@@ -162,7 +162,7 @@ def test_a_token_above_no_threshold_gets_no_expert():
     gate, x_TD = make(6, 2, train=False), naive.tokens(10)
     with torch.no_grad():
         gate.threshold_E.fill_(1)
-    assert gate(x_TD).num_asked == 0
+    assert gate(x_TD).num_requested == 0
     assert gate(x_TD).importance_E.tolist() == [0] * 6
     with torch.no_grad():
         gate.threshold_E.fill_(0)

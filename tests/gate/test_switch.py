@@ -46,18 +46,20 @@ def by_hand(x_TD, w_DE, draw_TD, factor, train):
     """Return the table of gate values and the sums."""
     num_tokens, (width, num_experts) = len(x_TD), w_DE.shape
     capacity = max(math.ceil(factor * num_tokens / num_experts), 1) if train else math.inf
-    rows, asked_E, probability_E, log_z_squared = [], [0.0] * num_experts, [naive.ZERO] * num_experts, naive.ZERO
+    rows, requested_E, probability_E, log_z_squared = [], [0.0] * num_experts, [naive.ZERO] * num_experts, naive.ZERO
     for x_D, draw_D in zip(x_TD, draw_TD, strict=True):
         noise = [1 - JITTER + 2 * JITTER * draw_D[d] if train else 1 for d in range(width)]
         e = [value.exp() for value in naive.logits([noise[d] * x_D[d] for d in range(width)], w_DE)]
         p = [value / sum(e) for value in e]
         best = max(range(num_experts), key=lambda i: p[i].item())
-        kept = asked_E[best] < capacity
+        kept = requested_E[best] < capacity
         rows.append([p[i] if i == best and kept else naive.ZERO for i in range(num_experts)])
-        asked_E[best] += 1
+        requested_E[best] += 1
         probability_E = [total + value for total, value in zip(probability_E, p, strict=True)]
         log_z_squared = log_z_squared + sum(e).log() ** 2
-    return naive.stacked(rows, num_experts), naive.sums_of(asked_E, asked_E, probability_E, log_z_squared, num_tokens)
+    return naive.stacked(rows, num_experts), naive.sums_of(
+        requested_E, requested_E, probability_E, log_z_squared, num_tokens
+    )
 
 
 def reference(gate, x_TD, draw_TD, factor, train, grouped):
@@ -116,9 +118,9 @@ def test_by_hand_on_paper():
     assert gating.expert_A.tolist() == [0, 0, 1]
     assert gating.token_A.tolist() == [0, 1, 3]
     assert gating.gate_A.tolist() == pytest.approx([0.8, 0.6, 0.7])
-    assert (gating.num_asked, gating.num_dropped) == (4, 1)
+    assert (gating.num_requested, gating.num_dropped) == (4, 1)
     assert gating.load_E.tolist() == [2, 1]
-    assert gating.sums["asked_E"].tolist() == gating.sums["first_choice_E"].tolist() == [3, 1]
+    assert gating.sums["requested_E"].tolist() == gating.sums["first_choice_E"].tolist() == [3, 1]
     assert gating.sums["probability_E"].tolist() == pytest.approx([2.45, 1.55])
     gating.gate_A.sum().backward()
     want = torch.tensor([[0.16, -0.16], [0.24, -0.24], [0, 0], [-0.21, 0.21]], dtype=torch.float64)

@@ -25,7 +25,7 @@ def make(num_experts, k, num_groups=None, dtype=torch.float64, train=True, width
 def by_hand(x_TD, w_DE, k):
     """Return the table of gate values and the sums."""
     num_experts = w_DE.shape[1]
-    rows, asked_E, first_E = [], [0.0] * num_experts, [0.0] * num_experts
+    rows, requested_E, first_E = [], [0.0] * num_experts, [0.0] * num_experts
     probability_E, log_z_squared = [naive.ZERO] * num_experts, naive.ZERO
     for x_D in x_TD:
         e = [value.exp() for value in naive.logits(x_D, w_DE)]
@@ -34,11 +34,13 @@ def by_hand(x_TD, w_DE, k):
         rows.append([e[i] / survivors if i in order[:k] else naive.ZERO for i in range(num_experts)])
         first_E[order[0]] += 1
         for i in order[:k]:
-            asked_E[i] += 1
+            requested_E[i] += 1
         for i in range(num_experts):
             probability_E[i] = probability_E[i] + e[i] / sum(e)
         log_z_squared = log_z_squared + sum(e).log() ** 2
-    return naive.stacked(rows, num_experts), naive.sums_of(asked_E, first_E, probability_E, log_z_squared, len(x_TD))
+    return naive.stacked(rows, num_experts), naive.sums_of(
+        requested_E, first_E, probability_E, log_z_squared, len(x_TD)
+    )
 
 
 def reference(gate, x_TD, k, grouped):
@@ -83,7 +85,7 @@ def test_by_hand_on_paper():
     assert gating.expert_A.tolist() == [0, 1, 1, 2]
     assert gating.gate_A.tolist() == pytest.approx([2 / 3, 1 / 3, 1 / 4, 3 / 4])
     assert gating.importance_E.tolist() == pytest.approx([2 / 3, 7 / 12, 3 / 4])
-    assert gating.load_E.tolist() == gating.sums["asked_E"].tolist() == [1, 2, 1]
+    assert gating.load_E.tolist() == gating.sums["requested_E"].tolist() == [1, 2, 1]
     assert gating.sums["first_choice_E"].tolist() == [1, 0, 1]
     assert gating.sums["probability_E"].tolist() == pytest.approx([4 / 7 + 1 / 13, 2 / 7 + 3 / 13, 1 / 7 + 9 / 13])
     log_7, log_13 = torch.tensor([7.0, 13.0]).double().log().tolist()

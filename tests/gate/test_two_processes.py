@@ -8,12 +8,12 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from torch.multiprocessing import spawn
 
-from moe_lm.commands.build import build
-from moe_lm.commands.configuration import folder
+from moe_lm.cli.config import folder
+from moe_lm.cli.machine import build
 from moe_lm.data.sentences import Sentences
-from moe_lm.layer.hierarchical_moe import HierarchicalMoE
-from moe_lm.layer.moe import MoE
-from moe_lm.training.objective import add, statistics
+from moe_lm.loss.objective import add, statistics
+from moe_lm.model.hierarchical_moe import HierarchicalMoE
+from moe_lm.model.moe import MoE
 
 GATES = sorted(path.stem for path in (folder() / "gate").glob("*.yaml"))
 WIDTH, EXPERTS, GROUPS = 6, 12, 3
@@ -44,7 +44,7 @@ def passed(layer, micro_batch):
     x_TD = torch.randn(size, WIDTH, generator=torch.Generator().manual_seed(micro_batch))
     torch.manual_seed(100 + micro_batch)
     gating = layer(x_TD, Sentences(size, 1, None))[1]
-    counts = {"num_asked": torch.tensor(gating.num_asked), "num_dropped": torch.tensor(gating.num_dropped)}
+    counts = {"num_requested": torch.tensor(gating.num_requested), "num_dropped": torch.tensor(gating.num_dropped)}
     return {"middle": statistics({"middle": gating})["middle"] | counts}
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from moe_lm.layer import lstm
-from moe_lm.rows import row_gradient
+from moe_lm.model import lstm
+from moe_lm.ops.sparse_rows import row_grad
 
 CPU = torch.device("cpu")
 STEPS = 3
@@ -32,7 +32,7 @@ def updates(trainer) -> dict[str, torch.Tensor]:
     def note():
         for name, parameter in trainer.model.named_parameters():
             whole = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
-            if (touched := row_gradient(parameter)) is not None:
+            if (touched := row_grad(parameter)) is not None:
                 whole.index_add_(0, touched.row_U, touched.value_UD)
             found[f"{trainer.progress.step} {name}"] = whole.cpu()
 

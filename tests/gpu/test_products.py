@@ -17,17 +17,18 @@ from products_in_kernels import made
 from rows_of_tokens import RUNS, run_of
 
 from moe_lm.gate import Gating
-from moe_lm.gate.noisy_choice import _ChoiceInAKernel, _NoisyChoice
-from moe_lm.kernels import available, grouped_gemm
-from moe_lm.kernels.cross_entropy import exact_nats, summed_nats
-from moe_lm.kernels.fused_rows import places
-from moe_lm.kernels.grouped_product import grouped_product
-from moe_lm.kernels.rounded import kept_rounded
-from moe_lm.mixture.experts import Experts, recompute_hidden
-from moe_lm.optimizer.factored import FactoredAdam
-from moe_lm.optimizer.lazy import LazyAdam
-from moe_lm.rows import RowGradient, replace_row_gradient
-from moe_lm.training.update import _float32_as_tf32
+from moe_lm.model.experts import Experts, set_recompute
+from moe_lm.ops import backend as available
+from moe_lm.ops import grouped_gemm
+from moe_lm.ops.cross_entropy import exact_nats, summed_nats
+from moe_lm.ops.grouped_linear import grouped_product
+from moe_lm.ops.noisy_top_k import _ChoiceInAKernel, _NoisyChoice
+from moe_lm.ops.rounded import kept_rounded
+from moe_lm.ops.sparse_rows import SparseRowGrad, set_row_grad
+from moe_lm.ops.token_rows import places
+from moe_lm.optim.factored_adam import FactoredAdam
+from moe_lm.optim.lazy_adam import LazyAdam
+from moe_lm.train.step import _float32_as_tf32
 
 COUNTS = [[3, 0, 5, 1], [0, 0, 7, 0], [200, 17, 0, 64], [0, 4, 0, 9]]
 
@@ -41,7 +42,7 @@ def one_each(expert_A):
         num_tokens=len(expert_A),
         importance_E=torch.zeros(1),
         load_E=torch.zeros(1),
-        num_asked=len(expert_A),
+        num_requested=len(expert_A),
     )
 
 
@@ -51,7 +52,7 @@ def test_experts_in_bfloat16(gpu, counts, recompute):
     """Outputs and gradients to bfloat16's rounding; an expert without tokens has gradients of zero."""
     torch.manual_seed(0)
     experts = Experts(width=32, hidden=64, num_experts=len(counts)).to(gpu)
-    recompute_hidden(torch.nn.ModuleList([experts]), recompute)
+    set_recompute(torch.nn.ModuleList([experts]), recompute)
     expert_A = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     # Exact in bfloat16, or hidden units near 0 would change sides.
     x_AD, grad_AD = (torch.randn(len(expert_A), 32).bfloat16().float() for _ in range(2))
@@ -125,7 +126,7 @@ def test_products_in_tf32(gpu):
 @pytest.mark.parametrize("counts", [*RUNS, [20_000, *[1] * 3000, 900]], ids=lambda counts: str(counts[:5]))
 def test_sums_of_many_rows(gpu, counts, width):
     """As additions in float64 make them; twice the same bits."""
-    from moe_lm.kernels import triton_rows  # not everywhere
+    from moe_lm.ops import triton_rows  # not everywhere
 
     place_T, y_TD, want_UD = run_of(counts, width)
     arguments = y_TD.to(gpu), *places(place_T.to(gpu), len(counts))
@@ -251,7 +252,7 @@ def test_rows_beyond_32_bits(large_gpu):
     optimizer = LazyAdam([many, alone], lr=0.1, beta2=0.9, epsilon=1e-3)
     value = torch.randn(1, 1024, device=large_gpu)
     for matrix in (many, alone):
-        replace_row_gradient(matrix, RowGradient(torch.tensor([len(matrix) - 1], device=large_gpu), value))
+        set_row_grad(matrix, SparseRowGrad(torch.tensor([len(matrix) - 1], device=large_gpu), value))
     optimizer.step()
     assert torch.equal(many[-1], alone[0])
     assert alone.any()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_training import TRAINING, with_overrides
 
-from moe_lm.kernels import grouped_gemm
+from moe_lm.ops import grouped_gemm
 
 ON_GPU = with_overrides(TRAINING, "machine.device=cuda", "model.width=16", "model.expert_hidden=32")
 

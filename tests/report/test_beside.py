@@ -27,7 +27,7 @@ MOE_256 = {
 def settings_of(preset: str, weights: tuple[float, float] = (0.1, 0.1), **changes) -> dict:
     """A made-up configuration of a preset: one layer, as wide as the model; `changes` go into the model."""
     model = {"width": 512, "expert_hidden": 1024, "dropout": 0.1, "num_experts": 256} | changes
-    layer = {"_target_": f"moe_lm.layer.{preset}", "width": model["width"], "num_experts": model["num_experts"]}
+    layer = {"_target_": f"moe_lm.model.{preset}", "width": model["width"], "num_experts": model["num_experts"]}
     losses = dict(zip(("importance", "load"), ({"weight": weight} for weight in weights), strict=True))
     return {"model": model | {"layers": {"middle": layer}}, "balance": losses | {"exact": True}}
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from moe_lm.mistake import Mistake
+from moe_lm.errors import UserError
 from moe_lm.report.ablation import balance_tables
 from moe_lm.report.results import read_runs
 from moe_lm.report.routing import gates, routing_tables
@@ -115,5 +115,5 @@ def test_a_run_that_is_not_causal_is_told(two):
 @pytest.mark.parametrize("text", ["{", "[]", "{}", json.dumps(AUDIT | {"causal": 1})], ids=str)
 def test_a_damaged_audit_is_a_mistake(two, text):
     (two / "switch" / "audit.json").write_text(text)
-    with pytest.raises(Mistake, match=re.escape("audit.json is damaged")):
+    with pytest.raises(UserError, match=re.escape("audit.json is damaged")):
         read_runs(two)

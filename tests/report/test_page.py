@@ -5,7 +5,7 @@ import re
 import pytest
 from html_page import Page
 
-from moe_lm.mistake import Mistake
+from moe_lm.errors import UserError
 from moe_lm.report.write import write_report
 
 NO_PRESETS = {}.__getitem__  # the runs' configurations name no model, so no preset is asked for
@@ -113,5 +113,5 @@ def test_tables_of_an_earlier_report_do_not_stay(make_run, tmp_path):
 def test_a_folder_that_cannot_be_written_is_a_mistake(make_run, tmp_path):
     make_run("lstm", experts=0, finished=False)
     (tmp_path / "study" / "report").write_text("in the way")
-    with pytest.raises(Mistake, match=r"cannot write .*study/report \(.+\): make it a folder"):
+    with pytest.raises(UserError, match=r"cannot write .*study/report \(.+\): make it a folder"):
         write_report(tmp_path / "study", NO_PRESETS)

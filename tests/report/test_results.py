@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moe_lm.mistake import Mistake
+from moe_lm.errors import UserError
 from moe_lm.report.results import read_runs
 
 
@@ -65,7 +65,7 @@ def test_a_damaged_line_is_named_by_file_and_number(make_run, tmp_path, line):
     metrics = make_run("moe_4") / "metrics.jsonl"
     first, rest = metrics.read_text().split("\n", 1)
     metrics.write_text(f"{first}\n{line}\n{rest}")
-    with pytest.raises(Mistake, match=r"moe_4/metrics\.jsonl line 2 is damaged") as mistake:
+    with pytest.raises(UserError, match=r"moe_4/metrics\.jsonl line 2 is damaged") as mistake:
         read_runs(tmp_path / "study")
     assert "\n" not in str(mistake.value)
 
@@ -73,28 +73,28 @@ def test_a_damaged_line_is_named_by_file_and_number(make_run, tmp_path, line):
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", json.dumps({"seed": True}), b"\xff\xfe".decode("latin-1")])
 def test_a_damaged_result_is_named_by_path(make_run, tmp_path, text):
     (make_run("moe_4") / "result.json").write_text(text, encoding="latin-1")
-    with pytest.raises(Mistake, match=r"moe_4/result\.json is damaged"):
+    with pytest.raises(UserError, match=r"moe_4/result\.json is damaged"):
         read_runs(tmp_path / "study")
 
 
 @pytest.mark.parametrize("perplexity", [None, 45.0, {"test": "low"}])
 def test_a_result_needs_perplexities_by_split(make_run, tmp_path, perplexity):
     make_run("moe_4", perplexity=perplexity)
-    with pytest.raises(Mistake, match="perplexity is not a number for each split"):
+    with pytest.raises(UserError, match="perplexity is not a number for each split"):
         read_runs(tmp_path / "study")
 
 
 def test_a_missing_folder_says_what_to_give(tmp_path):
-    with pytest.raises(Mistake, match=r"no folder .*nowhere: give runs="):
+    with pytest.raises(UserError, match=r"no folder .*nowhere: give runs="):
         read_runs(tmp_path / "nowhere")
 
 
 def test_a_folder_without_runs_is_a_mistake(tmp_path):
-    with pytest.raises(Mistake, match=r"no run in .*train one first"):
+    with pytest.raises(UserError, match=r"no run in .*train one first"):
         read_runs(tmp_path)
 
 
 def test_a_folder_of_studies_names_one(make_run, tmp_path):
     make_run("moe_4")
-    with pytest.raises(Mistake, match=r"did you mean runs=.*study\?"):
+    with pytest.raises(UserError, match=r"did you mean runs=.*study\?"):
         read_runs(tmp_path)

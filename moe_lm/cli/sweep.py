@@ -1,0 +1,122 @@
+"""moe-lm sweep: a study or a grid, one process a run; finished runs are skipped, a failed one stops no other."""
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+from moe_lm.cli.config import composed, default_name, parse, preset_of, quoted
+from moe_lm.cli.devices import Devices, visible
+from moe_lm.cli.job_runner import Job, run_all
+from moe_lm.cli.study import Study, study_of
+from moe_lm.errors import UserError
+
+HELP = "train every model of a study, or of a grid (-m model=moe_4,moe_32 seed=1,2)"
+OWN_KEYS = ("study", "scale", "runs", "parallel")
+
+
+def main(arguments: list[str]) -> int:
+    """Train what is not finished yet; 1 if a run failed, 130 if interrupted."""
+    arguments = [a for a in arguments if a not in ("-m", "--multirun")]
+    runs, study, parallel = _own(arguments)
+    devices = Devices(visible())
+    # Composed here, a misspelt key is one mistake, not one failed run for each model.
+    jobs = [with_gpus(job, len(devices.names)) for job in jobs_of(arguments)]
+    runs.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(runs / ".sweep.lock", timeout=0):
+            kept = runs / "study.yaml"
+            if study:
+                study = replace(study, given=[a for a in arguments if _key(a) not in OWN_KEYS])
+            if study and not kept.exists():
+                study.save(kept)
+            audit = study is not None and study.audit
+            code = run_all(jobs, runs, parallel=parallel, audit=audit, devices=devices)
+            if study and code != 1:  # runs that refuse other values keep those that they were made with
+                study.save(kept)
+            return code
+    except Timeout:
+        raise UserError(f"another sweep is at work in {runs}: wait for it or choose another runs=...") from None
+
+
+def with_gpus(job: Job, there: int) -> Job:
+    """Return a training with the GPUs it takes, one a process; raises `UserError` for more than are there."""
+    config = composed("train", list(job.arguments))
+    if not there or config.machine.device == "cpu":
+        return job
+    wanted = max(1, config.num_processes)
+    if wanted > there:
+        raise UserError(
+            f"{job.folder}: num_processes={wanted} needs a GPU for each process, and this sweep sees {there}: "
+            "choose fewer, or machine.device=cpu"
+        )
+    return replace(job, num_gpus=wanted)
+
+
+def jobs_of(given: list[str]) -> list[Job]:
+    """Enumerate the runs; what is given on the command line replaces the study's value of the same key."""
+    runs, study, _ = _own(given)
+    given = [a for a in given if _key(a) not in OWN_KEYS]
+    if study is None and not given:
+        raise UserError("moe-lm sweep needs study=... or a grid, as in -m model=moe_4,moe_32")
+    lines = [shlex.split(line) for line in study.runs] if study else [[]]
+    for key in {_key(a) for a in given} - {"name"}:
+        if len({a for line in lines for a in line if _key(a) == key}) > 1:
+            raise UserError(f"{key} is what the runs of this study differ in: choose another study, or -m with a grid")
+    grid = [job for line in lines for job in _enumerate(_replaced(line, given))]
+    common = _replaced(list(study.overrides), given) if study else []
+    jobs = {}
+    for job in grid:
+        name = _name(job, grid, {_key(a) for a in given})
+        kept = [a for a in common if _key(a) not in {_key(b) for b in job}]
+        arguments = [a for a in (*kept, *job) if _key(a) != "name"]
+        arguments += [f"name={name}", f"runs={runs}"]
+        if jobs.setdefault(runs / name, arguments) != arguments:
+            raise UserError(
+                f"two runs of the grid would be called {name}: give no name, or sweep what changes the result"
+            )
+    return [Job(path, tuple(arguments)) for path, arguments in jobs.items()]
+
+
+def _name(job: list[str], grid: list[list[str]], given: set[str]) -> str:
+    """Return the study's name or the preset, and the overrides in which the runs differ."""
+    shared = set.intersection(*map(set, grid))
+    varied = [a for a in job if a not in shared]
+    named = next((a.split("=", 1)[1].strip("'\"") for a in job if _key(a) == "name"), None)
+    if named:
+        return default_name(named, [a for a in varied if _key(a) in given])
+    return default_name(preset_of(job), varied if len(grid) > 1 else job)
+
+
+def _own(arguments: list[str]) -> tuple[Path, Study | None, int | None]:
+    """Return the arguments that are the sweep's own: where the runs go, the study, and how many run at a time.
+
+    None runs at a time are as many as GPUs allow.
+    """
+    own = dict(a.split("=", 1) for a in arguments if _key(a) in OWN_KEYS and "=" in a)
+    own = {key: value for key, value in own.items() if value not in ("", "null")}
+    study = study_of(own["study"], own.get("scale")) if "study" in own else None
+    if "scale" in own and study is None:
+        raise UserError(f"scale={own['scale']}: a study has a scale, a grid has none: give study=... too")
+    parallel = str(own.get("parallel") or (study.parallel if study else 1))
+    if parallel != "auto" and (not parallel.isdecimal() or int(parallel) < 1):
+        raise UserError(f"parallel={parallel}: needs a whole number of at least 1, or auto")
+    at_a_time = None if parallel == "auto" else int(parallel)
+    return Path(own.get("runs") or (study.folder if study else "runs/sweep")), study, at_a_time
+
+
+def _replaced(overrides: list[str], given: list[str]) -> list[str]:
+    keys = {_key(a) for a in given}
+    return [a for a in overrides if _key(a) not in keys] + list(given)
+
+
+def _enumerate(overrides: list[str]) -> list[list[str]]:
+    """Return Hydra's Cartesian product of the sweeps among these overrides."""
+    [jobs] = BasicSweeper.split_arguments(parse([quoted(a) for a in overrides]), max_batch_size=None)
+    return [list(job) for job in jobs]
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").split("=", 1)[0]

@@ -1,0 +1,1 @@
+"""What training minimises: nats per word and the balance losses."""

@@ -1,0 +1,1 @@
+"""Triton kernels, imported where `moe_lm.ops.backend` says that they run."""

@@ -1,0 +1,149 @@
+"""The kernels of `moe_lm.ops.token_rows`: sums in float32 whatever the rows' type, no atomic additions.
+
+Shape suffixes: T tokens, D width, H expert hidden, A assignments.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LARGEST_BLOCK = 1024
+"""Columns that one program holds at a time."""
+
+_PIECE = 64
+"""Rows that one program adds up, of a sum that may have thousands."""
+
+
+def gathered(x_TD: Tensor, token_A: Tensor, gate_A: Tensor) -> Tensor:
+    """Return gate * x of each assignment's token, in the type of x."""
+    width = x_TD.shape[1]
+    out_AD = x_TD.new_empty(len(token_A), width)
+    block = block_of(width)
+    if out_AD.numel():
+        grid = len(token_A), triton.cdiv(width, block)
+        _gather[grid](*_rows(x_TD, token_A, gate_A), out_AD, width, BLOCK=block)
+    return out_AD
+
+
+def summed_by_token(y_AD: Tensor, order_A: Tensor, ends_T: Tensor, gate_A: Tensor | None) -> Tensor:
+    """Return the sum of each token's rows in float32; those of token t end at `ends_T[t]` in `order_A`."""
+    num_tokens, width = len(ends_T), y_AD.shape[1]
+    out_TD = y_AD.new_empty(num_tokens, width, dtype=torch.float32)
+    block = block_of(width)
+    if out_TD.numel():
+        rows = _rows(y_AD, y_AD if gate_A is None else gate_A, order_A, ends_T)  # without gates the second is not read
+        grid = num_tokens, triton.cdiv(width, block)
+        _sum[grid](*rows, out_TD, width, WEIGHTED=gate_A is not None, BLOCK=block)
+    return out_TD
+
+
+def summed_runs(y_AD: Tensor, order_A: Tensor, ends_U: Tensor) -> Tensor:
+    """Return what `summed_by_token` does, in two passes: a row may have thousands, as a frequent word's gradient has.
+
+    A program sums a piece of a row's; another, a row's pieces. A GPU's own additions to one row wait for one another.
+    """
+    if not len(ends_U):
+        return y_AD.new_empty(0, y_AD.shape[1], dtype=torch.float32)
+    row_M, first_M, last_U = pieces_of(ends_U, len(order_A), _PIECE)
+    end_M = torch.minimum(first_M + _PIECE, ends_U.index_select(0, row_M.clamp(max=len(ends_U) - 1)))
+    sum_MD = summed_by_token(y_AD, order_A, end_M, None)
+    return summed_by_token(sum_MD, torch.arange(len(end_M), device=end_M.device), last_U, None)
+
+
+def summed_numbers(x_A: Tensor, ends_R: Tensor) -> Tensor:
+    """Return the sum of the numbers of each run, r's ending at `ends_R[r]`."""
+    out_R = x_A.new_empty(len(ends_R))
+    if len(ends_R):
+        _sum_of_run[(len(ends_R),)](*_rows(x_A, ends_R), out_R, BLOCK=_LARGEST_BLOCK)
+    return out_R
+
+
+def pieces_of(ends_E: Tensor, num_rows: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut rows, those of e ending at `ends_E[e]`, into pieces of `size` rows of one e each; its last may have fewer.
+
+    Return of each piece whose it is and its first row, and where the pieces of each e end. As the host does not know
+    how many there are, there are as many as there can be: the last ones are nobody's, of number E.
+    """
+    starts_E = torch.cat([ends_E.new_zeros(1), ends_E[:-1]])
+    pieces_E = (ends_E - starts_E + size - 1) // size
+    last_E = pieces_E.cumsum(dim=0)
+    piece_M = torch.arange(num_rows // size + min(len(ends_E), num_rows), device=ends_E.device)
+    of_M = torch.searchsorted(last_E, piece_M, right=True)
+    offset_E = starts_E - (last_E - pieces_E) * size
+    return of_M, offset_E.index_select(0, of_M.clamp(max=len(ends_E) - 1)) + piece_M * size, last_E
+
+
+def hidden_gradient_(grad_AH: Tensor, h_AH: Tensor, gate_A: Tensor) -> Tensor:
+    """Return grad . h of each row in float32, and mask and weigh the gradient where it is."""
+    grad_gate_A = gate_A.new_empty(len(gate_A), dtype=torch.float32)
+    if len(gate_A):
+        hidden = h_AH.shape[1]
+        assert grad_AH.is_contiguous()  # it is changed where it is
+        _mask_and_dot[(len(gate_A),)](grad_AH, *_rows(h_AH, gate_A), grad_gate_A, hidden, BLOCK=block_of(hidden))
+    return grad_gate_A
+
+
+def _rows(*tensors: Tensor) -> list[Tensor]:
+    """Return the tensors as the kernels read them, without gaps."""
+    return [tensor.contiguous() for tensor in tensors]
+
+
+def block_of(width: int) -> int:
+    """Return how many columns a program of rows of this width holds at a time."""
+    return min(_LARGEST_BLOCK, triton.next_power_of_2(width))
+
+
+@triton.jit
+def _gather(x, token, gate, out, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)  # rows times width may pass 2^31
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    value = tl.load(x + tl.load(token + row) * width + column, mask=inside, other=0.0).to(tl.float32)
+    value *= tl.load(gate + row).to(tl.float32)
+    tl.store(out + row * width + column, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sum(y, gate, order, ends, out, width, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    first = tl.load(ends + token - 1, mask=token > 0, other=0)
+    last = tl.load(ends + token)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for place in range(first, last):
+        row = tl.load(order + place)
+        value = tl.load(y + row * width + column, mask=inside, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            value *= tl.load(gate + row).to(tl.float32)
+        total += value
+    tl.store(out + token * width + column, total, mask=inside)
+
+
+@triton.jit
+def _sum_of_run(x, ends, out, BLOCK: tl.constexpr):
+    run = tl.program_id(0)
+    first = tl.load(ends + run - 1, mask=run > 0, other=0)
+    last = tl.load(ends + run)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(first, last, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        total += tl.load(x + place, mask=place < last, other=0.0)
+    tl.store(out + run, tl.sum(total, axis=0))
+
+
+@triton.jit
+def _mask_and_dot(grad, h, gate, grad_gate, hidden, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    weight = tl.load(gate + row).to(tl.float32)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(0, hidden, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        inside = column < hidden
+        at = row * hidden + column
+        slope = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
+        total += slope * value
+        tl.store(grad + at, tl.where(value > 0, weight * slope, 0.0).to(grad.dtype.element_ty), mask=inside)
+    tl.store(grad_gate + row, tl.sum(total, axis=0))

@@ -1,0 +1,289 @@
+"""Sentences are drawn from the model's own distribution, each from its seed and number alone."""
+
+import copy
+import json
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import scored
+from tiny_training import assert_one_line
+
+from moe_lm import load
+from moe_lm.analysis.sample import Drawing, draw, next_log_probabilities, sample
+from moe_lm.data.micro_batch import micro_batch
+from moe_lm.data.prepared import Split
+from moe_lm.errors import UserError
+from moe_lm.inference import LoadedModel
+
+RUN = "run=runs/tiny"
+DRAWS = 4000
+
+
+@torch.no_grad()
+def next_probabilities(lm: LoadedModel, ids: list[int]) -> np.ndarray:
+    """Of every token after these, by evaluation's own nats: a full pass over as many sentences as there are tokens."""
+    size = lm.vocabulary.size
+    tokens = np.array([[*ids, token] for token in range(size)], dtype=np.int32)
+    starts = np.arange(size + 1) * (len(ids) + 1)
+    split = Split(tokens=tokens.reshape(-1), starts=starts, words=np.full(size, len(ids) + 1))
+    batch = micro_batch(split, np.arange(size), lm.vocabulary.start)
+    return np.exp(-lm.model.token_nats(batch)[-size:].numpy())
+
+
+def peaked(lm: LoadedModel, by: float = 8, **bias: float) -> LoadedModel:
+    """A copy whose probabilities differ much from one another; `bias` is added to the markers' logits.
+
+    Most pieces of its text begin a word: of the tiny model's 300 pieces most are bytes.
+    """
+    lm = LoadedModel(copy.deepcopy(lm.model), lm.vocabulary, lm.config, lm.step, lm.fingerprint)
+    with torch.no_grad():
+        lm.model.softmax.weight_VD.mul_(by)
+        for marker, value in bias.items():
+            lm.model.softmax.bias_V[getattr(lm.vocabulary, marker)] += value
+        for index in range(lm.vocabulary.size):
+            lm.model.softmax.bias_V[index] += 6 * lm.vocabulary.token(index).startswith("▁")
+    return lm
+
+
+@pytest.mark.parametrize("prefix", ["", "w1 w2 w3", "w3 zebra"])
+def test_the_likeliest_word_every_time(either, prefix):
+    lm = peaked(load("runs/tiny"), end=-8)
+    ids = lm.vocabulary.encode(prefix)
+    for _ in range(40):
+        probability_V = next_probabilities(lm, ids)
+        probability_V[[lm.vocabulary.start, lm.vocabulary.unknown]] = 0
+        likeliest = int(probability_V.argmax())
+        if likeliest == lm.vocabulary.end or len(lm.vocabulary.decode([*ids, likeliest]).split()) > 12:
+            break
+        ids.append(likeliest)
+    words = lm.vocabulary.decode(ids).replace("<UNK>", "zebra")
+    assert len(words.split()) > len(prefix.split()) + 2
+    assert lm.sample(prefix, num=2, top=1, max_words=12) == [words, words]
+
+
+def chi_squared(counts: Counter, probability: dict[str, float]) -> tuple[float, float]:
+    """Pearson's statistic of the counts, and what it exceeds once in a million (Wilson and Hilferty's formula)."""
+    assert counts.keys() <= probability.keys()
+    total = counts.total()
+    often = {word: p * total for word, p in probability.items() if p * total >= 5}
+    found = {word: counts[word] for word in often}
+    cells = [
+        *((found[word], often[word]) for word in often),
+        (total - sum(found.values()), total - sum(often.values())),
+    ]
+    cells = [(n, expected) for n, expected in cells if expected > 0.5]
+    free = len(cells) - 1
+    bound = free * (1 - 2 / (9 * free) + 4.7534 * math.sqrt(2 / (9 * free))) ** 3
+    return sum((n - expected) ** 2 / expected for n, expected in cells), bound
+
+
+def expected_of(lm: LoadedModel, ids: list[int], change) -> dict[str, float]:
+    """The probabilities of the next word, `</S>` as an empty one, after `change` of those of all tokens."""
+    probability_V = change(next_probabilities(lm, ids))
+    words = {i: lm.vocabulary.token(i) for i in np.flatnonzero(probability_V)}
+    words[lm.vocabulary.end] = ""
+    return {word: probability_V[i] / probability_V.sum() for i, word in words.items()}
+
+
+def without(lm: LoadedModel, *markers: str):
+    def change(probability_V: np.ndarray) -> np.ndarray:
+        probability_V[[getattr(lm.vocabulary, marker) for marker in markers]] = 0
+        return probability_V
+
+    return change
+
+
+def test_words_are_drawn_as_often_as_the_model_says(trained, monkeypatch):
+    """4000 draws of a next word; each rule's counts fit its own distribution and no other rule's."""
+    lm = peaked(load("runs/tiny"), by=3, unknown=5)
+    passes = {}
+
+    def pass_once(model, vocabulary, ids):
+        if tuple(ids) not in passes:
+            passes[tuple(ids)] = next_log_probabilities(model, vocabulary, ids)
+        return passes[tuple(ids)]
+
+    monkeypatch.setattr("moe_lm.analysis.sample.next_log_probabilities", pass_once)
+    ids, bare = lm.vocabulary.encode("w1"), without(lm, "start", "unknown")
+
+    def likeliest(probability_V):
+        probability_V = bare(probability_V)
+        return np.where(probability_V >= np.sort(probability_V)[-5], probability_V, 0)
+
+    rules = {
+        "all": (Drawing(max_words=2), bare),
+        "cold": (Drawing(max_words=2, temperature=0.5), lambda p: bare(p) ** 2),
+        "hot": (Drawing(max_words=2, temperature=2), lambda p: bare(p) ** 0.5),
+        "top": (Drawing(max_words=2, top=5), likeliest),
+        "unknown": (Drawing(max_words=2, unknown=True), without(lm, "start")),
+    }
+    expected = {name: expected_of(lm, ids, change) for name, (_, change) in rules.items()}
+    for name, (how, _) in rules.items():
+        drawn = [sample(lm.model, lm.vocabulary, "w1", seed=1, number=i, how=how) for i in range(DRAWS)]
+        counts = Counter(one.sentence.removeprefix("w1").strip() for one in drawn)
+        for other, probability in expected.items():
+            if other == name:
+                statistic, bound = chi_squared(counts, probability)
+                assert statistic < bound, name
+            elif counts.keys() <= probability.keys():
+                statistic, bound = chi_squared(counts, probability)
+                assert statistic > bound, (name, other)
+
+
+def test_the_ends_of_the_unit_interval():
+    """No draw lands on what cannot be drawn, or beyond the last token."""
+    log_p_V = torch.tensor([-torch.inf, 0.3, 0.1, -torch.inf, 0.3, 0.0]).double().log_softmax(dim=0)
+    for how in (Drawing(), Drawing(top=2), Drawing(top=6), Drawing(temperature=1e-300), Drawing(temperature=1e300)):
+        assert draw(log_p_V, 0.0, [5], how) == 1
+        assert draw(log_p_V, 1 - 2.0**-53, [5], how) == (1 if how.top == 1 else 4)
+    assert draw(log_p_V, 1 - 2.0**-53, [5], Drawing(top=1)) == 1  # of equal ones the lower id
+    for last in torch.linspace(0.1, 3, 50, dtype=torch.float64):
+        assert draw(torch.tensor([0.0, last, -torch.inf]).double(), 1 - 2.0**-53, [], Drawing()) == 1
+
+
+def test_a_sentence_depends_on_its_seed_and_number_alone(either, moe_lm):
+    five = moe_lm("sample", RUN).out.splitlines()
+    assert moe_lm("sample", RUN, "num=2").out.splitlines() == five[:2]
+    assert load("runs/tiny").sample(num=7)[:5] == five
+    other = moe_lm("sample", RUN, "seed=2").out.splitlines()
+    assert len({*five, *other}) == 10
+    lm = load("runs/tiny")
+    assert sample(lm.model, lm.vocabulary, "", seed=1, number=4, how=Drawing()).sentence == five[4]
+
+
+def test_an_export_draws_what_its_run_does(either, moe_lm, tmp_path):
+    assert moe_lm("export", RUN, f"to={tmp_path / 'exported'}").code == 0
+    expected = moe_lm("sample", RUN, "prefix=w1 w2").out
+    assert moe_lm("sample", f"run={tmp_path / 'exported'}", "prefix=w1 w2").out == expected
+
+
+@pytest.mark.parametrize("prefix", ["w1", "  w1   w2 ", '"', "it's", "a,b=c", "[w1]", "null w1", "</S> <S>", "w1 \\"])
+def test_every_sentence_begins_with_the_prefix(either, moe_lm, prefix):
+    outcome = moe_lm("sample", RUN, f"prefix={prefix}", "max_words=8", "num=2")
+    assert outcome.code == 0, outcome.err
+    given = prefix.split()
+    assert [line.split()[: len(given) - 1] for line in outcome.out.splitlines()] == 2 * [given[:-1]]
+    # Pieces may go on with the prefix's last word.
+    assert all(line.split()[len(given) - 1].startswith(given[-1]) for line in outcome.out.splitlines())
+
+
+def test_unknown_words_of_the_prefix_are_told(trained, moe_lm):
+    outcome = moe_lm("sample", RUN, "prefix=w1 zebra <UNK>", "num=1")
+    [line] = outcome.err.splitlines()
+    assert line.endswith(": zebra <UNK>")
+    assert outcome.out.startswith("w1 zebra <UNK> ")
+    assert moe_lm("sample", RUN, "prefix=w1 w2", "num=1").err == ""
+
+
+@pytest.mark.parametrize("marker", ["unknown", "start"])
+def test_markers_are_not_drawn(either, marker):
+    lm = peaked(load("runs/tiny"), end=-50, **{marker: 50})
+    for sentence in lm.sample(num=3, max_words=6, temperature=2):
+        assert not {"<UNK>", "<S>", "</S>"} & set(sentence.split())
+    if marker == "unknown":
+        assert lm.sample(num=2, max_words=6, unknown=True) == 2 * [" ".join(6 * ["<UNK>"])]
+
+
+@pytest.mark.parametrize("prefix", ["", "w1 w2 w3"])
+def test_a_sentence_is_cut_at_its_most_words(either, prefix):
+    lm = peaked(load("runs/tiny"), end=-50)
+    for number, most in enumerate((4, 5, 9)):
+        drawn = sample(lm.model, lm.vocabulary, prefix, seed=1, number=number, how=Drawing(max_words=most))
+        assert not drawn.ended
+        assert len(drawn.sentence.split()) == most
+    # Where it is cut does not change what comes before.
+    long, short = (lm.sample(prefix, num=3, max_words=most) for most in (9, 5))
+    assert [sentence.split()[:5] for sentence in long] == [sentence.split() for sentence in short]
+
+
+def test_a_sentence_may_end_where_it_would_be_cut(either):
+    lm = peaked(load("runs/tiny"), end=50)
+    drawn = sample(lm.model, lm.vocabulary, "w1 w2", seed=1, number=0, how=Drawing(max_words=3))
+    assert (drawn.sentence, drawn.ended) == ("w1 w2", True)
+    assert drawn.log10 == pytest.approx(0, abs=1e-6)
+
+
+def test_log10_is_what_score_says_of_the_words_drawn(trained, moe_lm, tmp_path):
+    lines = moe_lm("sample", RUN, "json=true", "num=20", "temperature=1.5", "max_words=30").out.splitlines()
+    ended = [one for one in map(json.loads, lines) if one["ended"]]
+    assert len(ended) > 5
+    for one in (one for one in ended if one["sentence"]):
+        (tmp_path / "one.txt").write_text(one["sentence"] + "\n")
+        assert one["log10"] == pytest.approx(scored(moe_lm, str(tmp_path / "one.txt"))["log10"], abs=1e-4)
+    lm = load("runs/tiny")
+    tries = (sample(lm.model, lm.vocabulary, "w1 w2", seed=1, number=n, how=Drawing()) for n in range(10))
+    drawn = next(one for one in tries if one.ended)  # within the most words that a sample has
+    assert drawn.log10 == pytest.approx(sum(lm.score(drawn.sentence).log10_of_words[2:]), abs=1e-4)
+
+
+def test_json_names_what_each_sentence_comes_from(trained, moe_lm):
+    lines = moe_lm("sample", RUN, "json=true", "checkpoint=11", "seed=7", "num=3").out.splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [(one["run"], one["step"], one["seed"], one["number"]) for one in records] == [
+        ("runs/tiny", 11, 7, number) for number in range(3)
+    ]
+    plain = moe_lm("sample", RUN, "checkpoint=11", "seed=7", "num=3").out.splitlines()
+    assert [one["sentence"] for one in records] == plain
+
+
+def test_pieces_are_spelt_as_words(subwords_once, monkeypatch):
+    monkeypatch.chdir(subwords_once)
+    lm = load("runs/tiny")
+    for sentence in lm.sample("ü▁x \ue000 w1", num=3, max_words=10):
+        assert sentence.startswith("ü▁x \ue000 w1")
+        assert sentence.count("▁") == 1
+        assert lm.vocabulary.decode(lm.vocabulary.encode(sentence)) == sentence
+
+
+def test_pieces_that_never_end_a_word_are_cut(subwords_once, monkeypatch):
+    monkeypatch.chdir(subwords_once)
+    lm = peaked(load("runs/tiny"))
+    piece = next(i for i in range(300) if lm.vocabulary.token(i).isalnum())
+    with torch.no_grad():
+        lm.model.softmax.bias_V[piece] += 1000
+    drawn = sample(lm.model, lm.vocabulary, "w1", seed=1, number=0, how=Drawing(max_words=3))
+    assert (len(drawn.sentence.split()), drawn.ended) == (1, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("", "needs run=..."),
+        ("run=runs/none", "runs/none does not exist"),
+        ("run=runs/tiny checkpoint=7", "no checkpoint 7"),
+        ("run=runs/tiny num=0", "num=0: must be at least 1"),
+        ("run=runs/tiny num=many", "num=many: needs a whole number"),
+        ("run=runs/tiny top=0", "top=0: must be at least 1"),
+        ("run=runs/tiny top=all", "top=all: needs a whole number"),
+        ("run=runs/tiny temperature=0", "temperature=0.0: must be positive"),
+        ("run=runs/tiny temperature=-1", "temperature=-1.0"),
+        ("run=runs/tiny temperature=inf", "temperature=inf"),
+        ("run=runs/tiny temperature=nan", "temperature=nan"),
+        ("run=runs/tiny max_words=0", "max_words=0: must be at least 1"),
+        ("run=runs/tiny max_words=3 prefix=w1_w2_w3", "max_words=3: the prefix has 3 words"),
+        ("run=runs/tiny max_words=2 prefix=w1_w2_w3", "raise max_words"),
+        ("run=runs/tiny seed=null", "seed"),
+        ("run=runs/tiny unknown=3", "unknown=3: needs true or false"),
+        ("run=runs/tiny prefx=w1", "did you mean prefix?"),
+        ("run=runs/tiny machine.device=tpu", "machine.device=tpu"),
+    ],
+)
+def test_wrong_inputs_end_in_one_line(trained, moe_lm, arguments, expected):
+    outcome = moe_lm(
+        "sample",
+        *(argument.replace("_w", " w") if "prefix" in argument else argument for argument in arguments.split()),
+    )
+    assert outcome.out == ""
+    assert_one_line(outcome, expected)
+
+
+def test_python_refuses_alike(trained):
+    lm = load("runs/tiny")
+    for wrong in ({"temperature": 0}, {"top": 0}, {"max_words": 0}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            lm.sample(**wrong)
+    with pytest.raises(UserError, match="the prefix has 3 words"):
+        lm.sample("w1 w2 w3", max_words=3)

@@ -1,0 +1,298 @@
+"""Nothing opens that is not the export as it was written: no missing, altered or additional file, never a pickle."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_run import change
+from tiny_training import assert_one_line, call, working_in
+
+from moe_lm import load
+from moe_lm.atomic_io import checksum
+from moe_lm.errors import UserError
+
+FILES = [
+    "export.json",
+    "README.md",
+    "config.yaml",
+    "model-00001-of-00003.safetensors",
+    "model-00003-of-00003.safetensors",
+    "model.safetensors.index.json",
+    "vocabulary/vocabulary.txt",
+]
+
+
+@pytest.fixture(scope="module")
+def exported_once(trained_once, tmp_path_factory) -> Path:
+    """A folder with the exports `one` (a file of tensors) and `several`."""
+    folder = tmp_path_factory.mktemp("exported")
+    with working_in(trained_once):
+        assert call("export", "run=runs/tiny", f"to={folder / 'one'}") == 0
+        assert call("export", "run=runs/tiny", f"to={folder / 'several'}", "max_file_bytes=4500") == 0
+    return folder
+
+
+@pytest.fixture
+def there(exported_once, trained_once, tmp_path, monkeypatch) -> Path:
+    """The working directory holds copies of both exports, and the text."""
+    for name in ("one", "several"):
+        shutil.copytree(exported_once / name, tmp_path / name)
+    for name in ("text", "data"):
+        (tmp_path / name).symlink_to(trained_once / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(folder: str, *expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(folder)
+    [line] = str(caught.value).splitlines()
+    for words in expected:
+        assert words in line
+    assert not Path("canary").exists()
+
+
+def sign(folder: str, *more: str) -> None:
+    """Make export.json agree with the files, as somebody who forges an export would."""
+    path = Path(folder, "export.json")
+    record = json.loads(path.read_text())
+    for name in {*record["files"], *more}:
+        file = Path(folder, name)
+        record["files"][name] = {"bytes": file.stat().st_size, "blake2b": checksum(file)}
+    path.write_text(json.dumps(record))
+
+
+class Canary:
+    def __reduce__(self):
+        return os.system, ("touch canary",)
+
+
+def pickles() -> dict[str, bytes]:
+    """A pickle in every protocol, and the archive that torch writes; each would leave a file behind."""
+    archive = io.BytesIO()
+    torch.save({"embedding_VD": Canary()}, archive)
+    return {f"protocol {i}": pickle.dumps(Canary(), i) for i in range(6)} | {"torch": archive.getvalue()}
+
+
+def test_both_are_sound(there, moe_lm):
+    assert sorted(p.relative_to("several").as_posix() for p in Path("several").rglob("*") if p.is_file()) == sorted(
+        [*FILES, "model-00002-of-00003.safetensors"]
+    )
+    for folder in ("one", "several"):
+        sign(folder)
+        assert moe_lm("evaluate", f"run={folder}").code == 0
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file(there, name):
+    Path("several", name).unlink()
+    refused("several", f"several/{name} is missing")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.yaml", "vocabulary/vocabulary.txt"])
+def test_a_missing_file_of_one(there, name):
+    Path("one", name).unlink()
+    refused("one", f"one/{name} is missing")
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "export.json"])
+@pytest.mark.parametrize("alteration", ["first", "last", "longer", "shorter"])
+def test_an_altered_file(there, name, alteration):
+    path = Path("several", name)
+    data = bytearray(path.read_bytes())
+    if alteration in ("first", "last"):
+        data[0 if alteration == "first" else -1] ^= 1
+    path.write_bytes({"longer": data + b"\n", "shorter": data[:-1]}.get(alteration, data))
+    refused("several", f"several/{name} was altered")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["extra.txt", ".hidden", "vocabulary/extra", "model-00004-of-00004.safetensors", "pytorch_model.bin", "a/b/c"],
+)
+def test_an_additional_file(there, name):
+    path = Path("one", name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pickle.dumps(Canary()))
+    refused("one", "is no part of the export")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "score file=text/test.txt", "inspect", "audit", "export to=x"])
+def test_every_command_says_so_in_one_line(there, moe_lm, command):
+    Path("several/README.md").write_bytes(b"altered")
+    expected = "is an export already" if "export" in command else "several/README.md was altered"
+    assert_one_line(moe_lm(*command.split(), "run=several"), expected)
+
+
+def test_a_file_of_tensors_that_the_index_does_not_name(there):
+    for folder in ("one", "several"):
+        name = "model-00009-of-00009.safetensors"
+        shutil.copy("one/model.safetensors", Path(folder, name))
+        sign(folder, name)
+        refused(folder, "model-00009-of-00009.safetensors")
+
+
+def test_an_additional_folder(there):
+    Path("one/inspect").mkdir()
+    refused("one", "one/inspect is no part of the export")
+
+
+@pytest.mark.parametrize("kind", [*(f"protocol {i}" for i in range(2, 6)), "torch"])
+@pytest.mark.parametrize("name", [name for name in FILES if name != "export.json"])
+def test_a_forged_export_with_a_pickle_for_a_file(there, name, kind):
+    Path("several", name).write_bytes(pickles()[kind])
+    sign("several")
+    refused("several", f"several/{name}")
+
+
+@pytest.mark.parametrize("kind", pickles())
+@pytest.mark.parametrize("name", ["model.safetensors", "config.yaml", "vocabulary/vocabulary.txt"])
+def test_a_pickle_of_any_protocol_for_a_file_that_is_read(there, name, kind):
+    Path("one", name).write_bytes(pickles()[kind])
+    sign("one")
+    refused("one", "one")
+
+
+@pytest.mark.parametrize("name", ["extra.pkl", "pytorch_model.bin", "vocabulary/../extra", "../extra", "/tmp/extra"])
+def test_a_forged_export_may_not_name_other_files(there, name):
+    if ".." not in name and name[0] != "/":
+        Path("one", name).write_bytes(b"x")
+    path = Path("one/export.json")
+    record = json.loads(path.read_text())
+    record["files"][name] = record["files"]["README.md"]
+    path.write_text(json.dumps(record))
+    refused("one", "no part of an export: refused")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "expected"),
+    [
+        (("model", "layers", "middle", "_target_"), "os.system", "refused"),
+        (("model", "layers", "middle", "_target_"), "moe_lm.inference.checkpoint.load_model", "refused"),
+        (("model", "layers", "middle", "gate", "_target_"), "moe_lm.gate.noisy_top_k.NoisyTopK ", "refused"),
+        (("vocabulary", "_target_"), "builtins.exec", "refused"),
+        (("extra",), {"_target_": "os.system"}, "refused"),
+        (("name",), "${oc.env:HOME}", "refused"),
+        (("model", "layers", "middle", "_args_"), ["touch canary"], "refused"),
+        (("vocabulary", "_target_"), "moe_lm.model.lstm.Lstm", "is no vocabulary"),
+        (("model", "width"), 9, "does not fit the model"),
+        (("model", "order"), ["lower"], "does not fit the model"),
+    ],
+    ids=str,
+)
+def test_a_forged_configuration(there, place, value, expected):
+    change(*place, value=value, file=Path("one/config.yaml"))
+    sign("one")
+    refused("one", expected)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        "{}",
+        '{"format": 2}',
+        '{"format": 1}',
+        '{"format": 1, "name": "tiny", "step": 12, "data": "x", "files": []}',
+        '{"format": 1, "name": "tiny", "step": "12", "data": "x", "files": {}}',
+        '{"format": 1, "name": "tiny", "step": 12, "data": "x", "files": {"README.md": 3}}',
+        '{"format": 1, "name": "tiny", "step": 12, "data": "x", "files": {"README.md": {"bytes": "1", "blake2b": ""}}}',
+        20_000 * "[",
+    ],
+    ids=lambda text: text[:60],
+)
+def test_a_damaged_record(there, text):
+    Path("one/export.json").write_text(text)
+    refused("one", "one/export.json")
+
+
+def test_a_record_that_is_no_text(there):
+    Path("one/export.json").write_bytes(b"\xff\xfe")
+    refused("one", "one/export.json")
+
+
+def change_tensors(tensors: dict, what: str) -> None:
+    name = "layers.middle.gate.gate_DE"
+    if what == "missing":
+        del tensors[name]
+    elif what == "additional":
+        tensors["more"] = torch.zeros(3)
+    elif what == "shape":
+        tensors[name] = tensors[name].t().contiguous()
+    else:
+        tensors[name] = tensors[name].double()
+
+
+@pytest.mark.parametrize("what", ["missing", "additional", "shape", "type"])
+def test_forged_tensors(there, what):
+    tensors = load_file("one/model.safetensors")
+    change_tensors(tensors, what)
+    save_file(tensors, "one/model.safetensors")
+    sign("one")
+    refused("one", "does not fit the model", "more" if what == "additional" else "gate_DE")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_forged_numbers(there, value):
+    tensors = load_file("one/model.safetensors")
+    tensors["softmax.bias_V"][3] = value
+    save_file(tensors, "one/model.safetensors")
+    sign("one")
+    refused("one", "one is damaged", "softmax.bias_V holds numbers that are not finite")
+
+
+def test_a_forged_vocabulary(there, moe_lm):
+    """Of the same size, in another order: the token ids of the training's data would mean other words."""
+    file = Path("one/vocabulary/vocabulary.txt")
+    first, second, *rest = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([first, rest[0], second, *rest[1:]]))
+    sign("one")
+    assert_one_line(moe_lm("evaluate", "run=one"), "one has another vocabulary than the data")
+
+
+def test_a_forged_configuration_does_not_say_where_data_go(there, moe_lm):
+    change("data", value="elsewhere", file=Path("one/config.yaml"))
+    sign("one")
+    assert moe_lm("evaluate", "run=one").code == 0
+    assert not Path("elsewhere").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index.pop("weight_map"),
+        lambda index: index.update(weight_map=[]),
+        lambda index: index["weight_map"].update(softmax="model-00001-of-00003.safetensors"),
+        lambda index: index["weight_map"].update({"softmax.bias_V": "model-00001-of-00003.safetensors"}),
+        lambda index: index["weight_map"].update({"softmax.bias_V": "../several/model-00003-of-00003.safetensors"}),
+        lambda index: index["weight_map"].update({"softmax.bias_V": "config.yaml"}),
+    ],
+)
+def test_a_forged_index(there, change):
+    file = Path("several/model.safetensors.index.json")
+    index = json.loads(file.read_text())
+    change(index)
+    file.write_text(json.dumps(index))
+    sign("several")
+    refused("several", "model.safetensors.index.json is damaged")
+
+
+def test_links_to_the_very_files_are_read(there, moe_lm):
+    """As the cache of a hub lays a repository out; what a link leads to is checked like a file."""
+    expected = moe_lm("evaluate", "run=one", "json=true").out
+    shutil.copytree("one", "blobs")
+    for name in ("README.md", "model.safetensors", "config.yaml", "vocabulary/vocabulary.txt"):
+        Path("one", name).unlink()
+        Path("one", name).symlink_to(Path("blobs", name).resolve())
+    assert moe_lm("evaluate", "run=one", "json=true").out == expected
+    Path("blobs/README.md").write_text("altered")
+    refused("one", "one/README.md was altered")

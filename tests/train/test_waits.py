@@ -1,0 +1,171 @@
+"""The host waits for a GPU nowhere in an update: seen on a CPU, by following what would lie on the device.
+
+Kernels run in Triton's interpreter. An operator on the device's tensors gives the device's tensors; one whose result's
+size, or whose Python number, depends on their values is what a host would wait for. Copies are not seen here, neither
+from the device nor, out of memory that is not pinned, to it.
+"""
+
+import os
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from made import Made
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("tests/gpu asks the GPU itself", allow_module_level=True)
+
+from moe_lm.data.micro_batch import MicroBatch
+from moe_lm.loss.objective import Objective
+from moe_lm.loss.softmax import sampled
+from moe_lm.model.experts import Experts
+from moe_lm.ops import grouped_gemm
+from moe_lm.ops import sparse_rows as rows
+from moe_lm.parallel.context import SINGLE_PROCESS
+from moe_lm.train.accumulator import StepAccumulator
+
+WAITS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "masked_select",
+    "bincount",
+    "equal",
+    "repeat_interleave",
+}
+
+
+class Device(TorchDispatchMode):
+    """Follows tensors that would be a GPU's, and notes what a host would wait for."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits, self._here = [], {}
+
+    def put(self, tensor):
+        """Say that this tensor is the device's."""
+        storage = tensor.untyped_storage()
+        self._here[storage._cdata] = storage  # kept, so that no other one gets its address
+        return tensor
+
+    def has(self, tensor):
+        """Whether it is the device's."""
+        return tensor.untyped_storage()._cdata in self._here
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        on_device = any(self.has(x) for x in given)
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put_") and any(x.dtype == torch.bool for x in given[1:])
+        if on_device and (name in WAITS or by_mask) and (kwargs or {}).get("output_size") is None:
+            self.waits.append(name)
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if on_device and isinstance(tensor, torch.Tensor):
+                self.put(tensor)
+        return made
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """All that would be a GPU's work is its kernels', in float32, and the batch's copies lie there."""
+    found = Device()
+    for module in [module for name, module in sys.modules.items() if name.startswith("moe_lm.")]:
+        if hasattr(module, "by_triton"):
+            monkeypatch.setattr(module, "by_triton", lambda x: x.dtype != torch.float64)
+    monkeypatch.setattr(Experts, "_product_type", lambda self, x, num_rows: torch.float32)
+    for module in (rows, sampled):
+        monkeypatch.setattr(module, "sent", lambda x, device: found.put(x.clone()))
+
+    def copied(self, device):
+        here = self.with_rows()  # as they are laid out ahead
+        return replace(here._changed(lambda x: found.put(x.clone())), source=here)
+
+    monkeypatch.setattr(MicroBatch, "to", copied)
+    tolist = torch.Tensor.tolist  # which on a CPU is no operator
+
+    def listed(self):
+        found.waits += ["tolist"] if found.has(self) else []
+        return tolist(self)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", listed)
+    return found
+
+
+def waits_of(trainer, device):
+    """What the host waited for in the second update, once its optimizer's state is there."""
+    for tensor in trainer.model.state_dict().values():
+        device.put(tensor)
+    with device:
+        for step in range(2):
+            device.waits.clear()
+            done = trainer.update(trainer.batches.step(step), step, 1e-3)
+    waits = device.waits[:]
+    assert done.made
+    return waits
+
+
+SMALL = ["batch.words=60", "batch.micro_words=30"]
+CASES = {
+    "flat": [],
+    "hierarchical": ["layer@model.layers.middle=hierarchical_moe", "model.num_experts=12", "model.num_groups=4"],
+    "one micro-batch": ["batch.micro_words=60"],
+    "top_k": ["gate@model.layers.middle.gate=top_k", "balance=[switch,z_loss]"],
+    "loss_free": ["gate@model.layers.middle.gate=loss_free", "balance=[]"],
+    "recompute": ["machine.recompute=true"],
+    "dense": ["layer@model.layers.middle=feed_forward"],
+}
+
+
+@pytest.mark.parametrize("experts", ["few", "many"])
+@pytest.mark.parametrize("overrides", CASES.values(), ids=CASES)
+def test_nowhere_in_an_update(trainer, device, overrides, experts, monkeypatch):
+    """Not for loss and norm either; also with more experts than torch's products take."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        if experts == "many":
+            monkeypatch.setattr(grouped_gemm, "most_in_torch", 0)
+        made = trainer(torch.device("cpu"), *SMALL, "optimizer.experts=factored", *overrides)
+        assert waits_of(made, device) == []
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+def test_losses_of_a_dense_model_are_not_copied_to_the_device():
+    """It has no gate, so they are the host's numbers."""
+    nats = torch.zeros((), dtype=torch.float64, device="meta")
+    for global_stats in (None, {}):
+        seen = StepAccumulator(nats.device)
+        with Made() as made:
+            for _ in range(2):
+                _, values = Objective({"importance": None, "load": None})(nats, 3, {}, global_stats)
+                seen.add(nats, {}, {}, values, 0.5, counts=True)
+            seen.sum(SINGLE_PROCESS, global_stats)
+        assert not made.calls[torch.ops.aten._to_copy.default]
+        assert list(seen.terms) == ["importance", "load"]
+
+
+def test_what_waits_is_seen(trainer, device, monkeypatch):
+    """Without the host's own words the distinct rows are asked of the device, of both vocabulary matrices."""
+
+    def without(self, row_T, host_T, found=None):
+        self.row_T, self._host_T = row_T, None
+
+    monkeypatch.setattr(rows.UniqueIndices, "__init__", without)
+    made = trainer(torch.device("cpu"), "batch.words=60", "batch.micro_words=60")
+    assert waits_of(made, device) == ["_unique2", "_unique2"]
+
+
+@pytest.mark.parametrize("overrides", [["softmax=full"], ["optimizer.vocabulary=dense", "softmax=full"]], ids=str)
+def test_once_where_the_device_cannot_decide(trainer, device, overrides):
+    """Whole matrices of the vocabulary with lazy moments: for the decision, and for the norm. torch's Adam can."""
+    made = trainer(torch.device("cpu"), *SMALL, *overrides)
+    waits = 2 if len(overrides) == 1 else 0
+    assert waits_of(made, device) == ["_local_scalar_dense"] * waits
