@@ -4,13 +4,13 @@ __version__ = "0.1.0"
 
 
 def load(folder, checkpoint="last", device="cpu"):
-    """Return the `moe_lm.inference.Trained` of a run's or an export's folder, to read text with it.
+    """Return the model in a run's or an export's folder as a `moe_lm.inference.LoadedModel`.
 
-    `checkpoint` is `last`, `best` or a step, `device` what torch takes for one. Raises `moe_lm.errors.Mistake`.
+    `checkpoint` is `last`, `best` or a step; `device` is a torch device. Raises `moe_lm.errors.UserError`.
     """
-    # Imported when it is called: `import moe_lm` and `moe-lm --version` stay light.
+    # Imported here so that `import moe_lm` and `moe-lm --version` stay fast.
     import torch
 
-    from moe_lm.inference import load as load_trained
+    from moe_lm.inference import load as load_model
 
-    return load_trained(folder, str(checkpoint), torch.device(device))
+    return load_model(folder, str(checkpoint), torch.device(device))

@@ -1,4 +1,4 @@
-"""Files that a crash or a full disk leaves whole: the old one or the new one, line by line where they grow."""
+"""Files that stay whole through a crash or a full disk: replaced atomically, or appended to by whole lines."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from moe_lm.errors import UserError
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    """Flush a file's content, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -22,7 +22,7 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file at once: a crash leaves the old one or the new one."""
+    """Replace a file atomically: a crash leaves the old file or the new one."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as stream:
         stream.write(text)
@@ -32,9 +32,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def replace_files(folder: Path, contents: Mapping[str, bytes], sometimes: Iterable[str] = ()) -> tuple[Path, ...]:
-    """Put each file in place whole, and remove those of `sometimes` that were there and are not among them.
+    """Replace each file atomically, and delete the files of `sometimes` that are not among the new ones.
 
-    Raises `UserError` where the folder cannot be written.
+    Raises `UserError` if the folder is not writable.
     """
     try:
         folder.mkdir(exist_ok=True)
@@ -50,7 +50,7 @@ def replace_files(folder: Path, contents: Mapping[str, bytes], sometimes: Iterab
 
 
 def checksum(path: Path) -> str:
-    """Return the blake2b of a file, 16 bytes in hexadecimal."""
+    """Return the blake2b digest of a file, 16 bytes in hexadecimal."""
     digest = blake2b(digest_size=16)
     with path.open("rb") as stream:
         while block := stream.read(1 << 22):
@@ -59,25 +59,25 @@ def checksum(path: Path) -> str:
 
 
 class GrowingFile:
-    """A file that grows by whole lines; those that cannot be written, as on a full disk, wait for the next."""
+    """A file that grows by whole lines; lines that cannot be written, as on a full disk, wait for the next append."""
 
     def __init__(self, path: Path):
         self.path = path
         self._waiting: list[bytes] = []
-        self._whole: int | None = None  # the bytes up to which a file is right that could not be cut back
+        self._valid_size: int | None = None  # size up to which the file is valid, after a write that failed halfway
 
     def append(self, line: str) -> None:
-        """Add a line, given without its end; say so once where it has to wait, and once when it waits no longer."""
-        waited = len(self._waiting)
+        """Append a line, given without its newline; log when lines begin to wait and when they are written."""
+        num_waited = len(self._waiting)
         self._waiting.append(line.encode() + b"\n")
         reason = self._write()
-        if reason and not waited:
-            _tell(f"WARNING: cannot write {self.path} ({reason}): its lines wait in memory; make room")
-        if waited and not reason:
-            _tell(f"{self.path} can be written again: {waited} waiting lines are in it")
+        if reason and not num_waited:
+            _log(f"WARNING: cannot write {self.path} ({reason}): its lines wait in memory; make room")
+        if num_waited and not reason:
+            _log(f"{self.path} can be written again: {num_waited} waiting lines are in it")
 
     def finish(self) -> None:
-        """Write what waits; raises `UserError` where that still cannot be."""
+        """Write the waiting lines; raises `UserError` if that is still impossible."""
         if self._waiting and (reason := self._write()):
             lost = len(self._waiting)
             raise UserError(
@@ -85,32 +85,32 @@ class GrowingFile:
             )
 
     def _write(self) -> str | None:
-        """Write what waits, all or nothing; return the reason where nothing."""
+        """Write all waiting lines, or none and return the reason."""
         try:
-            self._write_at_once()
+            self._append_waiting()
         except OSError as error:
-            with contextlib.suppress(OSError):  # else before the next line
-                if self._whole is not None and self._whole < self.path.stat().st_size:
-                    os.truncate(self.path, self._whole)
+            with contextlib.suppress(OSError):  # if this fails too, the next append truncates the file
+                if self._valid_size is not None and self._valid_size < self.path.stat().st_size:
+                    os.truncate(self.path, self._valid_size)
             return error.strerror or str(error)
-        self._waiting, self._whole = [], None
+        self._waiting, self._valid_size = [], None
         return None
 
-    def _write_at_once(self) -> None:
+    def _append_waiting(self) -> None:
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             size = os.fstat(descriptor).st_size
-            if self._whole is not None and self._whole < size:
-                os.ftruncate(descriptor, self._whole)
-                size = self._whole
-            self._whole = size
+            if self._valid_size is not None and self._valid_size < size:
+                os.ftruncate(descriptor, self._valid_size)
+                size = self._valid_size
+            self._valid_size = size
             rest = b"".join(self._waiting)
             while rest:
                 rest = rest[os.write(descriptor, rest) :]
         finally:
-            os.close(descriptor)  # only here a network's file system may tell that its disk is full
+            os.close(descriptor)  # a network file system may report a full disk only here
 
 
-def _tell(text: str) -> None:
-    with contextlib.suppress(OSError):  # a log may lie on the same full disk
-        tqdm.write(text, file=sys.stderr)  # leaves a progress bar whole
+def _log(line: str) -> None:
+    with contextlib.suppress(OSError):  # stderr may be a file on the same full disk
+        tqdm.write(line, file=sys.stderr)  # does not break a progress bar

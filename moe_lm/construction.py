@@ -1,45 +1,49 @@
-"""A resolved configuration to objects: the one place where `_target_` is followed, strictly and without Hydra."""
+"""A resolved configuration to objects: the only code that follows `_target_`, strictly and without Hydra."""
 
-import re
 from collections.abc import Iterator
-from functools import cache, partial
+from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
-from pathlib import Path
 
-import moe_lm
+from moe_lm.config_files import packaged_targets
 from moe_lm.errors import UserError
-from moe_lm.model import Layer
 from moe_lm.model.language_model import LanguageModel
-from moe_lm.parallel.context import SINGLE_PROCESS, ParallelContext
 
 _ALLOWED_KEYS = {"_target_", "_partial_"}
 
 
-def folder() -> Path:
-    """Return the configuration folder: inside an installed package, or at the top of the repository."""
-    package = Path(moe_lm.__file__).parent
-    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
-
-
 def build(config: dict) -> object:
-    """Return what one part of a configuration describes; only exact targets that the packaged configs name.
+    """Return the object that one part of a configuration describes, built from targets of packaged YAML only.
 
-    Raises `UserError`, RuntimeError and MemoryError as the constructor does, else `UserError` in one line.
+    A constructor's ValueError becomes a `UserError` with the same message; its RuntimeError and MemoryError pass.
     """
     check_targets(config)
     if not isinstance(config, dict) or "_target_" not in config:
         raise UserError("the configuration is damaged: a part has no _target_")
+    with _user_errors():
+        try:
+            return _build(config)
+        except (ValueError, RuntimeError, MemoryError):
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"cannot build {config['_target_']}: {reason}") from error
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Turn a constructor's ValueError into a `UserError` of one line."""
     try:
-        return _made(config)
-    except (UserError, RuntimeError, MemoryError):
-        raise  # what the constructor itself says, or the machine (out of memory)
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"cannot build {config['_target_']}: {reason}") from error
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(" ".join(str(error).split())) from error
 
 
-def build_model(config: dict, vocabulary_size: int, parallel: ParallelContext = SINGLE_PROCESS) -> LanguageModel:
-    """Return the model of a resolved configuration, its layers in `model.order`; of experts this process's share."""
+@_user_errors()
+def build_model(config: dict, vocabulary_size: int) -> LanguageModel:
+    """Return the whole model of a resolved configuration, its layers in `model.order`."""
     model = config["model"]
     order, layers = model["order"], model["layers"]
     unknown = [name for name in order if name not in layers]
@@ -52,20 +56,13 @@ def build_model(config: dict, vocabulary_size: int, parallel: ParallelContext = 
         width=model["width"],
         vocabulary_size=vocabulary_size,
         dropout=model["dropout"],
-        layers={name: _layer(layers[name], parallel) for name in order},
+        layers={name: build(layers[name]) for name in order},
         softmax=build(config["softmax"]),
-        parallel=parallel,
     )
 
 
-def _layer(config: dict, parallel: ParallelContext) -> Layer:
-    if parallel.size == 1 or "num_experts" not in config:
-        return build(config)
-    return build(config | {"_partial_": True})(parallel=parallel)
-
-
 def check_targets(config: object) -> None:
-    """Refuse targets outside the packaged configs (as exact strings) and anything that a resolver would run."""
+    """Raise `UserError` for a target that no packaged YAML names exactly, and for anything a resolver would run."""
     allowed = packaged_targets()
     for key, value in _walk(config):
         if key == "_target_" and not (isinstance(value, str) and value in allowed):
@@ -78,20 +75,18 @@ def check_targets(config: object) -> None:
             raise UserError(f"the configuration holds an unresolved {value!r}: refused")
 
 
-@cache
-def packaged_targets(group: str = "") -> frozenset[str]:
-    """Return every `_target_` that a YAML of the package, or of one of its groups, names."""
-    text = "\n".join(path.read_text(encoding="utf-8") for path in (folder() / group).rglob("*.yaml"))
-    return frozenset(re.findall(r"^\s*_target_:\s*([\w.]+)\s*$", text, re.MULTILINE))
+def is_target_of(group: str, target: object) -> bool:
+    """Return whether a YAML of this configuration group names the target."""
+    return target in packaged_targets(group)
 
 
-def _made(node: object) -> object:
-    """Make a node's parts, then what it names; without a `_target_` it is plain data."""
+def _build(node: object) -> object:
+    """Build a node's parts, then the object that it names; a node without `_target_` is plain data."""
     if isinstance(node, list):
-        return [_made(value) for value in node]
+        return [_build(value) for value in node]
     if not isinstance(node, dict):
         return node
-    arguments = {key: _made(value) for key, value in node.items() if key not in _ALLOWED_KEYS}
+    arguments = {key: _build(value) for key, value in node.items() if key not in _ALLOWED_KEYS}
     if "_target_" not in node:
         return arguments
     module, _, name = node["_target_"].rpartition(".")

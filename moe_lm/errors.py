@@ -1,8 +1,8 @@
-"""What is no fault of the program: the user's mistakes, and a machine that is too small."""
+"""Errors that are not bugs: mistakes of the user, lost processes, and too little memory."""
 
 import re
 
-_TOO_LARGE = r"out of memory|allocate memory|Storage size calculation overflowed"  # what torch says
+_OUT_OF_MEMORY = r"out of memory|allocate memory|Storage size calculation overflowed"  # torch's wordings
 
 
 class UserError(ValueError):
@@ -10,14 +10,14 @@ class UserError(ValueError):
 
 
 class PeerLost(Exception):
-    """Something that the run needs has gone, by no mistake in the command: the same command may go on later."""
+    """Another process or machine of the run is gone; repeating the same command may continue the run later."""
 
 
 def in_a_line(error: BaseException, most: int = 160) -> str:
-    """Return what an error says, in a line, without the place in torch's sources where it was found."""
+    """Return an error's message on one line, without the place in torch's sources where it was raised."""
     return re.sub(r"^\[\S+\] ", "", " ".join(str(error).split()))[:most]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch or Python says that memory is too small."""
-    return isinstance(error, MemoryError) or re.search(_TOO_LARGE, str(error)) is not None
+    """Whether torch or Python reports that memory is too small."""
+    return isinstance(error, MemoryError) or re.search(_OUT_OF_MEMORY, str(error)) is not None

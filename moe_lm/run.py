@@ -1,4 +1,4 @@
-"""A run's directory: its configuration, its lock, its metrics, its result.
+"""The directory of a run: configuration, lock, metrics, checkpoints, result.
 
 runs/<name>/config.yaml  metrics.jsonl  checkpoints/<step>/  vocabulary/  result.json  audit.json
 """
@@ -6,19 +6,25 @@ runs/<name>/config.yaml  metrics.jsonl  checkpoints/<step>/  vocabulary/  result
 import json
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import yaml
 from filelock import FileLock, Timeout
 
 from moe_lm.atomic_io import GrowingFile, write_text
+from moe_lm.compat import KEYS, current_config, log_deprecation
+from moe_lm.config_files import flatten
 from moe_lm.errors import UserError
 
-IDENTITY = ("model", "corpus", "vocabulary", "batch", "softmax", "optimizer", "schedule", "balance", "seed", "init")
-"""What makes a run this run: another value under the same name is refused."""
+IDENTITY = (
+    *("model", "corpus", "vocabulary", "batch", "softmax", "optimizer", "schedule", "balance"),
+    *("seed", "init_from"),
+)
+"""Keys that identify a run: another value under the same name is refused."""
 
-_NOT_IDENTITY = {"softmax.max_logits"}
-"""Keys of those that change memory and time alone."""
+_NOT_IDENTITY = {"softmax.chunk_logits"}
+"""Keys of these groups that change memory and time only."""
 
 
 class Run:
@@ -35,11 +41,11 @@ class Run:
         self._lock = FileLock(folder / ".lock")
 
     def claim(self, config: dict) -> None:
-        """Create the directory or take it up again, locked against a second process until this one ends.
+        """Create the directory or resume it, locked against other processes until this one ends.
 
-        A directory without checkpoint, metrics or result takes any configuration.
+        A directory without checkpoint, metrics and result accepts any configuration.
 
-        Raises `UserError` where it holds another run, is in use, or cannot be written.
+        Raises `UserError` if it holds another run, is in use, or cannot be written.
         """
         if (self.folder / "export.json").exists():
             raise UserError(f"{self.folder} is an export, not a run: choose another name=... or runs=...")
@@ -55,28 +61,34 @@ class Run:
             raise UserError(f"cannot write to the run directory {self.folder}: {error.strerror}") from error
 
     def begun(self) -> dict | None:
-        """Return the configuration of a run that has begun, None where there is none yet."""
+        """Return the configuration of a run that has begun, None if it has not."""
         return self.config() if self.config_file.exists() and self._has_begun() else None
 
     def config(self) -> dict:
-        """Return the stored configuration as plain data; raises `UserError` where there is none."""
+        """Return the stored configuration as plain data, renamed keys and targets translated.
+
+        Raises `UserError` if it is missing or damaged.
+        """
         try:
             text = self.config_file.read_text(encoding="utf-8")
             if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-                # None is ever written; a few can stand for more than a memory holds, or for one without end.
+                # moe-lm writes no aliases; a few of them can expand to more than the memory holds, or endlessly.
                 raise UserError(f"{self.config_file} is damaged: it refers to parts of itself")
-            config = yaml.safe_load(text)
+            stored = yaml.safe_load(text)
+            config = current_config(stored) if isinstance(stored, dict) else {}
         except FileNotFoundError:
             raise UserError(f"{self.folder} is no run: it has no config.yaml") from None
         except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
             raise UserError(f"{self.config_file} cannot be read: {str(error).splitlines()[0]}") from error
         for key in (*IDENTITY, "training"):
-            if not isinstance(config, dict) or not (isinstance(config.get(key), dict) or key in ("seed", "init")):
+            if not (isinstance(config.get(key), dict) or key in ("seed", "init_from")):
                 raise UserError(f"{self.config_file} is damaged: {key} is missing")
+        if moved := sorted(old for old in flatten(stored).keys() & KEYS.keys()):
+            _log_stored_names(self.config_file, tuple(moved))
         return config
 
     def result(self) -> dict | None:
-        """Return the result of a finished run, else None; raises `UserError` where it is damaged."""
+        """Return the result of a finished run, else None; raises `UserError` if it is damaged."""
         if not self.result_file.exists():
             return None
         try:
@@ -89,9 +101,9 @@ class Run:
         return result
 
     def keep_vocabulary(self, save: Callable[[Path], None]) -> None:
-        """Copy the vocabulary into the run, so that scoring text needs nothing but this directory.
+        """Copy the vocabulary into the run, so that scoring text needs this directory only.
 
-        One that belongs to a checkpoint stays; without any it may be left from another attempt.
+        A vocabulary beside checkpoints stays; without checkpoints it may be left over from another attempt.
         """
         if self.vocabulary.exists() and any(self.checkpoints.glob("[0-9]*")):
             return
@@ -104,17 +116,17 @@ class Run:
         partial.rename(self.vocabulary)
 
     def append_metrics(self, line: dict) -> None:
-        """Add a line to metrics.jsonl; on a full disk it waits in memory, and training goes on."""
+        """Append a line to metrics.jsonl; on a full disk it waits in memory while training goes on."""
         self._metrics.append(json.dumps(line))
 
     def finish_metrics(self) -> None:
-        """Write the lines of metrics.jsonl that wait; raises `UserError` where that still cannot be."""
+        """Write the waiting lines of metrics.jsonl; raises `UserError` if the disk is still full."""
         self._metrics.finish()
 
     def cut_metrics(self, step: int, *, and_training_at_step: bool = False) -> None:
-        """Drop the lines after this step, and a last line that a crash left unfinished.
+        """Delete the lines after this step, and an unfinished last line.
 
-        `and_training_at_step` drops the training line of this very step too.
+        `and_training_at_step` deletes the training line of the step itself too.
         """
         if not self.metrics_file.exists():
             return
@@ -138,7 +150,7 @@ class Run:
         write_text(self.result_file, json.dumps(result, indent=1) + "\n")
 
     def _has_begun(self) -> bool:
-        """Whether there is anything to lose: a first attempt that a mistake ended left only a configuration."""
+        """Whether there is anything to lose: an attempt that ended with an error leaves only a configuration."""
         return self.metrics_file.exists() or self.checkpoints.exists() or self.result_file.exists()
 
     def _compare(self, config: dict) -> None:
@@ -154,11 +166,7 @@ class Run:
                 )
 
 
-def flatten(config: object, prefix: str = "") -> dict[str, object]:
-    """Return nested dicts as one level of dotted keys."""
-    if not isinstance(config, dict):
-        return {prefix: config}
-    flat = {}
-    for key, value in config.items():
-        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
+@cache
+def _log_stored_names(file: Path, keys: tuple[str, ...]) -> None:
+    """Log once for each file which of its keys have another name since."""
+    log_deprecation(f"{file} was written by an earlier version: {', '.join(f'{k} is now {KEYS[k]}' for k in keys)}")

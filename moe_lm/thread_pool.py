@@ -1,4 +1,4 @@
-"""Several works at the same time on a CPU, each with one thread for its products."""
+"""A thread pool for CPU work, each of whose threads multiplies with one thread."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -7,36 +7,36 @@ from os import getpid
 
 import torch
 
-_MOST = 256
-"""Threads of a process; each begins when it is first needed."""
+_MAX_THREADS = 256
+"""Threads of a process; each starts when it is first needed."""
 
 
-def run_parallel(works: Sequence[Callable[[], object]]) -> None:
-    """Run each work in a thread of its own, without autograd; a single one here, as it stands.
+def run_parallel(tasks: Sequence[Callable[[], object]]) -> None:
+    """Run each task in a thread of its own, without autograd; a single task runs in the calling thread, as it is.
 
-    Raises what the first of those that failed raised, when all have ended.
+    Waits until all have ended, then raises the first exception in the order of the tasks.
     """
-    if len(works) == 1:
-        works[0]()
+    if len(tasks) == 1:
+        tasks[0]()
         return
     pool, threads = _pool(getpid()), torch.get_num_threads()
     try:
-        running = [pool.submit(work) for work in works]
-        wait(running)
+        futures = [pool.submit(task) for task in tasks]
+        wait(futures)
     finally:
-        # Each thread has its own number, but one that begins later, anywhere, takes the last one set.
+        # Each thread has its own number, but a thread that starts later, anywhere, takes the number last set.
         torch.set_num_threads(threads)
-    for work in running:
-        work.result()
+    for future in futures:
+        future.result()
 
 
 @cache
 def _pool(_: int) -> ThreadPoolExecutor:
-    """Return the threads of this process; a forked one has none of its parent's."""
-    return ThreadPoolExecutor(_MOST, thread_name_prefix="works", initializer=_begin)
+    """Return the pool of this process; a forked process has none of its parent's threads."""
+    return ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="tasks", initializer=_start_thread)
 
 
-def _begin() -> None:
-    torch.get_num_threads()  # at its first use, whenever that is, a thread takes the number last set anywhere
+def _start_thread() -> None:
+    torch.get_num_threads()  # the first use in a thread, whenever it is, sets the number last set anywhere
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)

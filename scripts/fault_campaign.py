@@ -2,48 +2,57 @@
 
     python scripts/fault_campaign.py --markdown docs/results/faults.md
 
-Trains undisturbed on one and on two processes, then starts runs with the real command line, does something to each,
-looks through its checkpoints, repeats the command to the end and compares with the undisturbed run, bit for bit. Prints
-a table, and every failure; ends with 1 where a checkpoint was lost, a resume was wrong or a promise was not kept.
+Trains undisturbed on one and on two processes, then starts runs with the real command line, disturbs each, inspects its
+checkpoints, repeats the command to the end and compares with the undisturbed run, bit for bit. Prints a table and every
+failure; exits with 1 if a checkpoint was lost, a resume was wrong or a promise was not kept.
 """
 
 import argparse
 import json
-import os
 import platform
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from faults import cases, programs
+from benchmarking import commit, machine
+from faults import cases, small_disk
+from faults.corruptions import CORRUPTIONS
+from faults.inject.injected import PLACES
 from faults.trial import Site, Trial, Work
 
-_COLUMNS = ("fault", "processes", "runs", "times disturbed", "checkpoints lost", "wrong resumes", "promises broken")
+_COLUMNS = {
+    "runs": lambda trial: 1,  # noqa: ARG005
+    "times disturbed": lambda trial: trial.disturbed,
+    "checkpoints lost": lambda trial: len(trial.lost),
+    "wrong resumes": lambda trial: len(trial.wrong),
+    "promises broken": lambda trial: len(trial.unexpected),
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """Something to do to a run; those of one kind and number of processes are a line of the table."""
+    """One disturbance; the cases of one kind and number of processes share a row of the table."""
 
     kind: str
     size: int
+    """Number of processes."""
     detail: str
     work: Work
     quick: bool = False
-    """Whether it is part of a short campaign."""
+    """Whether --quick includes it."""
 
     @property
-    def line(self) -> str:
-        """What names it."""
+    def name(self) -> str:
+        """Return the case's unique name."""
         return f"{self.kind}, {self.detail}, {self.size}"
 
 
@@ -54,14 +63,14 @@ def main() -> int:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         site = Site(folder, options.program.read_text() if options.program else "")
-        options.mounts = cases.may_mount(folder)
-        chosen = [case for case in _cases(options) if any(text in case.line for text in options.only)]
+        may_mount = small_disk.may_mount(folder)
+        found = [case for case in _cases(options.kills, may_mount) if case.quick or not options.quick]
+        chosen = [case for case in found if any(text in case.name for text in options.only)]
         started = time.monotonic()
         site.prepare(sorted({case.size for case in chosen}))
         trials = _run_all(site, chosen, options)
     table, sums = _table(trials)
-    if not options.mounts:
-        table += "\n\nNot run: a full disk, because this user may not mount one."
+    table += "" if may_mount else "\n\nNot run: a full disk, because this user may not mount one."
     minutes = (time.monotonic() - started) / 60
     print(f"\n{table}\n\n{minutes:.0f} minutes")
     for case, trial in trials:
@@ -77,87 +86,83 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="to work in, kept afterwards; a temporary one if none is named")
-    parser.add_argument(
-        "--kills", type=int, default=50, help="runs killed at random moments, three tenths on two processes"
-    )
+    parser.add_argument("--folder", type=Path, help="working folder, which is kept; default: a temporary one")
+    parser.add_argument("--kills", type=int, default=50, help="runs killed at random, three tenths on two processes")
     parser.add_argument("--quick", action="store_true", help="a few cases of each kind")
-    parser.add_argument("--only", nargs="*", default=[""], help="cases with one of these texts in their line")
+    parser.add_argument("--only", nargs="*", default=[""], help="cases with one of these texts in their name")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--at-once", type=int, default=2, help="runs side by side")
-    parser.add_argument("--program", type=Path, help="Python text run first in every disturbed run: breaks the product")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
+    parser.add_argument(
+        "--program", type=Path, help="Python file that runs first in every disturbed run: breaks moe_lm"
+    )
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path, help="the table with what it was made by")
+    parser.add_argument("--markdown", type=Path, help="file for the table and how it was made")
     return parser.parse_args()
 
 
-def _cases(options: argparse.Namespace) -> list[Case]:
-    found = []
-    of_two = options.kills * 3 // 10
-    for size, kills in ((1, options.kills - of_two), (2, of_two)):
-        found += [Case("SIGKILL at a random moment", size, "", cases.killed_at_random, True) for _ in range(kills)]
-        for number, place in enumerate(programs.PLACES):
-            rank = str(number % size) if place in programs.ON_EVERY_RANK else "0"
-            quick = size == 1 and place == "in the middle of prune"
+def _cases(kills: int, may_mount: bool) -> Iterator[Case]:
+    of_two = kills * 3 // 10
+    for size, number_of_kills in ((1, kills - of_two), (2, of_two)):
+        one = size == 1
+        for _ in range(number_of_kills):
+            yield Case("SIGKILL at a random moment", size, "", cases.killed_at_random, True)
+        for number, place in enumerate(PLACES):
+            rank, quick = (
+                str(number % size) if PLACES[place].every_rank else "0",
+                one and place == "in the middle of prune",
+            )
             work = cases.killed_in_a_save(place, rank)
-            found.append(Case("SIGKILL inside a save", size, f"{place}, rank {rank}", work, quick))
-        for number, to in ((signal.SIGTERM, None), (signal.SIGUSR1, None if size == 1 else str(size - 1))):
-            work, quick = cases.signalled(number, to), size == 1 and number == signal.SIGTERM
-            found.append(Case("SIGTERM, SIGUSR1", size, f"{number.name} to {to or 'what was started'}", work, quick))
-        for name in list(cases.CORRUPTIONS)[:: size**3]:
-            quick = size == 1 and name == "bit of the model"
-            found.append(Case("damaged checkpoint", size, name, cases.corrupted(name), quick))
-        found.append(Case("all checkpoints damaged", size, "", cases.all_corrupted))
+            yield Case("SIGKILL inside a save", size, f"{place}, rank {rank}", work, quick)
+        for number, rank in ((signal.SIGTERM, None), (signal.SIGUSR1, None if one else str(size - 1))):
+            detail, quick = f"{number.name} to {rank or 'the command'}", one and number == signal.SIGTERM
+            yield Case("SIGTERM, SIGUSR1", size, detail, cases.signalled(number, rank), quick)
+        for name in list(CORRUPTIONS)[:: size**3]:
+            yield Case("damaged checkpoint", size, name, cases.corrupted(name), one and name == "bit of the model")
+        yield Case("all checkpoints damaged", size, "", cases.all_corrupted)
         for kind, count in (("loss", 1), ("gradient", 3), ("explosion", 2))[size - 1 :]:
-            found.append(Case("updates without a loss", size, kind, cases.faulty_updates(kind, count)))
-        kind = "loss" if size == 1 else "gradient"
-        found.append(Case("no update with a loss", size, kind, cases.only_faulty_updates(kind), size == 1))
-        if options.mounts:
-            found += _by_disk(size)
+            yield Case("updates without a loss", size, kind, cases.skipped_updates(kind, count))
+        kind = "loss" if one else "gradient"
+        yield Case("no update with a loss", size, kind, cases.only_skipped_updates(kind), one)
+        yield from _full_disks(size) if may_mount else ()
         for other in (1, 2)[size - 1 :]:
-            found.append(Case("second command on a run", size, f"of {other}", cases.second_process(other)))
-    found += [Case("launcher killed", 2, "", cases.launcher_killed) for _ in range(2)]
-    found += [Case("rank killed under torchrun", 2, "", cases.torchrun_restarts) for _ in range(2)]
-    return [case for case in found if case.quick or not options.quick]
+            yield Case("second command on a run", size, f"of {other}", cases.second_command(other))
+    for _ in range(2):
+        yield Case("launcher killed", 2, "", cases.launcher_killed)
+        yield Case("rank killed under torchrun", 2, "", cases.torchrun_restarts)
 
 
-def _by_disk(size: int) -> list[Case]:
-    found = []
-    for room_again in (False, True):
-        after = "room again" if room_again else "it stays full"
-        for unaware in (True, False) if size == 1 else (True,):
-            work = cases.disk_full_in_a_save(unaware=unaware, room_again=room_again)
-            when = "while a file is written" if unaware else "before a save"
-            quick = size == 1 and unaware and not room_again
-            found.append(Case("full disk, checkpoints", size, f"{when}, {after}", work, quick))
-        work = cases.disk_full_for_lines(room_again=room_again)
-        found.append(Case("full disk, lines", size, after, work))
-    return found
+def _full_disks(size: int) -> Iterator[Case]:
+    for when in (cases.WHILE_WRITING, cases.LINES, *((cases.BEFORE_A_SAVE,) if size == 1 else ())):
+        for room_again in (False, True):
+            kind = "full disk, lines" if when == cases.LINES else "full disk, checkpoints"
+            detail = f"{when}, {'room again' if room_again else 'it stays full'}"
+            quick = size == 1 and when == cases.WHILE_WRITING and not room_again
+            yield Case(kind, size, detail, cases.disk_full(when, room_again=room_again), quick)
 
 
 def _run_all(site: Site, chosen: list[Case], options: argparse.Namespace) -> list[tuple[Case, Trial]]:
-    told, done = threading.Lock(), []
+    lock, done = threading.Lock(), []
 
     def run(numbered: tuple[int, Case]) -> tuple[Case, Trial]:
         number, case = numbered
         trial = Trial(site, f"run-{number:03d}", case.size, random.Random(f"{options.seed}, {number}"))
         try:
             case.work(trial)
-        except Exception:  # a fault of the campaign itself must not pass for a good run
+        except Exception:  # an error of the campaign itself must not pass for a good run
             trial.unexpected.append(traceback.format_exc())
         finally:
             trial.close()
-        with told:
+        with lock:
             done.append(trial)
-            bad = [*trial.lost, *trial.wrong, *trial.unexpected]
-            state = "; ".join(" ".join(text.split()) for text in bad) or "ok"
-            print(f"{len(done)}/{len(chosen)} {trial.name} {case.line}: {state}", flush=True)
+            failures = [*trial.lost, *trial.wrong, *trial.unexpected]
+            state = "; ".join(" ".join(text.split()) for text in failures) or "ok"
+            print(f"{len(done)}/{len(chosen)} {trial.name} {case.name}: {state}", flush=True)
         return case, trial
 
-    # Kinds mixed: a campaign broken off has seen some of each.
+    # Shuffled, so that an interrupted campaign has run some cases of each kind.
     numbered = list(enumerate(chosen, 1))
     random.Random(options.seed).shuffle(numbered)
-    with ThreadPoolExecutor(options.run_parallel) as pool:
+    with ThreadPoolExecutor(options.jobs) as pool:
         return sorted(pool.map(run, numbered), key=lambda pair: pair[1].name)
 
 
@@ -165,17 +170,14 @@ def _table(trials: list[tuple[Case, Trial]]) -> tuple[str, dict[str, int]]:
     groups: dict[tuple[str, int], list[Trial]] = {}
     for case, trial in trials:
         groups.setdefault((case.kind, case.size), []).append(trial)
-    rows = []
-    for (kind, size), group in groups.items():
-        row = [kind, size, len(group), sum(trial.disturbed for trial in group)]
-        row += [sum(len(getattr(trial, what)) for trial in group) for what in ("lost", "wrong", "unexpected")]
+    sums = {name: sum(count(trial) for _, trial in trials) for name, count in _COLUMNS.items()}
+    rows = [["fault", "processes", *_COLUMNS, "notes"], ["---", *["---:"] * (1 + len(_COLUMNS)), "---"]]
+    for key, group in groups.items():
         slowest = max(trial.seconds_to_end for trial in group)
-        rows.append([*row, f"all processes over {slowest:.0f} s after a kill, at most" if slowest else ""])
-    sums = dict(zip(_COLUMNS[2:], (sum(row[i] for row in rows) for i in range(2, len(_COLUMNS))), strict=True))
-    lines = ["| " + " | ".join([*_COLUMNS, "notes"]) + " |", "|---" + "|---:" * (len(_COLUMNS) - 1) + "|---|"]
-    lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    lines.append("| **all** | | " + " | ".join(f"**{number}**" for number in sums.values()) + " | |")
-    return "\n".join(lines), sums
+        note = f"all processes ended within {slowest:.0f} s of a kill" if slowest else ""
+        rows.append([*key, *(sum(map(count, group)) for count in _COLUMNS.values()), note])
+    rows.append(["**all**", "", *(f"**{number}**" for number in sums.values()), ""])
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows), sums
 
 
 def _record(trials: list[tuple[Case, Trial]], options: argparse.Namespace) -> dict:
@@ -184,40 +186,27 @@ def _record(trials: list[tuple[Case, Trial]], options: argparse.Namespace) -> di
         | {key: getattr(trial, key) for key in ("disturbed", "lost", "wrong", "unexpected", "seconds_to_end")}
         for case, trial in trials
     ]
-    return {"runs": runs, "seed": options.seed, "commit": _commit(), "torch": torch.__version__}
+    return {"runs": runs, "seed": options.seed, "commit": commit(), "torch": torch.__version__}
 
 
 def _page(table: str, minutes: float) -> str:
-    command = " ".join(["python", "scripts/fault_campaign.py", *sys.argv[1:]])
     return f"""# Faults, counted
 
-Each line is a kind of fault and a number of processes: tiny trainings with a checkpoint after nearly every step were
-started by the real command line, disturbed, looked through, repeated by the same command to their end, and compared
-with an undisturbed run. A checkpoint is lost where one that was complete is gone (and was not due to be deleted) or is
-not what was written; a resume is wrong where it starts from another step than the newest intact checkpoint or ends with
-another bit in a tensor, a line of metrics.jsonl or a perplexity; a promise is an exit code, a message, an end in time.
+Each row is a kind of fault and a number of processes. Tiny trainings with a checkpoint after nearly every step were
+started by the real command line, disturbed, inspected, repeated by the same command to their end, and compared with an
+undisturbed run. A checkpoint is lost if a complete one is gone that was not due to be deleted, or is not what was
+written. A resume is wrong if it starts from another step than the newest intact checkpoint, or ends with another bit in
+a tensor, a line of metrics.jsonl or a perplexity. A promise is an exit code, a message, or an end in time.
 
 {table}
 
 ```sh
-{command}
+python scripts/fault_campaign.py {" ".join(sys.argv[1:])}
 ```
 
-{minutes:.0f} minutes on {_machine()}; Python {platform.python_version()}, torch {torch.__version__},
-commit {_commit()}.
+{minutes:.0f} minutes on {platform.platform()}, {machine(torch.device("cpu"))}; Python {platform.python_version()},
+torch {torch.__version__}, commit {commit()}.
 """
-
-
-def _machine() -> str:
-    models = [x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
-    return f"{platform.platform()}, {models[0] if models else platform.machine()}, {os.cpu_count()} cores"
-
-
-def _commit() -> str:
-    here = Path(__file__).parent
-    return subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here
-    ).stdout.strip()
 
 
 if __name__ == "__main__":

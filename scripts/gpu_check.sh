@@ -1,42 +1,42 @@
 #!/usr/bin/env bash
-# What only a GPU can tell, in parts that end together within 24 minutes: docs/gpu-checklist.md says what each is for.
-#   scripts/gpu_check.sh pack [TEXT]    where packages can be had: fills build/gpu, which git ignores, for the other machine
-#   scripts/gpu_check.sh PART OUTDIR [NAME ...]    there: PART is tests, bench, profile, study1 or study2; small json goes
-#                                       to OUTDIR. Of bench and the studies these works alone: layer_4096, moe_32, ...
-#   REHEARSE=1 scripts/gpu_check.sh PART OUTDIR    the same commands at tiny sizes, into OUTDIR/rehearsal, to see on any
-#                                       machine that they run
+# Tests and measurements for a GPU, in parts that take at most 24 minutes together; docs/gpu-checklist.md says what for.
+#   scripts/gpu_check.sh pack [TEXT]    on a machine with access to packages: fills build/gpu, which git ignores
+#   scripts/gpu_check.sh PART OUTDIR [NAME ...]    on the GPU's machine: PART is tests, bench, profile, study1 or study2;
+#                                       small files go to OUTDIR. With names only these jobs run: layer_4096, moe_32, ...
+#   REHEARSE=1 scripts/gpu_check.sh PART OUTDIR    the same commands at tiny sizes on any machine, into OUTDIR/rehearsal,
+#                                       to see that they run
 # TEXT is a folder with *.train.*, *.valid.* and *.test.* of one sentence a line, plain or compressed.
 set -euo pipefail
 here=$PWD
 cd "$(dirname "$0")/.."
 packed=build/gpu
 
-say() { echo "gpu_check.sh: $*" >&2; }
+log() { echo "gpu_check.sh: $*" >&2; }
 
 usage() {
     sed -n '2,8s/^# *//p' scripts/gpu_check.sh >&2
     exit 2
 }
 
-# A path as the caller means it.
+# The path as seen from the caller's folder.
 given() {
     case $1 in /*) echo "$1" ;; *) echo "$here/$1" ;; esac
 }
 
-# What a machine without the project's environment needs; others' layers in build/gpu/peers stay.
+# Collects what a machine without the project's environment needs; build/gpu/peers stays as it is.
 pack() {
     local build=${PYTHON:-python3} text=${1:-} new=build/gpu.new split
     if [ -n "$text" ]; then
         text=$(given "$text")
         for split in train valid test; do
             compgen -G "$text/*.$split.*" >/dev/null || {
-                say "no $text/*.$split.*: name a folder of text, or none"
+                log "no $text/*.$split.*: name a folder of text, or none"
                 exit 2
             }
         done
     fi
     rm -rf $new && mkdir -p $new/wheels $new/text $packed
-    "$build" -m pip wheel -q --no-deps -w $new/wheels antlr4-python3-runtime==4.9.3 # on PyPI as source alone
+    "$build" -m pip wheel -q --no-deps -w $new/wheels antlr4-python3-runtime==4.9.3 # PyPI has no wheel of it
     "$build" -m pip download -q --no-deps -d $new/wheels hydra-core==1.3.7 omegaconf==2.3.1
     "$build" -m pip download -q --no-deps -d $new/wheels --only-binary=:all: --python-version "${GPU_PYTHON:-3.12}" \
         --implementation cp --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
@@ -50,11 +50,11 @@ pack() {
         mv $new/text $packed/
     fi
     rm -rf $new
-    [ -d $packed/peers ] || say "no others' layers in $packed/peers: docs/gpu-checklist.md says how they come there"
+    [ -d $packed/peers ] || log "no other implementations in $packed/peers: docs/gpu-checklist.md says how to get them"
     du -sh $packed
 }
 
-# Tokens of a layer, words of a step, of the vocabulary and of a study, ...
+# Sizes: tokens of a layer, words of a step, of the vocabulary and of a study, ...
 tokens=76800 words=307200 vocabulary=793471 square=8192 data=20000000 shard=159658
 experts=(4 32 256) many=1024 most=4096 flat=(32 256) hierarchical=256 most_h=4096 small=()
 study=(batch.words=32768 training.num_words=36e6 schedule.warmup_steps=200)
@@ -65,10 +65,10 @@ if [ -n "${REHEARSE:-}" ]; then
     study=(batch.words=1000 training.num_words=20000 schedule.warmup_steps=20 softmax.num_sampled=64 vocabulary.max_size=2000 "${small[@]}")
 fi
 
-# The environment's Python where there is one, else the machine's own with the packed wheels beside it.
+# Uses the environment's Python if there is one, else the machine's own with the packed wheels.
 python=.venv/bin/python
 prepare() {
-    # On a machine that has the tree without its history, what was packed says which commit it is.
+    # A copy of the tree without its history gets the commit from the pack.
     if [ -f $packed/commit ] && ! git cat-file -e "$(sed 's/-dirty//' $packed/commit)" 2>/dev/null; then
         COMMIT=$(cat $packed/commit)
         export COMMIT
@@ -76,11 +76,11 @@ prepare() {
     [ ! -x $python ] || return 0
     python=${PYTHON:-python3}
     command -v "$python" >/dev/null || {
-        say "there is neither .venv nor $python: scripts/environment makes the one, PYTHON names another"
+        log "there is neither .venv nor $python: run scripts/environment, or name a Python by PYTHON"
         exit 2
     }
     [ -d $packed/wheels ] || {
-        say "there is neither .venv nor $packed/wheels: run scripts/gpu_check.sh pack where packages can be had"
+        log "there is neither .venv nor $packed/wheels: run scripts/gpu_check.sh pack on a machine with access to packages"
         exit 2
     }
     local site=${TMPDIR:-/tmp}/gpu-check-site
@@ -92,7 +92,7 @@ prepare() {
     export PYTHONPATH=$site:$PWD
 }
 
-# Each work within its own time: one that hangs must not cost the others theirs.
+# Runs a job with a time limit of its own, so that one that hangs takes no time from the others.
 within() {
     timeout -k 10 "$@"
 }
@@ -100,7 +100,7 @@ within() {
 failed=()
 names=()
 
-# Whether this work is to be done.
+# Whether this job was asked for.
 asked() {
     [[ ${#names[@]} -eq 0 || " ${names[*]} " == *" $1 "* ]]
 }
@@ -108,7 +108,7 @@ asked() {
 tests() {
     local at_once=()
     ! "$python" -c "import xdist" 2>/dev/null || at_once=(-n 8)
-    # Of many threads each a process would wait for the other processes'.
+    # With many threads each, the processes would compete for the cores.
     OMP_NUM_THREADS=2 within 180 "$python" -m pytest -q -W default -p no:cacheprovider "${at_once[@]}" tests/gpu 2>&1 |
         tail -n 60 | tee "$out/tests.txt"
 }
@@ -117,7 +117,7 @@ run() {
     local name=$1 seconds=$2 script=$3
     shift 3
     asked "$name" || return 0
-    rm -f "$out/$name.json" # of another time: it would pass for this one's
+    rm -f "$out/$name.json" # an old result must not pass for this one's
     within "$seconds" "$python" "scripts/$script" "$@" --json "$out/$name.json" || {
         failed+=("$name ($?)")
         return 0
@@ -127,16 +127,16 @@ run() {
 
 bench() {
     local peers=() words_4096=$((words / 2)) recompute=true
-    if [ -d $packed/peers ]; then peers=(--peers $packed/peers); else say "no $packed/peers: others' layers are left out"; fi
+    if [ -d $packed/peers ]; then peers=(--peers $packed/peers); else log "no $packed/peers: other implementations are left out"; fi
     run layer 90 benchmark_layer.py --experts "${experts[@]}" --tokens $tokens --square $square "${peers[@]}"
     run layer_1024 70 benchmark_layer.py --experts $many --tokens $tokens --square $square "${peers[@]}" \
-        --layers moe moe_factored balanced moe_bfloat16 scattermoe scattermoe_float32 --room 4 --rounds 5
-    # Of 4 G parameters two layers at a time: with gradients and copies 43 GB, all in bfloat16 17.
+        --layers moe balanced moe_bfloat16 scattermoe scattermoe_float32 --room 4 --rounds 5
+    # Two layers of 4 G parameters are held at a time: each takes 17 GB in bfloat16 with its gradients.
     run layer_4096 70 benchmark_layer.py --experts $most --tokens $tokens --square $square "${peers[@]}" \
-        --layers moe_factored scattermoe --room 0 --rounds 3
+        --layers moe_bfloat16 scattermoe --room 0 --rounds 3
     run training 50 benchmark_training.py --words $words --vocabulary $vocabulary --experts "${flat[@]}" \
         --hierarchical $hierarchical --rounds 5 --overrides "${small[@]}"
-    # Weights and gradients of 4 G parameters take 34 GB, 307,200 words some 40 beside it: too near to 80.
+    # Weights and gradients of 4 G parameters take 34 GB and 307,200 words about 40 GB, too much for a GPU of 80 GB.
     if asked training_4096 && is_large; then words_4096=$words recompute=false; fi
     run training_4096 70 benchmark_training.py --words $words_4096 --vocabulary $vocabulary --experts \
         --hierarchical $most_h --rounds 5 --overrides optimizer.experts=factored machine.recompute=$recompute "${small[@]}"
@@ -162,12 +162,12 @@ profile() {
         --layers moe moe_kernels
 }
 
-# One model of the study, for as many words as all others.
+# Trains one model of the study; all models train on equally many words.
 train() {
     local name=$1 seconds=$2 runs=${TMPDIR:-/tmp}/gpu-check-runs file
     shift 2
     asked "$name" || return 0
-    rm -rf "${runs:?}/$name" "$out/$name.result.json" "$out/$name.metrics.jsonl" # of another time
+    rm -rf "${runs:?}/$name" "$out/$name.result.json" "$out/$name.metrics.jsonl"
     within "$seconds" "$python" -m moe_lm train "$@" "${study[@]}" name="$name" runs="$runs" corpus=text \
         "corpus.train=$packed/text/*.train.*" "corpus.valid=$packed/text/*.valid.*" "corpus.test=$packed/text/*.test.*" \
         training.log_every=50 training.valid_every=100000 checkpoint.every_seconds=100000 checkpoint.keep_last=1 ||
@@ -196,24 +196,24 @@ pack)
     pack "${2:-}"
     exit
     ;;
-tests) works="" ;;
-profile) works="profile_256 profile_4096_h layer_kernels" ;;
-bench) works="layer layer_1024 layer_4096 training training_4096 data evaluation" ;;
-study1) works="moe_1_wide moe_4 moe_32" ;;
-study2) works="moe_256 moe_4096_h" ;;
+tests) jobs="" ;;
+profile) jobs="profile_256 profile_4096_h layer_kernels" ;;
+bench) jobs="layer layer_1024 layer_4096 training training_4096 data evaluation" ;;
+study1) jobs="moe_1_wide moe_4 moe_32" ;;
+study2) jobs="moe_256 moe_4096_h" ;;
 *) usage ;;
 esac
 [ $# -ge 2 ] || usage
 names=("${@:3}")
 for name in "${names[@]}"; do
-    [[ " $works " == *" $name "* ]] || {
-        say "$part has no work of the name $name${works:+: $works}"
+    [[ " $jobs " == *" $name "* ]] || {
+        log "$part has no job named $name${jobs:+, only $jobs}"
         exit 2
     }
 done
 case $part in study*)
     compgen -G "$packed/text/*.train.*" >/dev/null || {
-        say "no $packed/text/*.train.*: run scripts/gpu_check.sh pack TEXT"
+        log "no $packed/text/*.train.*: run scripts/gpu_check.sh pack TEXT"
         exit 2
     } ;;
 esac
@@ -222,6 +222,6 @@ out=$(given "$2")${REHEARSE:+/rehearsal}
 mkdir -p "$out"
 $part
 [ ${#failed[@]} -eq 0 ] || {
-    say "no result, with the exit code: ${failed[*]}"
+    log "failed, with exit code: ${failed[*]}"
     exit 1
 }

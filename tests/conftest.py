@@ -2,11 +2,13 @@
 
 import os
 import shutil
-import sys
+import signal
 from pathlib import Path
 
 import pytest
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts a job in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before anything imports Triton: without a GPU its interpreter runs the kernels.
 if not Path("/dev/nvidia0").exists():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -18,7 +20,6 @@ from moe_lm.cli import machine as make
 from moe_lm.cli.config import composed, resolved
 from moe_lm.cli.data import prepared_data
 from moe_lm.cli.training import trainer_of
-from moe_lm.ops import backend as available
 from moe_lm.run import Run
 from moe_lm.train.trainer import Trainer
 
@@ -29,6 +30,16 @@ UNREAD = {
     "layer@model.layers.middle=feed_forward": ["model.num_experts", "model.k"],
 }
 """What nobody reads, so that it would be refused, with these choices."""
+SLOW_FIXTURES = ("test_one_update_on_many", "test_resume_on_other_numbers", "test_bytes_sent", "test_studies")
+"""Modules whose tests share the result of a minute's work."""
+
+
+def pytest_collection_modifyitems(items):
+    """Run each of these modules on one worker of pytest-xdist (`--dist loadgroup`), and before all others."""
+    for item in items:
+        if item.path.stem in SLOW_FIXTURES:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: item.path.stem not in SLOW_FIXTURES)
 
 
 @pytest.fixture(autouse=True)
@@ -45,17 +56,6 @@ def set_threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def compile_loops(monkeypatch, set_threads):
-    """Sets whether passes on a CPU's thread are compiled loops, whatever their size, until the test ends."""
-
-    def choose(compiled: bool) -> None:
-        monkeypatch.setattr(available, "_WORTHWHILE", 0 if compiled else sys.maxsize)
-        set_threads(1)
-
-    return choose
 
 
 @pytest.fixture(scope="session")
@@ -122,7 +122,7 @@ def trainer(workspace):
         config = resolved(composed("train", [a for a in arguments if a.partition("=")[0] not in unread]))
         run = Run(Path("runs") / on.type)
         run.folder.mkdir(parents=True, exist_ok=True)
-        data = prepared_data(config, say=lambda line: None)
+        data = prepared_data(config, log=lambda line: None)
         make.be_deterministic(on)
         found, _ = trainer_of(config, data, run, on, lambda line: None)
         generator = torch.Generator().manual_seed(7)

@@ -6,21 +6,20 @@ import numpy as np
 import torch
 
 from moe_lm.analysis.experts import Inspection
-from moe_lm.analysis.experts.reading import Reading, read
-from moe_lm.analysis.experts.summary import summarized
-from moe_lm.analysis.experts.texts import Texts
+from moe_lm.analysis.experts.summary import Texts, summarize
+from moe_lm.analysis.experts.tally import Reading, read
 from moe_lm.data.prepared import Split
 from moe_lm.data.vocabulary.words import WordVocabulary
 from moe_lm.gate.noisy_top_k import NoisyTopK
 from moe_lm.gate.strictly_balanced import StrictlyBalanced
-from moe_lm.loss.softmax.full import FullSoftmax
+from moe_lm.loss.softmax import FullSoftmax
 from moe_lm.model.hierarchical_moe import HierarchicalMoE
 from moe_lm.model.language_model import LanguageModel
 from moe_lm.model.lstm import Lstm
 from moe_lm.model.moe import MoE
 
 NOISY = partial(NoisyTopK, noise_epsilon=0.01)
-SOFTMAX = partial(FullSoftmax, max_logits=1000)
+SOFTMAX = partial(FullSoftmax, chunk_logits=1000)
 GATES = {"noisy_top_k": NOISY, "strictly_balanced": StrictlyBalanced}
 MARKERS = ["</S>", "<S>", "<UNK>"]
 
@@ -50,7 +49,7 @@ def table_model(vocabulary: WordVocabulary, gates: dict[str, dict[int, float]], 
     layer = MoE(width=vocabulary.size, hidden=4, num_experts=num_experts, k=k, gate=NOISY)
     model = model_of(vocabulary, {"middle": layer}, vocabulary.size)
     with torch.no_grad():
-        model.embedding_VD.copy_(torch.eye(vocabulary.size))
+        model.embedding.weight_VD.copy_(torch.eye(vocabulary.size))
         layer.gate.gate_DE.fill_(-1000.0)
         ids = {vocabulary.token(i): i for i in range(vocabulary.size)}
         for word, values in gates.items():
@@ -90,7 +89,7 @@ def reading_of(model, vocabulary, split, *, max_sentences=4, max_words=1000, con
         split,
         start=vocabulary.start,
         sentences=split.num_sentences if sentences is None else sentences,
-        contexts=contexts,
+        num_contexts=contexts,
         max_sentences=max_sentences,
         max_words=max_words,
     )
@@ -99,6 +98,6 @@ def reading_of(model, vocabulary, split, *, max_sentences=4, max_words=1000, con
 def inspection_of(model, vocabulary, split, *, run="a run", words=12, **sizes) -> Inspection:
     """The whole record of a split."""
     reading = reading_of(model, vocabulary, split, **sizes)
-    layers = summarized(reading, Texts(vocabulary, split), words)
+    layers = summarize(reading, Texts(vocabulary, split), words)
     unique_inverse = int((reading.count_V > 0).sum())
     return Inspection(run, 7, "valid", reading.sentences, reading.words, reading.tokens, unique_inverse, layers)

@@ -1,4 +1,4 @@
-"""A folder of sharded safetensors put together with safetensors alone: what another program would read."""
+"""Reads a folder of sharded safetensors with the safetensors library alone, as another program would."""
 
 import json
 from pathlib import Path
@@ -8,9 +8,9 @@ from safetensors import safe_open
 
 
 def whole(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint's `model` or `optimizer`, by the offsets in each file's header.
+    """Return the whole tensors of a checkpoint's `model` or `optimizer`, joined by the offsets in each file's header.
 
-    Every number must be in exactly one file.
+    Every element must be in exactly one file.
     """
     parts: dict[str, list[tuple[list[int], torch.Tensor]]] = {}
     for file in sorted(folder.iterdir()):
@@ -37,7 +37,7 @@ def _joined(name: str, parts: list[tuple[list[int], torch.Tensor]]) -> torch.Ten
 
 
 def assert_safetensors_or_json(folder: Path) -> int:
-    """Every file below is one of the two, whatever its name says; return how many safetensors there are."""
+    """Check the content of every file below, whatever its name; return the number of safetensors files."""
     count = 0
     for file in folder.rglob("*"):
         if file.is_dir():

@@ -1,32 +1,43 @@
-"""The benchmarks run, at tiny sizes, and what they write can be read; how fast anything is they say elsewhere."""
+"""The benchmarks run at tiny sizes, and what they write can be read; how fast anything is they say elsewhere."""
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 SMALL = ["--threads", "1", "--square", "64"]
 TINY = ["--overrides", "model.width=16", "model.expert_hidden=16"]
 
 
-def ran(script: str, *arguments: str) -> dict:
-    """What a benchmark wrote."""
-    command = [sys.executable, SCRIPTS / f"benchmark_{script}.py", *arguments, "--json", "found.json"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def run(script: str, *arguments: str) -> None:
+    """Run a benchmark in this process, as `python scripts/benchmark_SCRIPT.py` would."""
+    with pytest.MonkeyPatch.context() as patch:
+        path = SCRIPTS / f"benchmark_{script}.py"
+        patch.setattr(sys, "argv", [str(path), *arguments])
+        patch.syspath_prepend(SCRIPTS)
+        runpy.run_path(str(path), run_name="__main__")
+
+
+def found_by(script: str, *arguments: str) -> dict:
+    """Return what a benchmark wrote."""
+    run(script, *arguments, "--json", "found.json")
     return json.loads(Path("found.json").read_text())
 
 
 @pytest.fixture(autouse=True)
-def somewhere(tmp_path, monkeypatch):
+def temporary_folder(tmp_path, monkeypatch, set_threads):
     monkeypatch.chdir(tmp_path)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def test_layer():
-    found = ran("layer", "--experts", "4", "8", "--width=16", "--hidden=16", "--tokens=64", "--rounds=2", *SMALL)
+    sizes = ["--width=16", "--hidden=16", "--tokens=64", "--rounds=2", *SMALL]
+    found = found_by("layer", "--experts", "4", "8", *sizes)
     assert set(found["layers"]["8"]) == {"dense", "moe", "balanced", "products", "grouped", "moe_plain"}
     for row in found["layers"]["8"].values():
         assert 0 < row["least_ratio"] <= row["ratio"] <= row["largest_ratio"]
@@ -38,7 +49,7 @@ def test_layer():
 def test_the_parts_of_a_step_add_up(model):
     experts = {"moe_256_h": ["model.num_experts=8", "model.num_groups=4"]}.get(model, [])
     sizes = ["--words", "200", "--vocabulary", "300", "--steps", "3", "--profile"]
-    found = ran("step", "--model", model, *sizes, *SMALL, *TINY, *experts)
+    found = found_by("step", "--model", model, *sizes, *SMALL, *TINY, *experts)
     parts = found["parts"]
     assert sum(parts.values()) == pytest.approx(found["seconds"])
     expected = {"batch", "embedding", "LSTM", "between", "softmax", "losses", "optimizer", "LSTM, backward"}
@@ -49,18 +60,21 @@ def test_the_parts_of_a_step_add_up(model):
     assert 0 < found["profile"]["shares"]["matrix products"] < 1
 
 
-def test_machine():
-    found = ran("machine", "--rows=4", "--width=8", "--hidden=8", "--matrices=3", "--copy-mib=1", *SMALL)
-    assert all(rate > 0 for name, rate in found.items() if name.endswith("per_second"))
+def test_gates():
+    found = found_by("gates", "--width=16", "--hidden=16", "--experts=8", "--tokens=64", "--rounds=2")
+    assert {"noisy_top_k", "expert_choice"} <= found["rows"].keys()
+    assert all(row["share"] > 0 for row in found["rows"].values())
 
 
 def test_training_data_and_evaluation():
     sizes = ["--width=16", "--hidden=16", "--words=100", "--vocabulary=200", "--sampled=20", "--rounds=2"]
-    found = ran("training", *sizes, "--experts", "4", "--threads=1")
+    found = found_by("training", *sizes, "--experts", "4", "--threads=1")
     assert found["rows"]["moe_1_wide"]["of_dense"] == 1
-    found = ran("data", "--words=20000", "--files=2", "--vocabulary=500", "--batch-words=2000", "--micro-words=500")
+    found = found_by(
+        "data", "--words=20000", "--files=2", "--vocabulary=500", "--batch-words=2000", "--micro-words=500"
+    )
     assert min(found["words_per_second"].values()) > 0
-    found = ran("evaluation", "--tokens=300", "--vocabulary=500", *SMALL, *TINY)
+    found = found_by("evaluation", "--tokens=300", "--vocabulary=500", *SMALL, *TINY)
     assert found["words_per_second"] > 0
 
 
@@ -78,7 +92,12 @@ WRONG = [
     ("step", "--model", "nonesuch"),
     ("step", "--overrides", "model.widht=16", *SMALL),
     ("step", "--words", "100", "--vocabulary", "300", *SMALL, *TINY, "optimizer.learning_rate=1e30"),
-    ("training", "--words=100", "--vocabulary=200", "--sampled=20", "--overrides", "optimizer.learning_rate=1e30"),
+    (
+        "training",
+        *["--width=16", "--hidden=16", "--experts=4", "--words=100", "--vocabulary=200", "--sampled=20"],
+        "--overrides",
+        "optimizer.learning_rate=1e30",
+    ),
     ("training", "--experts", "2", "--width=16", "--hidden=16", "--words=100"),
     ("data", "--words", "0"),
     ("evaluation", "--vocabulary", "2"),
@@ -87,21 +106,20 @@ WRONG = [
 
 
 @pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
-def test_a_mistake_is_told_in_a_line(arguments):
-    """Before anything is measured, but where that is what is wrong."""
-    script, *options = arguments
-    command = [sys.executable, SCRIPTS / f"benchmark_{script}.py", *options]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"benchmark_{script}.py: ")
+def test_a_wrong_option_gives_one_line(arguments, capfd):
+    """It is found before anything is measured, unless the measurement itself shows it."""
+    with pytest.raises(SystemExit) as ended:
+        run(*arguments)
+    assert ended.value.code == 2
+    assert capfd.readouterr().err.splitlines()[-1].startswith(f"benchmark_{arguments[0]}.py: ")
 
 
 @pytest.mark.parametrize("content", ["", "class MoE:\n    def __init__(self, only):\n        pass\n"])
-def test_a_copy_that_cannot_be_used_is_left_out(tmp_path, content):
-    """Others' layers of no or another version cost ours nothing."""
+def test_an_unusable_peer_is_left_out(tmp_path, content):
+    """An empty module or one of another version does not stop the other measurements."""
     (tmp_path / "peers" / "davidmrau").mkdir(parents=True)
     (tmp_path / "peers" / "davidmrau" / "moe.py").write_text(content)
     sizes = ["--experts=4", "--width=16", "--hidden=16", "--tokens=64", "--rounds=2", *SMALL]
-    found = ran("layer", *sizes, "--layers", "moe", "davidmrau", "--peers", "peers")
+    found = found_by("layer", *sizes, "--layers", "moe", "davidmrau", "--peers", "peers")
+    sys.modules.pop("moe", None)
     assert set(found["layers"]["4"]) == {"dense", "moe"}

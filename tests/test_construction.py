@@ -1,4 +1,4 @@
-"""The constructor without Hydra builds what Hydra builds, from the packaged configs alone."""
+"""construction.build returns the same objects as Hydra's instantiate, from packaged configs only."""
 
 import copy
 import functools
@@ -8,8 +8,9 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from moe_lm import construction
-from moe_lm.cli.config import choices, composed, resolved
+from moe_lm import config_files
+from moe_lm.cli.config import composed, resolved
+from moe_lm.config_files import choices
 from moe_lm.construction import build, build_model
 from moe_lm.errors import UserError
 
@@ -29,7 +30,7 @@ def shapes(module) -> dict:
 
 
 @pytest.mark.parametrize("preset", choices("model"))
-def test_every_preset_is_what_hydra_makes_of_it(preset):
+def test_every_preset_builds_as_hydra_instantiates_it(preset):
     config = resolved(composed("train", [f"model={preset}"]))
     with torch.device("meta"):
         model = build_model(config, 100)
@@ -53,7 +54,7 @@ def test_partial_parts_inside_a_part():
     assert type(build({**LSTM, "_partial_": False})) is type(build(LSTM))
 
 
-def test_plain_data_are_copied_and_lists_are_gone_through(monkeypatch):
+def test_plain_data_are_copied_and_lists_are_searched(monkeypatch):
     seen = {}
     monkeypatch.setattr("moe_lm.model.lstm.Lstm", lambda **arguments: seen.update(arguments))
     config = {"_target_": "moe_lm.model.lstm.Lstm", "data": {"a": [1, {"b": None}]}, "parts": [MOE["gate"], "text"]}
@@ -74,17 +75,23 @@ def raising(error: Exception):
 
 
 @pytest.mark.parametrize("error", [UserError("width=0: mend it"), RuntimeError("out of memory"), MemoryError()])
-def test_what_the_constructor_says_comes_through(monkeypatch, error):
+def test_an_error_of_the_constructor_is_raised_unchanged(monkeypatch, error):
     monkeypatch.setattr("moe_lm.model.lstm.Lstm", raising(error))
     with pytest.raises(type(error)) as caught:
         build(LSTM)
     assert caught.value is error
 
 
+def test_a_value_error_keeps_its_message(monkeypatch):
+    monkeypatch.setattr("moe_lm.model.lstm.Lstm", raising(ValueError("width=0: must be at least 1")))
+    with pytest.raises(UserError, match=r"^width=0: must be at least 1$"):
+        build(LSTM)
+
+
 @pytest.mark.parametrize("error", [TypeError("two\nlines"), KeyError("key"), ZeroDivisionError(), OSError(2, "gone")])
-def test_anything_else_is_a_mistake_of_one_line(monkeypatch, error):
+def test_any_other_exception_is_an_error_of_one_line(monkeypatch, error):
     monkeypatch.setattr("moe_lm.model.lstm.Lstm", raising(error))
-    with pytest.raises(UserError, match=r"^cannot build moe_lm\.layer\.lstm\.Lstm: .+$") as caught:
+    with pytest.raises(UserError, match=r"^cannot build moe_lm\.model\.lstm\.Lstm: .+$") as caught:
         build(LSTM)
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is error
@@ -103,7 +110,7 @@ def test_anything_else_is_a_mistake_of_one_line(monkeypatch, error):
     ],
     ids=str,
 )
-def test_what_could_run_anything_else_is_refused(part):
+def test_a_part_that_could_run_other_code_is_refused(part):
     with pytest.raises(UserError, match="refused"):
         build(part)
 
@@ -115,10 +122,10 @@ def test_a_part_needs_a_target(part):
 
 
 @pytest.mark.parametrize("arguments", [{}, {"widht": 3}, {"width": "many"}, {3: 4}], ids=str)
-def test_wrong_arguments_are_a_mistake(arguments):
-    with pytest.raises(UserError, match=r"^cannot build moe_lm\.layer\.lstm\.Lstm: "):
+def test_wrong_arguments_are_an_error(arguments):
+    with pytest.raises(UserError, match=r"^cannot build moe_lm\.model\.lstm\.Lstm: "):
         build({"_target_": "moe_lm.model.lstm.Lstm", **arguments})
 
 
 def test_the_configuration_is_found():
-    assert (construction.folder() / "train.yaml").is_file()
+    assert (config_files.folder() / "train.yaml").is_file()

@@ -1,4 +1,4 @@
-"""moe-lm describe: the figures of models of any size, as a table and as JSON, and what it refuses."""
+"""moe-lm describe: the figures of models of any size as a table and as JSON, and refused arguments."""
 
 import json
 import re
@@ -7,8 +7,8 @@ import time
 import pytest
 from tiny_training import assert_one_line
 
-from moe_lm.cli.config import choices
-from moe_lm.report.paper import printed
+from moe_lm.config_files import choices
+from moe_lm.report.paper import paper_result
 
 FACTORED = ["optimizer.experts=factored", "machine.recompute=true"]
 
@@ -73,7 +73,7 @@ def test_recomputing_saves_the_hidden_activations(described):
 @pytest.mark.parametrize("preset", ["moe_256", "news100b_moe_4096_h"])
 def test_the_table_sets_the_papers_figures_beside_ours(moe_lm, preset):
     out = moe_lm("describe", f"model={preset}").out
-    row = printed(preset)
+    row = paper_result(preset)
     for line, figure in zip(out.splitlines()[1:4], (row.operations, row.parameters, row.total), strict=True):
         assert line.endswith(f"the paper prints {figure}")
     assert not re.search("sent", out)
@@ -88,7 +88,7 @@ def test_a_changed_model_has_no_printed_figures_beside_it(moe_lm, described):
     assert described("model=moe_32", "batch.words=100")["printed"]["total"] == "0.9"
 
 
-def test_the_table_says_what_several_processes_send(moe_lm):
+def test_the_table_shows_the_communication_of_several_processes(moe_lm):
     out = moe_lm("describe", "model=moe_4096_h", "num_processes=16", "machine.precision=bfloat16", *FACTORED).out
     assert "memory of each of 16 processes, 512 words at a time, bfloat16, hidden activations recomputed" in out
     assert re.search(r"rows to experts and back, all to all +[\d.]+ MiB", out)

@@ -1,4 +1,4 @@
-"""GPUs of a machine and the runs of a sweep: who gets which, who waits, what is refused. No GPU is needed."""
+"""The GPUs of a machine are lent to the runs of a sweep: which run gets which, waits or is refused. Needs no GPU."""
 
 import json
 import os
@@ -12,26 +12,25 @@ from omegaconf import OmegaConf
 
 from moe_lm.cli import job_runner as running
 from moe_lm.cli import sweep
-from moe_lm.cli.devices import Devices, visible
-from moe_lm.cli.job_runner import Job, audit_of, run_all
+from moe_lm.cli.job_runner import Devices, Job, audit_of, run_all, visible
 from moe_lm.cli.sweep import with_gpus
 from moe_lm.errors import UserError
 
-# Says which GPUs it has and when it began and ended; ends as its arguments tell it to.
+# Records its GPUs and when it began and ended; its arguments set how it ends.
 PROGRAM = textwrap.dedent("""
     import json, os, sys, time
     name, seconds, code = sys.argv[2:5]
     line = {"name": name, "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"), "began": time.monotonic()}
     time.sleep(float(seconds))
-    with open("told.jsonl", "a") as stream:
+    with open("record.jsonl", "a") as stream:
         stream.write(json.dumps(line | {"ended": time.monotonic()}) + "\\n")
-    print("told")
+    print("done")
     sys.exit(int(code))
 """)
 
 
 @pytest.fixture
-def told(tmp_path, monkeypatch):
+def run_jobs(tmp_path, monkeypatch):
     """Run jobs (name, GPUs, exit code) that take 0.4 s on GPUs of these names; return the code and what each saw."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -47,7 +46,7 @@ def told(tmp_path, monkeypatch):
     def run(names, *wanted, parallel=None):
         jobs = [Job(Path(name), (name, "0.4", str(code)), num_gpus=number) for name, number, code in wanted]
         ended = run_all(jobs, Path(), parallel=parallel, audit=False, devices=Devices(names))
-        lines = [json.loads(line) for line in Path("told.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in Path("record.jsonl").read_text().splitlines()]
         return ended, {line["name"]: line for line in lines}
 
     return run
@@ -58,9 +57,9 @@ def overlap(one, other):
 
 
 @pytest.mark.parametrize("names", [["0"], ["0", "1"], ["0", "1", "2", "3"]], ids=len)
-def test_no_gpu_has_two_runs(names, told):
-    """Four runs of one GPU each: as many at a time as there are GPUs, each with one of its own."""
-    code, runs = told(names, *((name, 1, 0) for name in "abcd"))
+def test_no_gpu_has_two_runs(names, run_jobs):
+    """Of four runs with one GPU each, as many run at a time as there are GPUs, each on a different one."""
+    code, runs = run_jobs(names, *((name, 1, 0) for name in "abcd"))
     assert code == 0
     assert {run["gpus"] for run in runs.values()} == set(names)
     pairs = [(one, other) for one in runs.values() for other in runs.values() if one["name"] < other["name"]]
@@ -68,37 +67,37 @@ def test_no_gpu_has_two_runs(names, told):
     assert any(overlap(*pair) for pair in pairs) == (len(names) > 1), "with a second GPU nothing waits for the first"
 
 
-def test_run_of_two_processes_waits_for_two(told):
-    """It takes its turn: the small one behind it, for which a GPU is free, does not overtake it."""
-    code, runs = told(["4", "5"], ("a", 1, 0), ("b", 2, 0), ("c", 1, 0))
+def test_run_of_two_processes_waits_for_two(run_jobs):
+    """The smaller run behind it does not overtake it, although a GPU is free."""
+    code, runs = run_jobs(["4", "5"], ("a", 1, 0), ("b", 2, 0), ("c", 1, 0))
     assert code == 0
     assert runs["b"]["gpus"] == "4,5"
     assert runs["a"]["ended"] < runs["b"]["began"] < runs["b"]["ended"] < runs["c"]["began"]
 
 
-def test_failed_run_gives_its_gpus_back(told):
-    """The next run has what the failed one had."""
-    code, runs = told(["7"], ("a", 1, 3), ("b", 1, 0))
+def test_failed_run_gives_its_gpus_back(run_jobs):
+    """The next run gets the GPUs of the failed one."""
+    code, runs = run_jobs(["7"], ("a", 1, 3), ("b", 1, 0))
     assert code == 1
     assert runs["a"]["gpus"] == runs["b"]["gpus"] == "7"
 
 
-def test_parallel_limits_what_gpus_allow(told):
-    _, runs = told(["0", "1"], ("a", 1, 0), ("b", 1, 0), parallel=1)
+def test_parallel_limits_what_gpus_allow(run_jobs):
+    _, runs = run_jobs(["0", "1"], ("a", 1, 0), ("b", 1, 0), parallel=1)
     assert not overlap(runs["a"], runs["b"])
 
 
 @pytest.mark.parametrize("names", [[], ["0", "1"]], ids=["no GPU", "machine.device=cpu"])
-def test_runs_on_the_cpu_go_one_at_a_time_and_see_what_they_saw(names, told):
-    """parallel=auto means 1 for them, and their environment is the sweep's."""
-    _, runs = told(names, ("a", 0, 0), ("b", 0, 0))
+def test_runs_on_the_cpu_run_one_at_a_time_with_the_environment_of_the_sweep(names, run_jobs):
+    """parallel=auto means one run at a time, with the sweep's CUDA_VISIBLE_DEVICES."""
+    _, runs = run_jobs(names, ("a", 0, 0), ("b", 0, 0))
     assert not overlap(runs["a"], runs["b"])
     assert runs["a"]["gpus"] is None
 
 
 @pytest.mark.parametrize("code", [os.EX_TEMPFAIL, 130])
-def test_run_that_was_told_to_stop_ends_the_sweep(code, told, capfd):
-    ended, runs = told(["0"], ("a", 1, code), ("b", 1, 0))
+def test_a_run_that_was_asked_to_stop_ends_the_sweep(code, run_jobs, capfd):
+    ended, runs = run_jobs(["0"], ("a", 1, code), ("b", 1, 0))
     assert ended == 130
     assert list(runs) == ["a"]
     assert "interrupted; repeat the command" in capfd.readouterr().err
@@ -118,8 +117,8 @@ def test_run_that_was_told_to_stop_ends_the_sweep(code, told, capfd):
         (None, 0, []),
     ],
 )
-def test_names_are_those_that_the_sweep_was_given(given, count, names):
-    """CUDA counts those up to the first that it does not know."""
+def test_the_sweep_passes_on_the_names_it_was_given(given, count, names):
+    """CUDA counts the names before the first unknown one."""
     assert visible({} if given is None else {"CUDA_VISIBLE_DEVICES": given}, count) == names
     first = Devices(names).take("run", 1)
     assert first == ({"CUDA_VISIBLE_DEVICES": names[0]} if names else None)
@@ -134,7 +133,7 @@ def configured(monkeypatch, **keys):
 
 @pytest.mark.parametrize(("keys", "number"), [({}, 1), ({"num_processes": 2}, 2)], ids=str)
 def test_a_run_takes_a_gpu_for_each_process(monkeypatch, keys, number):
-    """Its audit takes one; on a machine without any, and on the CPU, neither takes one."""
+    """Its audit takes one GPU; without GPUs and on the CPU neither takes one."""
     job = configured(monkeypatch, **keys)
     assert with_gpus(job, 2).num_gpus == number
     assert audit_of(with_gpus(job, 2)).num_gpus == 1
@@ -160,7 +159,7 @@ def test_more_processes_than_gpus_are_refused_before_anything_starts(tmp_path, m
 
 
 def test_sweep_on_gpus(workspace, moe_lm, training, monkeypatch):
-    """The whole way: each training is told one of the two GPUs that the sweep sees; machine.device=cpu none."""
+    """Whole sweeps: each training gets one of two visible GPUs, and none with machine.device=cpu."""
     started = []
     start = running._start
     monkeypatch.setattr(

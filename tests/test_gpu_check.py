@@ -1,4 +1,4 @@
-"""scripts/gpu_check.sh with a stand-in for Python: which works it asks for, and what it leaves behind."""
+"""scripts/gpu_check.sh with a stub for Python: which commands it runs, and what it leaves behind."""
 
 import os
 import re
@@ -10,8 +10,8 @@ import pytest
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "gpu_check.sh"
 
-# Notes its command, and writes what --json asks for, unless a word of it is in SILENT or FAILING.
-STAND_IN = """#!/usr/bin/env bash
+# Appends its command to a file and writes what --json names, unless a word of the command is in SILENT or FAILING.
+STUB = """#!/usr/bin/env bash
 echo "$*" >>"$ASKED"
 for word in ${SILENT:-}; do [[ "$*" != *"$word"* ]] || exit 0; done
 for word in ${FAILING:-}; do [[ "$*" != *"$word"* ]] || exit 7; done
@@ -21,11 +21,11 @@ while [ $# -gt 1 ]; do [ "$1" != --json ] || echo "{}" >"$2"; shift; done
 
 @pytest.fixture
 def check(tmp_path):
-    """Call the script of a tree of its own; its exit code, what it said, the commands, and where its results are."""
+    """Run the script in a tree of its own; a call returns exit code, standard error and the commands run."""
     tree = tmp_path / "tree"
     (tree / "scripts").mkdir(parents=True)
     (tree / ".venv/bin").mkdir(parents=True)
-    (tree / ".venv/bin/python").write_text(STAND_IN)
+    (tree / ".venv/bin/python").write_text(STUB)
     (tree / ".venv/bin/python").chmod(0o755)
     text = tree / "build/gpu/text"
     text.mkdir(parents=True)
@@ -45,25 +45,25 @@ def check(tmp_path):
     return call
 
 
-def test_all_works_of_a_part(check):
+def test_all_jobs_of_a_part(check):
     code, said, asked = check("bench", "out")
     assert code == 0, said
     names = {"layer", "layer_1024", "layer_4096", "training", "training_4096", "data", "evaluation"}
     assert {path.stem for path in check.out.iterdir()} == names
-    assert "others' layers are left out" in said
+    assert "other implementations are left out" in said
     [large] = [line for line in asked if "training_4096.json" in line]
-    assert "--words 307200" in large  # the stand-in has said that the GPU is large
+    assert "--words 307200" in large  # according to the stub the GPU is large
     assert "machine.recompute=false" in large
 
 
 def test_a_part_ends_within_its_time():
-    """The limits of its works are together no more than docs/gpu-checklist.md says."""
+    """The time limits of its jobs add up to no more than docs/gpu-checklist.md says."""
     parts, part = {}, None
     for line in SCRIPT.read_text().splitlines():
         if begun := re.fullmatch(r"(bench|profile)\(\) \{", line):
             part = begun[1]
-        if part and (work := re.match(r" +run \w+ (\d+) ", line)):
-            parts[part] = parts.get(part, 0) + int(work[1])
+        if part and (job := re.match(r" +run \w+ (\d+) ", line)):
+            parts[part] = parts.get(part, 0) + int(job[1])
     rows = (SCRIPT.parent.parent / "docs/gpu-checklist.md").read_text()
     for name, seconds in parts.items():
         [minutes] = re.findall(rf"\| `{name}` \|.*\| (\d+) min \|", rows)
@@ -71,7 +71,7 @@ def test_a_part_ends_within_its_time():
     assert parts.keys() == {"bench", "profile"}
 
 
-def test_works_by_name(check):
+def test_jobs_by_name(check):
     code, said, asked = check("bench", "out", "data", "layer_1024")
     assert code == 0, said
     assert len(asked) == 2
@@ -88,7 +88,7 @@ def test_works_by_name(check):
         assert "PART OUTDIR" in said
 
 
-def test_what_fails_costs_the_others_nothing_and_leaves_no_old_result(check):
+def test_a_failure_stops_no_other_job_and_leaves_no_old_result(check):
     check("bench", "out")
     code, said, _ = check("bench", "out", FAILING="mem_get_info layer_4096 benchmark_data")
     assert code == 1
@@ -103,14 +103,14 @@ def test_what_fails_costs_the_others_nothing_and_leaves_no_old_result(check):
     }
     code, said, _ = check("bench", "out", "layer", "data", SILENT="benchmark_layer")
     assert (code, "layer (nothing measured)" in said) == (1, True)
-    for part, work in (("bench", "training_4096"), ("profile", "profile_4096_h")):
-        assert "machine.recompute=false" in check(part, "out", work)[2][-1]
-        asked = check(part, "out", work, FAILING="mem_get_info")[2]
+    for part, job in (("bench", "training_4096"), ("profile", "profile_4096_h")):
+        assert "machine.recompute=false" in check(part, "out", job)[2][-1]
+        asked = check(part, "out", job, FAILING="mem_get_info")[2]
         assert "--words 153600" in asked[-1]
         assert "machine.recompute=true" in asked[-1]
 
 
-def test_a_study_keeps_no_result_of_another_time(check):
+def test_a_study_keeps_no_old_result(check):
     check.out.mkdir()
     (check.out / "moe_4.result.json").write_text("{}")
     assert check("study1", "out", "moe_4", FAILING="moe_4")[0] == 1
@@ -127,7 +127,7 @@ def test_a_rehearsal_overwrites_nothing(check):
     assert {path.name for path in check.out.iterdir()} == {"data.json", "rehearsal"}
 
 
-def test_pack_leaves_what_is_there_where_there_is_no_text(check):
+def test_pack_without_text_changes_nothing(check):
     code, said, _ = check("pack", "nowhere", PYTHON=str(check.tree / ".venv/bin/python"))
     assert code == 2
     assert "nowhere" in said

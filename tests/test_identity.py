@@ -1,4 +1,4 @@
-"""What may change under a run's name and what may not."""
+"""Which keys may change under a run's name and which may not."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from moe_lm.run import Run
         ("optimizer.learning_rate=0.02", "optimizer.learning_rate"),
         ("schedule.warmup_steps=6", "schedule.warmup_steps"),
         ("balance.load.weight=0.2", "balance.load.weight"),
-        ("balance.exact=false", "balance.exact"),
+        ("balance.global_batch=false", "balance.global_batch"),
         ("balance=[load]", "balance.importance"),
         ("gate@model.layers.middle.gate=noisy_top_k model.layers.middle.gate.noise_epsilon=0.1", "noise_epsilon"),
         ("layer@model.layers.upper=feed_forward", "model.layers.upper"),
@@ -48,19 +48,19 @@ def test_machine_logging_and_checkpoint_may_change(own_trained, moe_lm):
     assert "resumed at step" in outcome.err
 
 
-def test_how_many_logits_are_made_at_a_time_may_change(own_trained, moe_lm):
-    """Also where a run's configuration is of a time when the default was a number."""
+def test_the_number_of_logits_in_memory_may_change(own_trained, moe_lm):
+    """Also for a stored configuration with a number, an earlier default."""
     stored = Path("runs/tiny/config.yaml")
-    stored.write_text(stored.read_text().replace("max_logits: null", "max_logits: 16777216"))
+    stored.write_text(stored.read_text().replace("chunk_logits: null", "chunk_logits: 16777216"))
     assert "16777216" in stored.read_text()
     outcome = moe_lm("train", *with_overrides(list(TRAINING), "training.num_words=3000"))
     assert outcome.code == 0, outcome.err
     assert "resumed at step" in outcome.err
-    assert "max_logits: null" in stored.read_text()
+    assert "chunk_logits: null" in stored.read_text()
 
 
 def test_a_first_attempt_that_failed_leaves_the_name_free(workspace, moe_lm):
-    """Not even its vocabulary stays: the next attempt may have another."""
+    """Its vocabulary is replaced too."""
     assert moe_lm("train", *with_overrides(list(TRAINING), "corpus.train=[text/nowhere.txt]")).code == 2
     assert Path("runs/tiny/config.yaml").exists()
     run = Run(Path("runs/tiny"))

@@ -1,4 +1,4 @@
-"""Names and paths are taken to the letter, and a run's default name tells what changes its result."""
+"""Names and paths are taken literally, and a run's default name holds the overrides that change its result."""
 
 import re
 
@@ -10,7 +10,7 @@ from moe_lm.cli.config import composed, default_name, preset_of, quoted, resolve
 @pytest.mark.parametrize(
     "text", ["a,b=c", "it's", "a 'b' c", "with space", "back\\slash\\", "[x]", "{a: b}", "a#b", "ü"]
 )
-def test_names_and_paths_are_taken_to_the_letter(text):
+def test_names_and_paths_are_taken_literally(text):
     assert resolved(composed("train", [f"name={text}"]))["name"] == text
     assert resolved(composed("score", ["run=x", f"file={text}"]))["file"] == text
 
@@ -35,11 +35,11 @@ def test_a_quoted_text_stays_as_hydra_reads_it():
         (["gate@model.layers.middle.gate=noisy_top_k"], "moe_4,gate@model.layers.middle.gate=noisy_top_k"),
     ],
 )
-def test_the_name_tells_what_changes_the_result(arguments, name):
+def test_the_default_name_holds_what_changes_the_result(arguments, name):
     assert default_name(preset_of(arguments), arguments) == name
 
 
-def test_odd_values_are_hashed_into_a_name_that_is_a_folder():
+def test_unusual_values_are_hashed_into_a_valid_folder_name():
     names = [
         default_name("moe_4", [f"corpus.train=[{value}]"])
         for value in ("a/b", "a/c", "a b", "a,b", 100 * "x", "../..", "ü/")

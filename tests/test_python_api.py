@@ -27,14 +27,14 @@ def test_three_lines_without_hydra(trained, moe_lm, tmp_path):
     assert log10 == pytest.approx(scored(moe_lm, str(tmp_path / "three.txt"))["log10"], abs=1e-6)
 
 
-def test_perplexity_is_what_evaluate_says(either, moe_lm):
+def test_perplexity_equals_evaluate(either, moe_lm):
     lm = load("runs/tiny")
     for split in ("train", "valid", "test"):
         assert lm.perplexity(lines(split)) == evaluated(moe_lm, f"split={split}")["perplexity"]
     assert lm.perplexity(["", *lines(), " \n"]) == evaluated(moe_lm)["perplexity"]
 
 
-def test_log10_is_what_score_says(either, moe_lm):
+def test_log10_equals_score(either, moe_lm):
     lm = load("runs/tiny")
     blocks = "\n".join(scored(moe_lm, "text/test.txt")["before"]).split("\n\n")
     for sentence, block in zip(lines(), blocks, strict=False):
@@ -74,13 +74,13 @@ def test_unknown_words_are_counted(trained):
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_a_mistake_is_said_in_a_line(trained, call, expected):
+def test_an_error_is_one_line(trained, call, expected):
     with pytest.raises(UserError, match=expected):
         call(load("runs/tiny"))
 
 
 @pytest.mark.parametrize("text", ["extra: &a [*a]\n", "a: &a [1]\nb: [*a, *a]\n", "extra: " + 5000 * "[" + "\n"])
-def test_a_configuration_without_end_is_refused(own_trained, text):
+def test_a_configuration_with_aliases_is_refused(own_trained, text):
     file = Path("runs/tiny/config.yaml")
     file.write_text(file.read_text() + text)
     with pytest.raises(UserError, match=r"config\.yaml"):

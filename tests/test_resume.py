@@ -1,4 +1,4 @@
-"""Interrupted anywhere and started again by the same command, a run ends as if nothing had happened."""
+"""A run that is interrupted anywhere and started again by the same command ends with the same result."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def results(folder: Path = Path("runs/tiny")) -> dict:
-    """Everything a run leaves that must not depend on interruptions."""
+    """Everything in a run's directory that must not depend on interruptions."""
     last = sorted((folder / "checkpoints").iterdir())[-1]
     files = sorted(last.rglob("*.safetensors"))
     assert {file.parent.name for file in files} == {"model", "optimizer"}
@@ -47,12 +47,12 @@ def undisturbed(trained_once) -> dict:
 
 
 def start(*overrides: str, program: str = "") -> subprocess.Popen:
-    """Train in a process of its own; `program` runs in it first."""
+    """Train in a new process, which runs `program` first."""
     program += f"\nimport sys\nfrom moe_lm.__main__ import main\nsys.exit(main({['train', *TRAINING, *overrides]!r}))"
     return subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stderr=subprocess.PIPE, text=True)
 
 
-# Each step of the child waits, so that a parent on a busy machine has the time to hit it in the middle of one.
+# Each step of the child sleeps, so that a parent on a busy machine can kill it in the middle of a step.
 SLOWLY = """
 import time
 from moe_lm.data.batching import Batches
@@ -61,15 +61,15 @@ Batches.step = lambda *a, **k: (time.sleep(0.2), step(*a, **k))[1]
 """
 KILL_WHILE_WRITING = """
 import os, signal
-from moe_lm.checkpoint import sharded_safetensors as tensors_on_disk
-write = tensors_on_disk.write
+from moe_lm.checkpoint import sharded_safetensors
+write = sharded_safetensors.write
 def write_or_die(folder, tensors, group):
     if "0000000006" in str(folder) and folder.name == "optimizer":
         folder.mkdir()
         (folder / "half.safetensors").write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
     write(folder, tensors, group)
-tensors_on_disk.write = write_or_die
+sharded_safetensors.write = write_or_die
 """
 
 

@@ -1,4 +1,4 @@
-"""No configuration, stored or given, makes the program call anything but its own parts."""
+"""No configuration, stored or given, makes the program call anything outside the packaged targets."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,8 @@ from tiny_run import change
 from tiny_training import TRAINING
 
 import moe_lm
-from moe_lm.cli.machine import build, packaged_targets
+from moe_lm.cli.machine import build
+from moe_lm.config_files import packaged_targets
 from moe_lm.errors import UserError
 
 FOREIGN = [
@@ -23,7 +24,10 @@ FOREIGN = [
     "moe_lm.model.lstm",
     " moe_lm.model.lstm.Lstm",
     "moe_lm.model.lstm.Lstm\n",
-    "MOE_LM.layer.lstm.Lstm",
+    "MOE_LM.model.lstm.Lstm",
+    "moe_lm.layer.lstm",
+    " moe_lm.layer.lstm.Lstm",
+    "moe_lm.layer.lstm.Lstm\n",
     ["os.system"],
     {"os": "system"},
     None,
@@ -73,7 +77,7 @@ def test_a_stored_target_that_is_not_packaged_is_refused(own_trained, moe_lm, pl
         (("vocabulary",), {"_target_": "moe_lm.model.lstm.Lstm", "width": 3}),
         (("corpus",), {"_target_": "moe_lm.model.lstm.Lstm", "width": 3}),
         (("softmax",), {"_target_": "moe_lm.optim.schedule.InverseSquareRoot", "warmup_steps": 3}),
-        (("model", "layers", "middle"), {"_target_": "moe_lm.loss.balance.load.Load", "weight": 3}),
+        (("model", "layers", "middle"), {"_target_": "moe_lm.loss.objective.load.Load", "weight": 3}),
         (("model", "order"), 3),
         (("model", "order"), [["lower"]]),
         (("model", "width"), None),

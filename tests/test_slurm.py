@@ -1,7 +1,7 @@
-"""scripts/slurm without SLURM: `srun` and `scontrol` are programs that do as SLURM does and tell what was asked.
+"""scripts/slurm without SLURM: `srun` and `scontrol` are stubs that behave like SLURM's and log their arguments.
 
-How they behave was looked at in SLURM 22.05 with two nodes of two GPUs: tasks see the variables below, the exit code
-is the highest of the tasks', and SLURM runs a copy of the script.
+Their behaviour is that of SLURM 22.05 with two nodes of two GPUs: tasks see the variables below, the exit code is the
+highest of the tasks', and SLURM runs a copy of the script.
 """
 
 import json
@@ -17,16 +17,16 @@ import pytest
 
 SCRIPT = Path(__file__).parent.parent / "scripts/slurm"
 
-TELL = f"#!{sys.executable}\n" + textwrap.dedent("""
+LOG = f"#!{sys.executable}\n" + textwrap.dedent("""
     import json, os, subprocess, sys
 
-    def tell(what, **told):
-        with open(os.environ["TOLD"], "a") as stream:
-            stream.write(json.dumps({"what": what, "args": sys.argv[1:]} | told) + "\\n")
+    def log(what, **more):
+        with open(os.environ["LOG"], "a") as stream:
+            stream.write(json.dumps({"what": what, "args": sys.argv[1:]} | more) + "\\n")
 """)
 
-SRUN = TELL + textwrap.dedent("""
-    tell("srun", env={key: value for key, value in os.environ.items() if key.startswith("SLURM_")})
+SRUN = LOG + textwrap.dedent("""
+    log("srun", env={key: value for key, value in os.environ.items() if key.startswith("SLURM_")})
     command = sys.argv[1:]
     options = {}
     while command[0].startswith("--"):
@@ -44,16 +44,16 @@ SRUN = TELL + textwrap.dedent("""
     sys.exit(max(task.wait() for task in tasks))
 """)
 
-SCONTROL = TELL + textwrap.dedent("""
-    tell("scontrol")
+SCONTROL = LOG + textwrap.dedent("""
+    log("scontrol")
     if sys.argv[1] == "show":
         print("one\\ntwo")
     sys.exit(int(os.environ.get("REQUEUE", 0)) if sys.argv[1] == "requeue" else 0)
 """)
 
-PYTHON = TELL + textwrap.dedent("""
+PYTHON = LOG + textwrap.dedent("""
     keys = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    tell("python", env={key: os.environ[key] for key in keys}, pid=os.getpid(), parent=os.getppid())
+    log("python", env={key: os.environ[key] for key in keys}, pid=os.getpid(), parent=os.getppid())
     sys.exit(json.loads(os.environ["CODES"])[int(os.environ["RANK"])])
 """)
 
@@ -62,7 +62,7 @@ class Job:
     """An allocation of nodes with GPUs, whose batch script SLURM runs from a copy in a folder of its own."""
 
     def __init__(self, folder: Path):
-        self.repository, self.told = folder / "the repository", folder / "told.jsonl"
+        self.repository, self.log = folder / "the repository", folder / "log.jsonl"
         for path, text in {
             folder / "bin/srun": SRUN,
             folder / "bin/scontrol": SCONTROL,
@@ -80,7 +80,7 @@ class Job:
         given = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "MASTER"))}
         allocation = {
             "PATH": self.path,
-            "TOLD": str(self.told),
+            "LOG": str(self.log),
             "CODES": json.dumps(codes or [0] * nodes * gpus),
             "SLURM_JOB_ID": "4210007",
             "SLURM_JOB_NUM_NODES": str(nodes),
@@ -97,14 +97,14 @@ class Job:
         )
 
     def calls(self, what: str) -> list[dict]:
-        """Return what a program was called with, each time."""
-        if not self.told.exists():
+        """Return the logged calls of a program."""
+        if not self.log.exists():
             return []
-        return [call for call in map(json.loads, self.told.read_text().splitlines()) if call["what"] == what]
+        return [call for call in map(json.loads, self.log.read_text().splitlines()) if call["what"] == what]
 
     @property
     def requeued(self) -> bool:
-        """Whether the job went back into the queue."""
+        """Return whether the job was requeued."""
         return ["requeue", "4210007"] in [call["args"] for call in self.calls("scontrol")]
 
 
@@ -132,8 +132,8 @@ def test_one_task_for_each_gpu_with_the_variables_of_torchrun(job):
     assert not job.requeued
 
 
-def test_arguments_come_to_training_as_they_are(job):
-    """Spaces, commas, quotes, brackets and what a shell would replace."""
+def test_arguments_reach_the_training_unchanged(job):
+    """Including spaces, commas, quotes, brackets and what a shell would expand."""
     arguments = ["model=moe_4", "corpus.train=[a b.txt,c*.txt]", 'name=it\'s "x"', "data=$HOME `date` \\", "file="]
     assert job.run(*arguments, gpus=1).returncode == 0
     [task] = job.calls("python")
@@ -141,7 +141,7 @@ def test_arguments_come_to_training_as_they_are(job):
 
 
 def test_python_is_the_task_itself(job):
-    """SLURM's cgroups signal the processes that it started and not their children: no shell may stand between."""
+    """SLURM's cgroups signal only the processes that it started, not their children: a shell would swallow signals."""
     job.run("model=moe_4", gpus=2)
     tasks = job.calls("python")
     assert len({task["parent"] for task in tasks}) == 1
@@ -153,19 +153,19 @@ def test_python_is_the_task_itself(job):
     [([0, 0], 0, False), ([75, 75], 0, True), ([0, 75], 0, True), ([3, 3], 3, False), ([75, 137], 137, False)],
     ids=str,
 )
-def test_what_stopped_and_saved_is_queued_again(job, codes, code, requeued):
-    """75 alone; any other code is the job's own."""
+def test_a_stopped_and_saved_training_is_requeued(job, codes, code, requeued):
+    """Only after code 75; any other code becomes the job's."""
     assert job.run("model=moe_4", codes=codes).returncode == code
     assert job.requeued == requeued
 
 
-def test_queue_that_takes_nothing_back(job):
-    """Where requeueing fails the job ends with training's code."""
+def test_a_failing_requeue(job):
+    """If requeueing fails, the job ends with the training's code."""
     assert job.run("model=moe_4", codes=[75, 75], REQUEUE="1").returncode == 75
 
 
-def test_options_that_would_hide_gpus_or_contradict_are_taken_away(job):
-    """sbatch --gpus-per-task=1 would bind each task to one GPU, which then is number 0 whatever LOCAL_RANK says."""
+def test_options_that_would_hide_gpus_or_contradict_are_unset(job):
+    """sbatch --gpus-per-task=1 would bind each task to one GPU, number 0 whatever its LOCAL_RANK."""
     bound = {"SLURM_GPUS_PER_TASK": "1", "SLURM_NTASKS_PER_GPU": "1", "SLURM_GPU_BIND": "single:1"}
     assert job.run("model=moe_4", **bound).returncode == 0
     [srun] = job.calls("srun")
@@ -182,7 +182,7 @@ def test_options_that_would_hide_gpus_or_contradict_are_taken_away(job):
     ],
     ids=["no arguments", "no SLURM", "no GPU", "uneven"],
 )
-def test_what_cannot_be_run_is_one_line(job, arguments, variables, words):
+def test_an_unusable_allocation_gives_one_line(job, arguments, variables, words):
     done = job.run(*arguments, **variables)
     assert done.returncode == 2
     assert words in done.stderr
@@ -190,7 +190,7 @@ def test_what_cannot_be_run_is_one_line(job, arguments, variables, words):
     assert not job.calls("srun")
 
 
-def test_environment_that_is_missing_is_named(job):
+def test_a_missing_environment_is_named(job):
     shutil.rmtree(job.repository / ".venv")
     done = job.run("model=moe_4")
     assert done.returncode == 2

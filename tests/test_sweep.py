@@ -12,8 +12,7 @@ from filelock import FileLock
 from tiny_training import call
 
 from moe_lm.cli import sweep
-from moe_lm.cli.study import Study
-from moe_lm.cli.sweep import jobs_of
+from moe_lm.cli.sweep import Study, jobs_of
 from moe_lm.errors import UserError
 
 
@@ -22,7 +21,7 @@ def names(arguments):
 
 
 def test_grid_is_the_product_of_its_lists():
-    """Two presets and two seeds are four runs, called after what varies."""
+    """Two presets and two seeds are four runs, named by what varies."""
     assert names(["model=moe_4,moe_32", "seed=1,2", "runs=r"]) == [
         "r/moe_4,seed=1",
         "r/moe_4,seed=2",
@@ -32,7 +31,7 @@ def test_grid_is_the_product_of_its_lists():
 
 
 def test_command_line_replaces_the_study(monkeypatch, tmp_path):
-    """A key given to the sweep takes the place of the study's own; a list of values multiplies its runs."""
+    """An override of the sweep replaces the study's value; a list of values multiplies the runs."""
     jobs = jobs_of(["study=quickstart", "training.num_words=1000", "model.dropout=0.5"])
     assert all("training.num_words=1000" in job.arguments for job in jobs)
     assert not any(a.startswith("training.num_words=4") for job in jobs for a in job.arguments)
@@ -76,7 +75,7 @@ def test_training_does_not_outlive_the_sweep(workspace, training):
 
 
 def until(condition, seconds=60):
-    """Wait for something to come true."""
+    """Wait until a condition holds."""
     for _ in range(seconds * 20):
         if condition():
             return
@@ -118,7 +117,7 @@ def test_failed_run_is_named_and_the_others_finish(workspace, training, capfd):
         (["model=moe_4,moe_32", "model.num_exprts=3"], "did you mean model.num_experts"),
     ],
 )
-def test_mistake_is_one_line_before_anything_runs(arguments, words, tmp_path, monkeypatch, capfd):
+def test_an_error_is_one_line_before_anything_runs(arguments, words, tmp_path, monkeypatch, capfd):
     """Nothing is trained, nothing is written."""
     monkeypatch.chdir(tmp_path)
     assert call("sweep", *arguments) == 2
@@ -134,7 +133,7 @@ def test_mistake_is_one_line_before_anything_runs(arguments, words, tmp_path, mo
     ids=["loss", "model"],
 )
 def test_what_a_study_varies_cannot_be_set(workspace, moe_lm, study, given):
-    """Its runs would be called after what they are not."""
+    """The runs' names would contradict their values."""
     outcome = moe_lm("sweep", f"study={study}", given)
     assert outcome.code == 2
     assert f"{given.partition('=')[0]} is what the runs of this study differ in" in outcome.err

@@ -1,4 +1,4 @@
-"""Every wrong input ends in one line that starts with `moe-lm: ` and says what to mend; never a traceback."""
+"""Every wrong input ends in one line that starts with `moe-lm: ` and says how to correct it; never a traceback."""
 
 import io
 import shutil
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from tiny_training import TRAINING, assert_one_line, with_overrides
 
-from moe_lm.cli import NAMES
-from moe_lm.cli.config import folder
+from moe_lm import cli
+from moe_lm.config_files import folder
 
 # Commands on a finished run.
 OTHERS = [
@@ -141,12 +141,15 @@ def test_a_best_checkpoint_needs_a_validation(workspace, moe_lm):
 
 
 def test_changed_text_is_refused(own_trained, moe_lm):
-    """The token ids of training serve while they are there; made anew from other text they are refused."""
+    """The training's token ids are used while they exist; ids prepared again from other text are refused."""
     Path("text/test.txt").write_text("w1 w2\n")
     assert moe_lm("evaluate", "run=runs/tiny").code == 0
     shutil.rmtree("data")
     assert_one_line(moe_lm("evaluate", "run=runs/tiny"), "the text changed")
     assert_one_line(moe_lm(*COMMANDS["more"]), "data have changed")
+    shutil.rmtree("data")
+    Path("text/train.txt").write_text(Path("text/train.txt").read_text() + "words never seen before\n" * 9)
+    assert_one_line(moe_lm(*COMMANDS["more"]), "data have changed")  # although the vocabulary's size has, too
 
 
 def test_a_read_only_run_directory_is_named(own_trained, moe_lm, monkeypatch):
@@ -157,7 +160,7 @@ def test_a_read_only_run_directory_is_named(own_trained, moe_lm, monkeypatch):
     assert_one_line(moe_lm(*COMMANDS["more"]), "runs/tiny", "Permission denied")
 
 
-def test_a_reader_that_has_seen_enough_is_no_mistake(trained):
+def test_a_closed_pipe_is_no_error(trained):
     command = [sys.executable, "-m", "moe_lm", "score", "run=runs/tiny", "text/train.txt", "machine.threads=1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         child.stdout.readline()
@@ -178,8 +181,8 @@ WRONG_SIZES = [
 
 
 @pytest.mark.parametrize("override", WRONG_SIZES)
-def test_sizes_are_refused_before_anything_is_made(workspace, moe_lm, override):
-    """Nothing is prepared, no run claims its name: with the mistake mended the same command begins."""
+def test_sizes_are_refused_before_anything_is_written(workspace, moe_lm, override):
+    """Nothing is prepared and no run claims its name, so the corrected command starts."""
     before = sorted(Path().rglob("*"))
     assert_one_line(moe_lm("train", *with_overrides(list(TRAINING), override)), override.split("=")[0].split(".")[1])
     assert sorted(Path().rglob("*")) == before
@@ -205,4 +208,15 @@ def test_usage_and_version(moe_lm):
     for arguments in (["--help"], ["-h"], ["help"]):
         outcome = moe_lm(*arguments)
         assert outcome.code == 0
-        assert all(f"\n  {name} " in outcome.out for name in NAMES)
+        assert all(f"\n  {name} " in outcome.out for name in cli.COMMANDS)
+
+
+def test_help_imports_nothing_heavy():
+    """Usage and every command's help, in one fresh process: no torch, NumPy or Hydra, which take seconds."""
+    program = (
+        "import sys\nfrom moe_lm.__main__ import main\nfrom moe_lm.cli import COMMANDS\n"
+        "for arguments in [['--help'], *([name, '--help'] for name in COMMANDS)]:\n    assert main(arguments) == 0\n"
+        "heavy = {'torch', 'numpy', 'matplotlib', 'datasets', 'hydra', 'omegaconf'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)

@@ -1,4 +1,4 @@
-"""Every wrong override of a training ends in one line that names it and says what to mend."""
+"""Every wrong override of a training ends in one line that names it and says how to correct it."""
 
 import re
 
@@ -8,7 +8,7 @@ from tiny_training import TRAINING, assert_one_line, with_overrides
 
 from moe_lm.cli.config import composed
 
-# Overrides of a good training, and what the line must contain.
+# Overrides added to a valid training, and words that the line must contain.
 TRAIN = [
     # Spelling.
     ("batch.word=3", "unknown key batch.word", "did you mean batch.words?"),
@@ -54,7 +54,7 @@ TRAIN = [
     ("batch.words=null", "batch.words=null", "a whole number"),
     ("batch={words: many}", "batch.words=many", "a whole number"),
     ("seed=true", "seed=true", "a whole number"),
-    ("balance.exact=3", "balance.exact=3", "true or false"),
+    ("balance.global_batch=3", "balance.global_batch=3", "true or false"),
     ("optimizer.learning_rate=fast", "optimizer.learning_rate=fast", "a number"),
     ("model.order=3", "model.order=3", "a list"),
     ("model.order={a: 1}", "model.order={a: 1}"),
@@ -90,9 +90,9 @@ TRAIN = [
     ("checkpoint.keep_last=0", "checkpoint.keep_last=0", "at least 1"),
     ("checkpoint.every_seconds=-1", "checkpoint.every_seconds=-1"),
     ("softmax.num_sampled=0", "softmax.num_sampled=0", "at least 1"),
-    ("softmax.max_logits=0", "max_logits=0", "at least 1"),
-    ("softmax=full softmax.max_logits=-1", "max_logits=-1", "at least 1"),
-    ("softmax.samples=3 softmax=full ", "unknown key softmax.num_sampled", "softmax has max_logits"),
+    ("softmax.chunk_logits=0", "chunk_logits=0", "at least 1"),
+    ("softmax=full softmax.chunk_logits=-1", "chunk_logits=-1", "at least 1"),
+    ("softmax.samples=3 softmax=full ", "unknown key softmax.num_sampled", "softmax has chunk_logits"),
     ("lr=3", "unknown key lr", "--help"),
     ("schedule.warmup_steps=0", "schedule.warmup_steps=0", "at least 1"),
     ("optimizer.learning_rate=0", "learning_rate=0", "positive"),
@@ -133,7 +133,7 @@ def test_training_refuses(workspace, moe_lm, overrides, expected):
 
 @pytest.mark.parametrize("override", ["model.expert_hidden=1e3", "model.k=2.0", "model.num_experts=8.0"])
 def test_a_size_may_be_written_as_a_float(override):
-    """It is read by the layers all the same."""
+    """The layers read it as a whole number."""
     key, value = override.split("=")
     config = composed("describe", ["model=moe_4", override])
     assert OmegaConf.select(config, key) == int(float(value))

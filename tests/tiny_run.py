@@ -1,4 +1,4 @@
-"""What the commands say of the finished run runs/tiny, and its stored configuration changed."""
+"""Helpers for the finished run runs/tiny: figures that commands print, and changes of its stored configuration."""
 
 import json
 import re
@@ -22,11 +22,11 @@ lm = moe_lm.load(FOLDER)
 print(lm.perplexity(open("text/test.txt")), lm.log10("w1 w2 zebra"))
 assert not {name.split(".")[0] for name in sys.modules} & {"hydra", "omegaconf", "antlr4"}
 """
-"""Opens FOLDER where Hydra cannot be imported."""
+"""A program that opens FOLDER where Hydra cannot be imported."""
 
 
 def evaluated(moe_lm, *overrides: str) -> dict:
-    """What evaluate prints for programs."""
+    """The JSON object that evaluate prints."""
     outcome = moe_lm("evaluate", RUN, "json=true", *overrides)
     assert outcome.code == 0, outcome.err
     [line] = outcome.out.splitlines()

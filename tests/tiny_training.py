@@ -29,12 +29,12 @@ TRAINING = shlex.split(
     "machine.device=cpu machine.threads=1 name=tiny"
 )
 
-# What may stand before that line: progress of the preparation.
+# Lines that may precede the error: progress of the preparation.
 PROGRESS = re.compile(r"(vocabulary|train|valid|test|unigram perplexity|runs/\S+): |the token ids of its training ")
 
 
 class Outcome(NamedTuple):
-    """What a command gave back."""
+    """Exit code and outputs of a command."""
 
     code: int
     out: str
@@ -57,13 +57,13 @@ def write_corpus(folder: Path) -> None:
 
 
 def with_overrides(arguments: list[str], *overrides: str) -> list[str]:
-    """The arguments with some keys set otherwise."""
+    """The arguments with some keys replaced."""
     keys = {override.split("=")[0] for override in overrides}
     return [argument for argument in arguments if argument.split("=")[0] not in keys] + list(overrides)
 
 
 def signal_handlers() -> dict:
-    """What this process does at the signals that a training handles."""
+    """This process's handlers of the signals that a training handles."""
     return {number: signal.getsignal(number) for number in SIGNALS}
 
 

@@ -1,4 +1,4 @@
-"""Training text in memory, as a vocabulary's recipe sees it, and the sentences of a corpus."""
+"""Training text in memory, as a vocabulary recipe sees it, and the sentences of a corpus."""
 
 from collections import Counter
 
@@ -10,11 +10,11 @@ def sentences(corpus, split):
 
 
 class TrainingText:
-    """A list of sentences; what a recipe says is kept in `said`."""
+    """A list of sentences; the lines that a recipe logs are kept in `logged`."""
 
     def __init__(self, lines=()):
-        self.lines, self.said = list(lines), []
-        self.say = self.said.append
+        self.lines, self.logged = list(lines), []
+        self.log = self.logged.append
 
     def sentences(self):
         return iter(self.lines)
@@ -28,9 +28,9 @@ class TrainingText:
 
 
 class Unread(TrainingText):
-    """Text that need not be read."""
+    """Text that must not be read."""
 
     def sentences(self):
-        raise AssertionError("the text need not be read")
+        raise AssertionError("the text must not be read")
 
     count_words = sentences

@@ -1,1 +1,1 @@
-"""What a trained model makes of text: perplexity, probabilities, samples, and what its predictions see."""
+"""Analysis of trained models: perplexity, scores, samples, causality, experts; and what training costs, in advance."""

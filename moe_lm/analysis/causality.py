@@ -1,219 +1,217 @@
-"""Whether a prediction sees what comes after it, or other sentences, and how many bits it takes from there.
+"""Causality audit: whether a prediction depends on later words or other sentences, and by how many bits.
 
-A probe picks a sentence of a micro-batch and a position t in it, replaces what the predictions up to t must not depend
-on, and compares them: the nats of the true next word at every position up to t. Everything runs in float64, where the
-rounding of another grouping of rows is far below any leak.
+A probe picks a position t in one sentence of a micro-batch and replaces input that the predictions up to t must not
+depend on. It compares the nats of the true next words up to t before and after. Everything runs in float64, where
+rounding changes a prediction by less than 1e-9 bits.
 
-Shape suffixes: T tokens.
+Shape suffixes: T tokens, A assignments, D width.
 """
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from moe_lm.data.batching import iter_eval_cuts
-from moe_lm.data.micro_batch import MicroBatch, micro_batch
+from moe_lm.data.batch import MicroBatch, PaddedLayout, collate
+from moe_lm.data.batching import iter_eval_indices
 from moe_lm.data.prepared import Split
 from moe_lm.errors import UserError
-from moe_lm.gate import Gating
-from moe_lm.model.language_model import LanguageModel
+from moe_lm.ops.sparse_rows import UniqueIndices
 from moe_lm.seeds import derive_seed, random_keys
 
 TOLERANCE_BITS = 1e-6
-"""A change of a prediction above this is a leak; rounding in float64 stays below 1e-9."""
+"""A prediction that changes by more than this leaks."""
 _PROBES_PER_BATCH = 4
-_MEAN = {torch.randn_like: 0.0, torch.randn: 0.0, torch.rand_like: 0.5, torch.rand: 0.5}
+_NOISE_MEANS = {torch.randn_like: 0.0, torch.randn: 0.0, torch.rand_like: 0.5, torch.rand: 0.5}
 
 
 @dataclass(frozen=True)
 class Leak:
-    """How predictions changed in bits when something that they must not see was replaced."""
+    """Change of predictions, in bits, when hidden input was replaced."""
 
     mean_bits: float = 0.0
-    """Mean absolute change a predicted token: 0 only if nothing is seen."""
+    """Mean absolute change per predicted token; 0 means that no prediction depends on the replaced input."""
     gain_bits: float = 0.0
-    """Mean of how much likelier the true words are with what truly stood there: what a model takes from it."""
+    """Mean signed change: how much more likely the original input makes the true words."""
     largest_bits: float = 0.0
+    """Largest absolute change."""
 
 
 @dataclass(frozen=True)
-class Served:
-    """The micro-batches of an audit under one rule of choice, as they truly are."""
+class RoutingStats:
+    """Perplexity and routing of the audit's unmodified micro-batches, under one routing rule."""
 
     perplexity: float
     experts_per_token: float | None
-    """On average over the gated layers; None without any."""
-    unserved: float | None
-    """Share of tokens that no expert serves."""
+    """Mean over the gated layers; None for a model without any."""
+    unrouted_fraction: float | None
+    """Fraction of the tokens without an expert; None for a model without gated layers."""
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What the probes found; `evaluation` is the rule by which perplexity is reported.
+    """Result of the probes. Perplexities are reported under the routing of evaluation.
 
-    Only words are replaced: what depends on the number or the lengths of other sentences is seen in `evaluation`, where
-    they are left away too, and not in the leaks of training, which are lower bounds.
+    Replacing words keeps the number and lengths of the other sentences, so the leaks of training are lower bounds.
+    For evaluation the other sentences and later words are also removed.
     """
 
     probes: int
+    """Number of probes."""
     compared_tokens: int
+    """Number of predictions compared."""
     words: int
-    """Predicted words of the micro-batches that were probed."""
+    """Predicted words of the probed micro-batches."""
     evaluation: Leak
-    """All later words and all other sentences replaced, or left away: the larger change of both."""
+    """All later words and all other sentences replaced, and also removed."""
     training: Leak
-    """The same replaced, under training's choice, its noise at its mean and without dropout."""
+    """The same words replaced under training-time routing, without dropout and with noise at its mean."""
     later_words: Leak
-    """Under training's choice, later words of the same sentence alone replaced."""
+    """Only later words of the same sentence replaced, under training-time routing."""
     other_sentences: Leak
-    """Under training's choice, the other sentences alone replaced."""
-    by_evaluation: "Served"
-    by_training: "Served"
-    """Under training's choice: what a reader who had the whole batch would reach, no more."""
+    """Only the other sentences replaced, under training-time routing."""
+    by_evaluation: RoutingStats
+    """The probed micro-batches under the routing of evaluation."""
+    by_training: RoutingStats
+    """The probed micro-batches under training-time routing, which may use the whole micro-batch."""
 
     @property
     def causal(self) -> bool:
-        """Whether no prediction moved in evaluation."""
+        """Whether no prediction changed under the routing of evaluation."""
         return self.evaluation.largest_bits <= TOLERANCE_BITS
 
 
 @torch.no_grad()
-def audit(model: LanguageModel, split: Split, *, start: int, end: int, words: int, probes: int, seed: int) -> Audit:
-    """Probe a model on micro-batches of about `words` tokens, drawn by `seed` from the split.
+def audit(model: nn.Module, split: Split, *, start: int, end: int, words: int, probes: int, seed: int) -> Audit:
+    """Probe a language model on micro-batches of about `words` tokens, drawn from the split by `seed`.
 
-    `start` and `end` are the vocabulary's ids of `<S>` and `</S>`. The model is left in float64 and in eval mode.
-    Raises `UserError` where the split has nothing to probe.
+    `start` and `end` are the ids of `<S>` and `</S>`. The model is left in float64 and in eval mode. Raises `UserError`
+    for a split without sentences.
     """
     model = model.double().eval()
-    found = {kind: [] for kind in ("evaluation", "training", "later_words", "other_sentences")}
+    changes = {kind: [] for kind in ("evaluation", "training", "later_words", "other_sentences")}
     sums, num_words = {"evaluation": np.zeros(4), "training": np.zeros(4)}, 0
-    drawn = _drawn(split, words, math.ceil(probes / _PROBES_PER_BATCH), seed)
-    for number, chosen in enumerate(drawn):
-        batch = micro_batch(split, chosen, start)
-        probe = _Probe(model, batch, _other_tokens(batch.input_T, split, end, derive_seed(seed, "replaced", number)))
+    cuts = _draw_cuts(split, words, math.ceil(probes / _PROBES_PER_BATCH), seed)
+    for number, chosen in enumerate(cuts):
+        batch = collate(split, chosen, start)
+        replacement_T = _replacement_tokens(batch.input_T, split, end, derive_seed(seed, "replaced", number))
+        probed = _ProbedBatch(model, batch, replacement_T)
         for rule, total in sums.items():
-            total += (probe.true[rule].sum().item(), *probe.served[rule])
+            total += (probed.nats[rule].sum().item(), *probed.routing[rule])
         num_words += batch.num_words
-        for place in range(len(range(number, probes, len(drawn)))):
-            sentence, step = _position(batch, seed, number, place)
-            for kind, changes in probe.changes(sentence, step).items():
-                found[kind] += changes
-    leaks = {kind: _leak(torch.cat(changes)) for kind, changes in found.items()}
-    served = {f"by_{rule}": _served(total, num_words) for rule, total in sums.items()}
-    return Audit(probes, sum(map(len, found["training"])), num_words, **leaks, **served)
+        for place in range(len(range(number, probes, len(cuts)))):
+            sentence, step = _draw_position(batch, seed, number, place)
+            for kind, found in probed.changes(sentence, step).items():
+                changes[kind] += found
+    leaks = {kind: _leak(torch.cat(found)) for kind, found in changes.items()}
+    stats = {f"by_{rule}": _routing_stats(total, num_words) for rule, total in sums.items()}
+    return Audit(probes, sum(map(len, changes["training"])), num_words, **leaks, **stats)
 
 
-class _Probe:
-    """One micro-batch, its true predictions under both rules, and what replacing does to them."""
+class _ProbedBatch:
+    """One micro-batch with its unmodified predictions under both routing rules."""
 
-    def __init__(self, model: LanguageModel, batch: MicroBatch, other_T: Tensor):
-        self.model, self.batch, self.other_T = model, batch, other_T
-        self.step_T = _steps(batch)
-        self.served: dict[str, tuple[int, ...]] = {}
-        """By rule: tokens in gated layers, their assignments, and tokens without any."""
-        self.true = {"evaluation": self._nats(batch), "training": self._nats(batch, by_training=True)}
+    def __init__(self, model: nn.Module, batch: MicroBatch, replacement_T: Tensor):
+        self.model, self.batch, self.replacement_T = model, batch, replacement_T
+        self.step_T = batch.layout.step_T
+        self.routing: dict[str, tuple[int, ...]] = {}
+        """Tokens of the gated layers, their assignments, and unrouted tokens, by routing rule."""
+        self.nats = {"evaluation": self._nats(batch), "training": self._nats(batch, training=True)}
 
     def changes(self, sentence: int, step: int) -> dict[str, list[Tensor]]:
-        """Return the changes in nats of this sentence's predictions up to `step`, in each kind of replacement."""
-        mine_T = self.batch.sentence_T == sentence
-        seen_T = mine_T & (self.step_T <= step)
-        later_T, others_T = mine_T & (self.step_T > step), ~mine_T
+        """Return the changes in nats of the sentence's predictions up to `step`, by kind of replacement."""
+        same_T = self.batch.layout.sentence_T == sentence
+        compared_T = same_T & (self.step_T <= step)
+        later_T, others_T = same_T & (self.step_T > step), ~same_T
         replaced = {
-            "training": self._replaced(later_T | others_T),
-            "later_words": self._replaced(later_T),
-            "other_sentences": self._replaced(others_T),
+            "training": self._replace_tokens(later_T | others_T),
+            "later_words": self._replace_tokens(later_T),
+            "other_sentences": self._replace_tokens(others_T),
         }
-        found = {kind: [self._change(batch, seen_T, by_training=True)] for kind, batch in replaced.items()}
-        alone = self._nats(_alone(self.batch, seen_T)) - self.true["evaluation"][seen_T]
-        return found | {"evaluation": [self._change(replaced["training"], seen_T), alone]}
+        found = {kind: [self._change(batch, compared_T, training=True)] for kind, batch in replaced.items()}
+        alone = self._nats(_alone(self.batch, compared_T)) - self.nats["evaluation"][compared_T]
+        return found | {"evaluation": [self._change(replaced["training"], compared_T), alone]}
 
-    def _replaced(self, where_T: Tensor) -> MicroBatch:
+    def _replace_tokens(self, where_T: Tensor) -> MicroBatch:
         where_T = where_T & (self.step_T > 0)  # each sentence begins with <S>
-        return replace(self.batch, input_T=torch.where(where_T, self.other_T, self.batch.input_T), input_rows=None)
+        return replace(self.batch, inputs=UniqueIndices(torch.where(where_T, self.replacement_T, self.batch.input_T)))
 
-    def _change(self, batch: MicroBatch, seen_T: Tensor, by_training: bool = False) -> Tensor:
-        true_T = self.true["training" if by_training else "evaluation"]
-        return self._nats(batch, by_training, seen_T) - true_T[seen_T]
+    def _change(self, batch: MicroBatch, compared_T: Tensor, training: bool = False) -> Tensor:
+        nats_T = self.nats["training" if training else "evaluation"]
+        return self._nats(batch, training, compared_T) - nats_T[compared_T]
 
-    def _nats(self, batch: MicroBatch, by_training: bool = False, wanted_T: Tensor | None = None) -> Tensor:
-        """Return the nats of the targets, or of those wanted: the softmax is the dearest part."""
-        batch = batch.to(self.model.embedding_VD.device)
-        with _training_choice(self.model) if by_training else contextlib.nullcontext():
+    def _nats(self, batch: MicroBatch, training: bool = False, compared_T: Tensor | None = None) -> Tensor:
+        """Return the nats of the targets, or only of those compared, as the softmax is the most expensive part."""
+        batch = batch.to(self.model.device)
+        with _training_routing(self.model) if training else contextlib.nullcontext():
             (hidden_TD, gatings), target_T = self.model.hidden(batch), batch.target_T
-        if wanted_T is None:
-            self.served.setdefault("training" if by_training else "evaluation", _counts(gatings.values()))
+        if compared_T is None:
+            rows = [(g.num_tokens, len(g.token_A), int(g.num_unrouted())) for g in gatings.values()]
+            sums = tuple(map(sum, zip(*rows, strict=True))) or (0, 0, 0)
+            self.routing.setdefault("training" if training else "evaluation", sums)
         else:
-            place_A = wanted_T.nonzero().squeeze(1).to(hidden_TD.device)
-            hidden_TD, target_T = hidden_TD.index_select(0, place_A), target_T.index_select(0, place_A)
+            row_A = compared_T.nonzero().squeeze(1).to(hidden_TD.device)
+            hidden_TD, target_T = hidden_TD.index_select(0, row_A), target_T.index_select(0, row_A)
         return self.model.softmax.token_nats(hidden_TD, target_T).cpu()
 
 
-class _MeanOfNoise(TorchFunctionMode):
-    """Gates draw the mean of their noise: a row's draw depends on its place among rows, which is no leak."""
+class _MeanNoise(TorchFunctionMode):
+    """Replaces random draws by their mean: a row's noise depends on its index in the batch, which is no leak."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         drawn = func(*args, **(kwargs or {}))
-        return torch.full_like(drawn, _MEAN[func]) if func in _MEAN else drawn
+        return torch.full_like(drawn, _NOISE_MEANS[func]) if func in _NOISE_MEANS else drawn
 
 
 @contextlib.contextmanager
-def _training_choice(model: LanguageModel) -> Iterator[None]:
-    """Let the layers choose as in training, without noise; nothing adapts, and dropout is the model's, not theirs."""
+def _training_routing(model: nn.Module) -> Iterator[None]:
+    """Route as in training, without noise; dropout stays off, as the model itself remains in eval mode."""
     try:
         model.layers.train()
-        with _MeanOfNoise():
+        with _MeanNoise():
             yield
     finally:
         model.layers.eval()
 
 
-def _drawn(split: Split, words: int, count: int, seed: int) -> list[np.ndarray]:
-    """Draw micro-batches of sentences of like length, as training's, each once: a small split has fewer."""
-    every = list(iter_eval_cuts(split, max_sentences=words, max_words=words))
-    if not every:
+def _draw_cuts(split: Split, words: int, count: int, seed: int) -> list[np.ndarray]:
+    """Draw micro-batches of sentences of similar length, as in training, without replacement: at most all of them."""
+    cuts = list(iter_eval_indices(split, max_sentences=words, max_words=words))
+    if not cuts:
         raise UserError("the split holds no sentence to probe")
-    order = np.argsort(random_keys(len(every), "audit", seed), kind="stable")
-    return [every[i] for i in order[:count]]
+    order = np.argsort(random_keys(len(cuts), "audit", seed), kind="stable")
+    return [cuts[i] for i in order[:count]]
 
 
-def _position(batch: MicroBatch, seed: int, number: int, place: int) -> tuple[int, int]:
-    """Draw one of the micro-batch's sentences and a step of it."""
+def _draw_position(batch: MicroBatch, seed: int, number: int, place: int) -> tuple[int, int]:
+    """Draw one of the micro-batch's sentences and a timestep of it."""
     first, second = (int(key) for key in random_keys(2, "probe", seed, number, place))
-    sentence = first % batch.sentences.num_sentences
-    return sentence, second % int((batch.sentence_T == sentence).sum())
+    sentence = first % batch.layout.num_sentences
+    return sentence, second % int((batch.layout.sentence_T == sentence).sum())
 
 
-def _steps(batch: MicroBatch) -> Tensor:
-    """Return the timestep of each token."""
-    place = batch.sentences
-    position_T = torch.arange(len(batch.input_T)) if place.position_T is None else place.position_T
-    return position_T // place.num_sentences
-
-
-def _other_tokens(input_T: Tensor, split: Split, end: int, seed: int) -> Tensor:
-    """Draw a token for every place from the split's text, another than what stands there where the text has one."""
+def _replacement_tokens(input_T: Tensor, split: Split, end: int, seed: int) -> Tensor:
+    """Draw a replacement for every token from the split's text, different from the original in all but rare cases."""
     draws = np.random.Philox(key=seed).random_raw(4 * len(input_T)).reshape(4, -1) % len(split.tokens)
-    other_T = input_T.clone()
+    replacement_T = input_T.clone()
     for drawn in np.asarray(split.tokens)[draws.astype(np.int64)]:
         drawn_T = torch.from_numpy(drawn.astype(np.int64))
-        other_T = torch.where((other_T == input_T) & (drawn_T != end), drawn_T, other_T)
-    return other_T
+        replacement_T = torch.where((replacement_T == input_T) & (drawn_T != end), drawn_T, replacement_T)
+    return replacement_T
 
 
-def _alone(batch: MicroBatch, seen_T: Tensor) -> MicroBatch:
+def _alone(batch: MicroBatch, kept_T: Tensor) -> MicroBatch:
     """Return the first tokens of one sentence as a micro-batch of their own."""
-    length = int(seen_T.sum())
+    length = int(kept_T.sum())
     return MicroBatch(
-        input_T=batch.input_T[seen_T],
-        target_T=batch.target_T[seen_T],
-        sentences=replace(batch.sentences, num_steps=length, num_sentences=1, position_T=None),
-        sentence_T=torch.zeros(length, dtype=torch.int64),
+        inputs=UniqueIndices(batch.input_T[kept_T]),
+        targets=UniqueIndices(batch.target_T[kept_T]),
+        layout=PaddedLayout(length, num_sentences=1, index_T=None),
         num_words=length,
     )
 
@@ -223,13 +221,7 @@ def _leak(nats_T: Tensor) -> Leak:
     return Leak(bits_T.abs().mean().item(), bits_T.mean().item(), bits_T.abs().max().item())
 
 
-def _counts(gatings: Iterable[Gating]) -> tuple[int, ...]:
-    """Return the tokens of these gatings, their assignments, and the tokens without any."""
-    rows = [(gating.num_tokens, len(gating.token_A), int(gating.num_unrouted())) for gating in gatings]
-    return tuple(map(sum, zip(*rows, strict=True))) or (0, 0, 0)
-
-
-def _served(sums: np.ndarray, num_words: int) -> Served:
-    nats, tokens, assignments, unserved = sums.tolist()
-    shares = (assignments / tokens, unserved / tokens) if tokens else (None, None)
-    return Served(math.exp(min(nats / num_words, 700)), *shares)
+def _routing_stats(sums: np.ndarray, num_words: int) -> RoutingStats:
+    nats, tokens, assignments, unrouted = sums.tolist()
+    shares = (assignments / tokens, unrouted / tokens) if tokens else (None, None)
+    return RoutingStats(math.exp(min(nats / num_words, 700)), *shares)

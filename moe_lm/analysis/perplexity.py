@@ -1,4 +1,10 @@
-"""Perplexity, defined once: sum nats, sum predicted words, divide once (section 5.1)."""
+"""Perplexity of a split: exp(sum of nats / number of predicted words).
+
+The sum runs over every token of every sentence, `</S>` included and `<S>` excluded: a token's nats are its negative
+log-probability by the exact softmax over the whole vocabulary, added in float64. The divisor counts words, `</S>`
+included: a word made of several subword pieces counts once, so perplexities of different vocabularies compare. Sums are
+taken over the whole split, over all processes, and divided once; batches are never averaged.
+"""
 
 import math
 from collections.abc import Callable
@@ -6,66 +12,68 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
-from moe_lm.data.batching import iter_eval_cuts
-from moe_lm.data.micro_batch import idle, micro_batch
+from moe_lm.data.batch import collate
+from moe_lm.data.batching import dummy_batch, iter_eval_indices
 from moe_lm.data.prepared import Split
-from moe_lm.model.language_model import LanguageModel
 from moe_lm.parallel.context import SINGLE_PROCESS, ParallelContext
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a model made of a split, by the exact softmax over the whole vocabulary."""
+class EvalResult:
+    """Evaluation of a model on a split."""
 
     nats: float
+    """Sum of the negative log-probabilities of all tokens."""
     words: int
-    """Predicted words, `</S>` included."""
+    """Number of predicted words, `</S>` included."""
     sentences: int
+    """Number of sentences evaluated."""
 
     @property
     def perplexity(self) -> float:
-        """e^(nats / words); infinite where that is beyond a float."""
+        """exp(nats / words); infinity where that overflows a float."""
         try:
             return math.exp(self.nats / self.words)
         except OverflowError:
             return math.inf
 
-    def line(self) -> dict[str, float]:
-        """Return the figures as metrics.jsonl and `evaluate` name them."""
+    def metrics(self) -> dict[str, float]:
+        """Return the figures under the names that metrics.jsonl and `moe-lm evaluate` use."""
         return {"perplexity": self.perplexity, "nats": self.nats, "predicted_words": self.words}
 
 
 @torch.no_grad()
-def measure(
-    model: LanguageModel,
+def evaluate(
+    model: nn.Module,
     split: Split,
     *,
     start: int,
     max_sentences: int,
     max_words: int,
     limit: int | None = None,
-    watch: Callable[[int], object] = int,
+    on_progress: Callable[[int], object] = int,
     parallel: ParallelContext = SINGLE_PROCESS,
-) -> Measured:
-    """Return nats and words of every sentence of the split, each once, or of its first `limit`.
+) -> EvalResult:
+    """Evaluate a language model on each sentence of the split once, or on its first `limit` sentences.
 
-    The batching, `max_sentences` and at most `max_words` padded tokens together, does not change the result, nor does
-    the number of processes, which take batches by turns.
+    A batch holds `max_sentences` sentences and at most `max_words` padded tokens; processes take batches in turn.
+    Neither changes the result. `start` is the id of `<S>`; `on_progress` receives the number of words of each batch.
     """
     was_training = model.training
     model.eval()
-    device = model.embedding_VD.device
-    cuts = list(iter_eval_cuts(split, max_sentences=max_sentences, max_words=max_words, limit=limit))
+    device = model.device
+    cuts = list(iter_eval_indices(split, max_sentences=max_sentences, max_words=max_words, limit=limit))
     nats = torch.zeros((), dtype=torch.float64, device=device)
     for number in parallel.round_robin(len(cuts)):
-        if number is None:  # experts wait for all processes
-            model.token_nats(idle(split, cuts[0], start).to(device))
+        if number is None:  # no batch left, but expert-parallel layers need every process in each forward pass
+            model.token_nats(dummy_batch(split, cuts[0], start).to(device))
             continue
-        batch = micro_batch(split, cuts[number], start)
+        batch = collate(split, cuts[number], start)
         nats += model.token_nats(batch.to(device)).sum()
-        watch(parallel.size * batch.num_words)
+        on_progress(parallel.size * batch.num_words)
     parallel.world.all_reduce_(nats, "statistics")
     model.train(was_training)
-    chosen = np.concatenate(cuts) if cuts else np.empty(0, dtype=np.int64)
-    return Measured(nats.item(), int(split.words[chosen].sum()), len(chosen))
+    evaluated = np.concatenate(cuts) if cuts else np.empty(0, dtype=np.int64)
+    return EvalResult(nats.item(), int(split.words[evaluated].sum()), len(evaluated))

@@ -1,1 +1,1 @@
-"""Weights on the disk: the checkpoints of a training, and exports."""
+"""Stored models: the checkpoints of a run, exports, and how both are loaded."""

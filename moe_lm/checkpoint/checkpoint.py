@@ -1,15 +1,15 @@
-"""Checkpoints: a folder a step with safetensors and a JSON state; complete before it counts, never a pickle.
+"""Checkpoints: one folder per step with safetensors and a JSON state, which counts once it is complete; no pickle.
 
 checkpoints/0000001000/model/*.safetensors  optimizer/*.safetensors  state.json
 
-Each file holds what one process had; any number of processes reads them. `state.json` names every file with its size
-and checksum.
+Each file holds the tensors or rows of one process; any number of processes reads them. `state.json` lists every file
+with its size and checksum.
 """
 
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from hashlib import blake2b
 from pathlib import Path
 
@@ -17,21 +17,23 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from moe_lm.atomic_io import checksum
-from moe_lm.checkpoint import sharded_safetensors as tensors_on_disk
-from moe_lm.checkpoint.sharded_safetensors import Named, named
+from moe_lm.atomic_io import checksum, sync
+from moe_lm.checkpoint import sharded_safetensors
+from moe_lm.checkpoint.sharded_safetensors import NamedTensors, Shards, sharded
 from moe_lm.errors import UserError
-from moe_lm.optim import CompositeOptimizer
 from moe_lm.parallel.context import SINGLE_PROCESS, ParallelContext
-from moe_lm.parallel.grad_reduce import shares_of
 
 FORMAT = 3
 PARTS = ("model", "optimizer")
-_ASIDE = "damaged-"
+_DAMAGED = "damaged-"
+"""Prefix of the folders of damaged checkpoints, which are kept but do not count."""
+
+OptimizerState = Mapping[nn.Parameter, Mapping[str, Tensor]]
+"""Optimizer state by parameter and kind, such as `exp_avg`."""
 
 
-class Damaged(UserError):
-    """A checkpoint that is not what was written."""
+class CheckpointError(UserError):
+    """A checkpoint whose files are missing or altered."""
 
 
 def steps(folder: Path) -> list[int]:
@@ -40,53 +42,69 @@ def steps(folder: Path) -> list[int]:
 
 
 def path_of(folder: Path, step: int) -> Path:
-    """Return the folder of this step's checkpoint."""
+    """Return the folder of a step's checkpoint."""
     return folder / f"{step:010d}"
 
 
-def partial_of(path: Path) -> Path:
-    """Return where a checkpoint is while it is written, or half deleted: a name that does not count."""
+def partial_path(path: Path) -> Path:
+    """Return the folder of a checkpoint while it is written or deleted, whose name does not count."""
     return path.with_name(f".{path.name}.partial")
 
 
+def manifest(partial: Path, parallel: ParallelContext) -> dict[str, list]:
+    """Return size and checksum of this process's share of the files, as they are read back from the disk."""
+    files = sorted(file for file in partial.rglob("*") if not file.is_dir())
+    own = files[parallel.rank :: parallel.size]
+    return {str(file.relative_to(partial)): [file.stat().st_size, checksum(file)] for file in own}
+
+
+def commit(partial: Path, path: Path, state: dict) -> None:
+    """Write `state.json`, flush everything to the disk and rename the folder: the checkpoint counts from here on."""
+    (partial / "state.json").write_text(state_text(state))
+    for file in [*partial.rglob("*"), partial]:
+        sync(file)
+    partial.rename(path)
+    sync(path.parent)
+
+
 def prune(folder: Path, keep_last: int, keep: set[int]) -> None:
-    """Delete all checkpoints but the last few, the steps in `keep`, and leftovers of crashes."""
+    """Delete what crashes left over, and all checkpoints but the last `keep_last` and the steps in `keep`."""
     for leftover in folder.glob(".*.partial"):
         shutil.rmtree(leftover)
     for step in steps(folder)[:-keep_last]:
         if step not in keep:
-            # Renamed first: a folder that a crash left half deleted must not look complete.
+            # Renamed first, because a folder that a crash left half deleted must not count as complete.
             path = path_of(folder, step)
-            shutil.rmtree(path.rename(partial_of(path)))
+            shutil.rmtree(path.rename(partial_path(path)))
 
 
-def newest(folder: Path, parallel: ParallelContext, say: Callable[[str], None]) -> Path | None:
-    """Return the newest checkpoint that is what was written, None if there is none at all; all processes take part.
+def newest(folder: Path, parallel: ParallelContext, log: Callable[[str], None]) -> Path | None:
+    """Return the newest intact checkpoint, None if there was never any; called by all processes.
 
-    Damaged ones are set aside, loudly. Raises `UserError` where there are checkpoints, or were, and none is intact.
+    Damaged checkpoints are renamed with a warning. Raises `UserError` if all checkpoints are damaged.
     """
-    found, had = parallel.first(lambda: (steps(folder), any(folder.glob(f"{_ASIDE}*"))))
+    found, had = parallel.first(lambda: (steps(folder), any(folder.glob(f"{_DAMAGED}*"))))
     for step in reversed(found):
         path = path_of(folder, step)
         try:
             verify(path, parallel=parallel)
-        except Damaged as damaged:
+        except CheckpointError as error:
             aside = parallel.first(lambda path=path: _set_aside(path))
-            say(f"WARNING: {damaged}; it is now {aside.name}, and the one before it is taken")
+            log(f"WARNING: {error}; it is now {aside.name}, and the one before it is taken")
         else:
             return path
     if found or had:
         raise UserError(
-            f"no checkpoint in {folder} is intact: nothing to go on from; the damaged ones are kept beside it, delete "
-            f"{folder.parent} or choose another name=... to begin anew"
+            f"no checkpoint in {folder} is intact, so the run cannot be resumed; the damaged ones are kept there: "
+            f"delete {folder.parent} or choose another name=... to start again"
         )
     return None
 
 
 def verify(path: Path, parts: tuple[str, ...] = PARTS, parallel: ParallelContext = SINGLE_PROCESS) -> dict:
-    """Return the state of a checkpoint all of whose files are what was written; the processes share the reading.
+    """Return the state of a checkpoint after checking all files of its parts; the processes share the files.
 
-    Raises `Damaged` on each where a file is missing, altered, additional or no safetensors.
+    Raises `CheckpointError` on every process if a file is missing, altered, additional or not safetensors.
     """
     state, reason = None, None
     try:
@@ -97,90 +115,90 @@ def verify(path: Path, parts: tuple[str, ...] = PARTS, parallel: ParallelContext
         files = [name for name in sorted(state["files"]) if name.split("/")[0] in parts]
         for name in files[parallel.rank :: parallel.size]:
             _check_file(path / name, *state["files"][name])
-    except Damaged as damaged:
-        reason = str(damaged)
+    except CheckpointError as error:
+        reason = str(error)
     except (OSError, SafetensorError) as error:
         reason = str(_damaged(path, error))
     for found in parallel.each(reason):
         if found is not None:
-            raise Damaged(found)
+            raise CheckpointError(found)
     return state
 
 
 def load_state(path: Path) -> dict:
-    """Return the JSON state; raises `Damaged` where it is missing or not what was written."""
+    """Return the JSON state; raises `CheckpointError` if it is missing or damaged."""
     try:
         record = json.loads((path / "state.json").read_text())
         intact = record["checksum"] == _checksum_of(record["state"])
         if record["format"] != FORMAT and not intact:
-            raise UserError(f"{path} has format {record['format']}, this version of moe-lm reads {FORMAT}: train anew")
-        if record["format"] != FORMAT or not intact:  # what it is a checksum of has the true format
+            raise UserError(
+                f"{path} has format {record['format']}, this version of moe-lm reads {FORMAT}: train the model again"
+            )
+        if record["format"] != FORMAT or not intact:  # an intact checksum was computed with this very format
             raise _damaged(path, "state.json does not match its checksum")
-        return _checked(record["state"])
+        return _check_types(record["state"])
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, error) from error
 
 
 def state_text(state: dict) -> str:
-    """Return what `state.json` holds."""
+    """Return the text of `state.json`."""
     return json.dumps({"format": FORMAT, "checksum": _checksum_of(state), "state": state}, indent=1)
 
 
-def load_model(path: Path, model: nn.Module, *, verified: bool = False) -> None:
-    """Fill the model's parameters and buffers; raises `UserError` where file and model do not fit."""
+def load_model(path: Path, model: nn.Module, shards: Shards, *, verified: bool = False) -> None:
+    """Load the model's parameters and buffers; raises `UserError` if the checkpoint does not fit the model."""
     if not verified:
         verify(path, ("model",))
-    targets = of_model(model)
+    targets = model_tensors(model, shards)
     wanted = {name: tuple(x.size()) for name, x in targets.items()}
     found = {name: shape for name, (shape, _) in _shapes(path, "model").items()}
     if wanted != found:
         name = sorted(set(wanted.items()) ^ set(found.items()))[0][0]
         raise UserError(f"{path} does not fit the model: {name} is {found.get(name)}, wanted {wanted.get(name)}")
-    tensors_on_disk.read(path / "model", targets)
+    sharded_safetensors.read(path / "model", targets)
 
 
-def load_optimizer(path: Path, model: nn.Module, optimizer: CompositeOptimizer, *, verified: bool = False) -> None:
-    """Fill the optimizer's state, tensor by tensor under the parameters' names."""
+def load_optimizer_state(path: Path, model: nn.Module, shards: Shards, *, verified: bool = False) -> OptimizerState:
+    """Return the optimizer's state of the model's parameters, of sharded parameters the local rows."""
     if not verified:
         verify(path, ("optimizer",))
-    parameters, shares = dict(model.named_parameters()), shares_of(model)
+    parameters = dict(model.named_parameters())
     state: dict[nn.Parameter, dict[str, Tensor]] = {}
     targets = {}
     for key, (shape, dtype) in _shapes(path, "optimizer").items():
         kind, _, name = key.partition("/")
         if name not in parameters:
             raise _damaged(path, f"optimizer state of an unknown parameter {name}")
-        share = shares.get(name)
-        shape = (share.size, *shape[1:]) if share is not None and shape else shape
+        shard = shards.get(name)
+        shape = (shard.size, *shape[1:]) if shard is not None and shape else shape
         tensor = torch.empty(shape, dtype=dtype)
         state.setdefault(parameters[name], {})[kind] = tensor
-        targets[key] = named(tensor, share)
-    tensors_on_disk.read(path / "optimizer", targets)
-    optimizer.load(state)
+        targets[key] = sharded(tensor, shard)
+    sharded_safetensors.read(path / "optimizer", targets)
+    return state
 
 
-def of_model(model: nn.Module) -> Named:
-    """Return the model's parameters and buffers by name, as a checkpoint holds them."""
-    shares = shares_of(model)
-    return {name: named(tensor.detach(), shares.get(name)) for name, tensor in model.state_dict().items()}
+def model_tensors(model: nn.Module, shards: Shards) -> NamedTensors:
+    """Return the model's parameters and buffers under the names that a checkpoint uses."""
+    return {name: sharded(tensor.detach(), shards.get(name)) for name, tensor in model.state_dict().items()}
 
 
-def of_optimizer(model: nn.Module, optimizer: CompositeOptimizer) -> Named:
-    """Return the optimizer's state by kind and parameter, as a checkpoint holds it."""
-    shares, state = shares_of(model), optimizer.state
+def optimizer_tensors(model: nn.Module, state: OptimizerState, shards: Shards) -> NamedTensors:
+    """Return the optimizer's state under the names that a checkpoint uses: "kind/parameter"."""
     return {
-        f"{kind}/{name}": named(value.detach(), shares.get(name))
+        f"{kind}/{name}": sharded(value.detach(), shards.get(name))
         for name, parameter in model.named_parameters()
         for kind, value in state.get(parameter, {}).items()
     }
 
 
-def _checked(state: dict) -> dict:
-    """Return the state if it has the form of one; raises `KeyError` or `TypeError`."""
-    forms = {"step": int, "data": str, "progress": dict, "files": dict}
-    for key in ("step", "files", *(forms.keys() & state.keys())):
-        if not isinstance(state[key], forms[key]):
-            raise TypeError(f"{key} is no {forms[key].__name__}")
+def _check_types(state: dict) -> dict:
+    """Return the state if its entries have the right types; raises `KeyError` or `TypeError`."""
+    types = {"step": int, "data": str, "progress": dict, "files": dict}
+    for key in ("step", "files", *(types.keys() & state.keys())):
+        if not isinstance(state[key], types[key]):
+            raise TypeError(f"{key} is no {types[key].__name__}")
     for name, entry in state["files"].items():
         if not (isinstance(entry, list) and [type(x) for x in entry] == [int, str]):
             raise TypeError(f"{name} has no size and checksum")
@@ -188,9 +206,9 @@ def _checked(state: dict) -> dict:
 
 
 def _check_names(path: Path, files: dict) -> None:
-    there = {str(file.relative_to(path)) for file in path.rglob("*")}
-    for name in sorted(there ^ {"state.json", *PARTS, *files}):
-        raise _damaged(path, f"{name} is missing" if name not in there else f"{name} does not belong there")
+    present = {str(file.relative_to(path)) for file in path.rglob("*")}
+    for name in sorted(present ^ {"state.json", *PARTS, *files}):
+        raise _damaged(path, f"{name} is missing" if name not in present else f"{name} does not belong there")
     for name in files:
         if not re.fullmatch(rf"({'|'.join(PARTS)})/[^/]+\.safetensors", name):
             raise _damaged(path, f"{name} does not belong there")
@@ -200,28 +218,29 @@ def _check_file(file: Path, size: int, digest: str) -> None:
     if file.stat().st_size != size or checksum(file) != digest:
         raise _damaged(file.parent.parent, f"{file.name} does not match its checksum")
     try:
-        tensors_on_disk.check_is_safetensors(file)
+        sharded_safetensors.check_is_safetensors(file)
     except SafetensorError as error:
         raise _damaged(file.parent.parent, f"{file.name}: {error}") from error
 
 
 def _shapes(path: Path, part: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     try:
-        return tensors_on_disk.shapes(path / part)
+        return sharded_safetensors.shapes(path / part)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise _damaged(path, error) from error
 
 
 def _set_aside(path: Path) -> Path:
-    aside, number = path.with_name(f"{_ASIDE}{path.name}"), 1
+    """Rename a damaged checkpoint so that it no longer counts; return its new folder."""
+    aside, number = path.with_name(f"{_DAMAGED}{path.name}"), 1
     while aside.exists():
         number += 1
-        aside = path.with_name(f"{_ASIDE}{path.name}-{number}")
+        aside = path.with_name(f"{_DAMAGED}{path.name}-{number}")
     return path.rename(aside)
 
 
-def _damaged(path: Path, reason: object) -> Damaged:
-    return Damaged(f"checkpoint {path} is damaged ({reason})")
+def _damaged(path: Path, reason: object) -> CheckpointError:
+    return CheckpointError(f"checkpoint {path} is damaged ({reason})")
 
 
 def _checksum_of(state: dict) -> str:

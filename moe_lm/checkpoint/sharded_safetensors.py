@@ -1,11 +1,12 @@
-"""Named tensors to a folder of safetensors and back, each process its rows: torch's distributed checkpoint.
+"""Named tensors in a folder of safetensors files, written and read by torch.distributed.checkpoint.
 
-Any number of processes reads what any number wrote. Tensors alone are stored: of one Python number among them torch
-would make a file that runs code when it is read, under the same name.
+Each process writes the rows that it holds, and any number of processes reads what any number wrote. Only tensors are
+stored: torch would write a Python number in a format that can run code when it is read.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,27 +18,26 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from moe_lm.compat import current_parameter
 from moe_lm.parallel.group import Group, Shard
 
 FILE_BYTES = 2**30
-"""Where a file would hold more, the next tensors go to another: a file is made in memory before it is written."""
+"""Size above which further tensors go to another file, because each file is assembled in memory."""
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The rows that this process holds of a tensor: what torch's distributed checkpoint asks of such a thing."""
+class RowShard:
+    """This process's rows of a tensor, with the methods that torch.distributed.checkpoint asks a sharded tensor for."""
 
     tensor: Tensor
-    share: Shard
+    shard: Shard
 
     def size(self) -> torch.Size:
-        """Return the size of the whole."""
-        return torch.Size((self.share.total, *self.tensor.shape[1:]))
+        """Return the size of the whole tensor."""
+        return torch.Size((self.shard.total, *self.tensor.shape[1:]))
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        if self.share.size == 0:
-            return []
-        return [ChunkStorageMetadata(self._offsets, self.tensor.shape)]
+        return [] if self.shard.size == 0 else [ChunkStorageMetadata(self._offsets, self.tensor.shape)]
 
     def __create_write_items__(self, name: str, rows: object) -> list[WriteItem]:
         properties = TensorProperties.create_from_tensor(self.tensor)
@@ -52,15 +52,21 @@ class Rows:
 
     @property
     def _offsets(self) -> torch.Size:
-        return torch.Size((self.share.first, *[0] * (self.tensor.dim() - 1)))
+        return torch.Size((self.shard.first, *[0] * (self.tensor.dim() - 1)))
+
+
+NamedTensors = Mapping[str, Tensor | RowShard]
+"""Replicated tensors and row shards by name."""
+Shards = Mapping[str, Shard]
+"""Shard of each sharded parameter by name; every process holds the other parameters whole."""
 
 
 class _SavePlanner(dcp.DefaultSavePlanner):
-    """torch's own, which finds rows in tensors alone."""
+    """torch's planner, extended to row shards."""
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        # Not left to the writer, which copies from a GPU without waiting on any stream but its own thread's.
-        return _held(self.state_dict[index.fqn]).cpu()
+        # Copied here, because torch's writer synchronises a GPU copy with its own thread's stream only.
+        return _local(self.state_dict[index.fqn]).cpu()
 
 
 class _LoadPlanner(dcp.DefaultLoadPlanner):
@@ -69,78 +75,82 @@ class _LoadPlanner(dcp.DefaultLoadPlanner):
         self.metadata, self.is_coordinator = metadata, is_coordinator
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return _held(self.state_dict[index.fqn])
+        return _local(self.state_dict[index.fqn])
 
 
-Named = Mapping[str, Tensor | Rows]
-"""Tensors that every process has alike, and rows of those that are divided."""
+def sharded(tensor: Tensor, shard: Shard | None) -> Tensor | RowShard:
+    """Return the tensor as a row shard if it is one; scalars are never sharded."""
+    return tensor if shard is None or tensor.dim() == 0 else RowShard(tensor, shard)
 
 
-def named(tensor: Tensor, share: Shard | None) -> Tensor | Rows:
-    """Return the tensor, or, where its rows are divided as `share` says, what names them; a number is not divided."""
-    return tensor if share is None or tensor.dim() == 0 else Rows(tensor, share)
+def local_bytes(tensors: NamedTensors) -> int:
+    """Return the bytes that the tensors take in this process."""
+    return sum(_local(x).nbytes for x in tensors.values())
 
 
-def num_bytes(tensors: Named) -> int:
-    """Return what these take in this process."""
-    return sum(_held(x).numel() * _held(x).element_size() for x in tensors.values())
+def global_bytes(tensors: NamedTensors) -> int:
+    """Return the bytes that the tensors take over all processes, replicated tensors counted once."""
+    return sum(map(_whole_bytes, tensors.values()))
 
 
-def num_bytes_of_all(tensors: Named) -> int:
-    """Return what these take in all processes together, what several have alike counted once."""
-    return sum(x.size().numel() * _held(x).element_size() for x in tensors.values())
-
-
-def copied(tensors: Named) -> dict[str, Tensor | Rows]:
+def copy_to_cpu(tensors: NamedTensors) -> dict[str, Tensor | RowShard]:
     """Return copies in the CPU's memory, made one after the other."""
-    return {name: _apply(x, lambda t: t.to("cpu", copy=True)) for name, x in tensors.items()}
+    return {name: _map_local(x, lambda t: t.to("cpu", copy=True)) for name, x in tensors.items()}
 
 
-def write(folder: Path, tensors: Named, group: Group) -> None:
-    """Write the tensors of every process of the group; what several have alike one of them writes.
+def write(folder: Path, tensors: NamedTensors, group: Group) -> None:
+    """Write the tensors of every process of the group; one process writes a replicated tensor.
 
-    Raises `OSError` or torch's `CheckpointException` on every process where one of them fails.
+    Raises `OSError` or torch's `CheckpointException` on every process if one of them fails.
     """
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True, fqn_to_index_mapping=_files(tensors))
-    tensors = {name: _apply(x, Tensor.detach) for name, x in tensors.items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant, for one process
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True, fqn_to_index_mapping=_file_numbers(tensors))
+    tensors = {name: _map_local(x, Tensor.detach) for name, x in tensors.items()}
+    with _single_process_allowed():
         place = {"process_group": group.handle, "no_dist": group.size == 1}
         dcp.save(tensors, storage_writer=writer, planner=_SavePlanner(), **place)
 
 
-def read(folder: Path, tensors: Named) -> None:
-    """Fill these tensors; raises `ValueError` where the folder holds no such ones, as a rule after `shapes`."""
-    tensors = {name: _apply(x, Tensor.detach) for name, x in tensors.items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        reader = HuggingFaceStorageReader(str(folder))
-        dcp.load(tensors, storage_reader=reader, planner=_LoadPlanner(), no_dist=True)
+def read(folder: Path, tensors: NamedTensors) -> None:
+    """Fill the tensors with those stored under the same names, or under names of earlier versions.
+
+    Raises `ValueError` if the folder does not hold them; `shapes` tells what it holds.
+    """
+    reader = HuggingFaceStorageReader(str(folder))
+    stored_names = {_current(name): name for name in reader.read_metadata().state_dict_metadata}
+    targets = {stored_names.get(name, name): _map_local(x, Tensor.detach) for name, x in tensors.items()}
+    with _single_process_allowed():
+        dcp.load(targets, storage_reader=reader, planner=_LoadPlanner(), no_dist=True)
 
 
 def shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Return shape and type of every tensor in a folder.
+    """Return the shape and type of every tensor in a folder, under this version's names.
 
-    Raises `SafetensorError` where a file is none, whatever its name.
+    Raises `SafetensorError` if a file is not safetensors, whatever its name.
     """
     metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
-    return {name: (tuple(x.size), x.properties.dtype) for name, x in metadata.state_dict_metadata.items()}
+    return {_current(name): (tuple(x.size), x.properties.dtype) for name, x in metadata.state_dict_metadata.items()}
 
 
 def check_is_safetensors(file: Path) -> None:
-    """Raise `SafetensorError` for a file that is something else under this name."""
+    """Raise `SafetensorError` unless a file is safetensors by name and content."""
     if file.suffix != ".safetensors":
         raise SafetensorError(f"{file.name} is no safetensors file")
     with safe_open(file, framework="pt"):
         pass
 
 
-def _files(tensors: Named) -> dict[str, int]:
-    """Return the number of the file of each tensor, the same on every process, from 1."""
+def _current(key: str) -> str:
+    """Return this version's key for a stored one: a parameter's name, or the optimizer's "kind/name"."""
+    kind, slash, name = key.rpartition("/")
+    return f"{kind}{slash}{current_parameter(name)}"
+
+
+def _file_numbers(tensors: NamedTensors) -> dict[str, int]:
+    """Return the file number of each tensor, from 1, the same on every process."""
     numbers, file, filled = {}, 1, 0
     for name, x in tensors.items():
-        size = x.size().numel() * _held(x).element_size()
-        size = -(-size // len(x.share.sizes)) if isinstance(x, Rows) else size
+        size = _whole_bytes(x)
+        size = -(-size // len(x.shard.sizes)) if isinstance(x, RowShard) else size
         if filled and filled + size > FILE_BYTES:
             file, filled = file + 1, 0
         numbers[name] = file
@@ -148,9 +158,21 @@ def _files(tensors: Named) -> dict[str, int]:
     return numbers
 
 
-def _held(x: Tensor | Rows) -> Tensor:
-    return x.tensor if isinstance(x, Rows) else x
+def _whole_bytes(x: Tensor | RowShard) -> int:
+    return x.size().numel() * _local(x).element_size()
 
 
-def _apply(x: Tensor | Rows, change) -> Tensor | Rows:
-    return Rows(change(x.tensor), x.share) if isinstance(x, Rows) else change(x)
+def _local(x: Tensor | RowShard) -> Tensor:
+    return x.tensor if isinstance(x, RowShard) else x
+
+
+def _map_local(x: Tensor | RowShard, function: Callable[[Tensor], Tensor]) -> Tensor | RowShard:
+    return RowShard(function(x.tensor), x.shard) if isinstance(x, RowShard) else function(x)
+
+
+@contextmanager
+def _single_process_allowed() -> Iterator[None]:
+    """Silence torch's warning that torch.distributed is not in use."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

@@ -1,13 +1,13 @@
-"""moe-lm audit: does any prediction of a run see the future, and how many bits does training's choice leak."""
+"""moe-lm audit: whether a run's predictions see the future, and how many bits training's routing leaks."""
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from moe_lm.analysis.causality import TOLERANCE_BITS, Audit, audit
 from moe_lm.atomic_io import replace_files
-from moe_lm.checkpoint.export_io import beside
+from moe_lm.checkpoint.export import output_path
+from moe_lm.cli import log
 from moe_lm.cli import machine as make
 from moe_lm.cli.config import composed, resolved
 from moe_lm.cli.data import data_of
@@ -16,12 +16,11 @@ from moe_lm.data.corpus import SPLITS
 from moe_lm.errors import UserError
 from moe_lm.inference import LoadedModel, load
 
-HELP = "whether a run's predictions see the future, and how many bits training's routing leaks"
 NOT_CAUSAL = 3
 
 
 def main(arguments: list[str]) -> int:
-    """Print what the probes found and keep it in the run as audit.json; 3 where the evaluation is not causal."""
+    """Print the findings and write them to audit.json; 3 if the evaluation is not causal."""
     config = resolved(composed("audit", arguments))
     if config["split"] not in SPLITS:
         raise UserError(f"split={config['split']}: choose {', '.join(SPLITS)}")
@@ -32,7 +31,7 @@ def main(arguments: list[str]) -> int:
     on = make.ready_to_read(config)
     trained = load(config["run"], str(config["checkpoint"]), on)
     words = trained.config["batch"]["micro_words"] if trained_words else config["batch"]["words"]
-    split = data_of(trained, config["run"], config["data"], _say).splits[config["split"]]
+    split = data_of(trained, config["run"], config["data"], log).splits[config["split"]]
     vocabulary = trained.vocabulary
     found = audit(
         trained.model,
@@ -45,12 +44,12 @@ def main(arguments: list[str]) -> int:
     )
     figures = figures_of(found, trained) | {"split": config["split"], "batch_words": words, "seed": config["seed"]}
     print(json.dumps(figures) if config["json"] else table(config["run"], figures), flush=True)
-    # Reports read that of the last step; others stand beside it.
+    # Reports read audit.json, which is about the last step.
     name = "audit.json" if config["checkpoint"] == "last" else f"audit-{trained.step}.json"
-    place = beside(Path(config["run"]), name)
+    place = output_path(Path(config["run"]), name)
     replace_files(place.parent, {place.name: (json.dumps(figures, indent=1) + "\n").encode()})
     if not found.causal:
-        _say(
+        log(
             f"moe-lm: {config['run']} is not causal: a prediction moved by {found.evaluation.largest_bits:.2g} bits "
             "when words that it must not see were replaced; its perplexities mean nothing"
         )
@@ -59,7 +58,7 @@ def main(arguments: list[str]) -> int:
 
 
 def figures_of(found: Audit, trained: LoadedModel) -> dict:
-    """Return the audit as audit.json holds it."""
+    """Return the content of audit.json."""
     gates = {key: getattr(gate, "non_causal_note", None) for key, gate in gates_of(trained.model)}
     return {"step": trained.step, "causal": found.causal, **asdict(found), "gates": gates}
 
@@ -79,19 +78,15 @@ def table(run: str, figures: dict) -> str:
         what, leak = key.replace("_", " "), figures[key]
         lines.append(f"  by {what} alone {leak['mean_bits']:.4f}; gain {leak['gain_bits']:+.4f}")
     causal, by_training = figures["by_evaluation"], figures["by_training"]
-    causal, by_training = figures["by_evaluation"], figures["by_training"]
     lines += [
-        f"perplexity of these {figures['words']:,} words {causal['perplexity']:.3f}{_served(causal)}",
-        f"  with training's choice, which is no causal model's, {by_training['perplexity']:.3f}{_served(by_training)}",
+        f"perplexity of these {figures['words']:,} words {causal['perplexity']:.3f}{_routing(causal)}",
+        f"  with training's choice, which is no causal model's, {by_training['perplexity']:.3f}{_routing(by_training)}",
     ]
-    return "\n".join([*lines, *(f"{key}: {told}" for key, told in figures["gates"].items() if told)])
+    return "\n".join([*lines, *(f"{key}: {note}" for key, note in figures["gates"].items() if note)])
 
 
-def _served(part: dict) -> str:
+def _routing(part: dict) -> str:
     if part["experts_per_token"] is None:
         return ""
-    return f" by {part['experts_per_token']:.2f} experts a token, {part['unserved']:.1%} of the tokens without any"
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
+    experts, unrouted = part["experts_per_token"], part["unrouted_fraction"]
+    return f" by {experts:.2f} experts a token, {unrouted:.1%} of the tokens without any"

@@ -1,29 +1,26 @@
-"""moe-lm describe: what a model costs in operations, parameters, memory and bytes sent, before anything runs."""
+"""moe-lm describe: operations, parameters, memory and communication of a model, before anything runs."""
 
 import json
 from dataclasses import asdict
 
 import torch
 
-from moe_lm.analysis.cost.memory import activation_bytes, held, logits_bytes, second_gradient_bytes
-from moe_lm.analysis.cost.operations import (
+from moe_lm.analysis.cost import (
     flops_per_word,
     operations_per_timestep,
     parameters_total,
     parameters_without_embedding_and_softmax,
 )
-from moe_lm.analysis.cost.sizes import Step
-from moe_lm.analysis.cost.traffic import bytes_sent
+from moe_lm.analysis.memory import StepSizes, accumulation_bytes, activation_bytes, logits_bytes, parameter_memory
+from moe_lm.analysis.traffic import bytes_sent
 from moe_lm.cli.config import composed, preset_of, resolved
 from moe_lm.cli.machine import build, build_model
 from moe_lm.errors import UserError
 from moe_lm.model.language_model import LanguageModel
 from moe_lm.optim import OptimizerRecipe
-from moe_lm.report.paper import TABLE_8, printed
+from moe_lm.report.paper import TABLE_8, paper_result
 
-HELP = "operations, parameters and memory of a model of any size"
-
-BENCHMARK, NEWS = 793_471, 100_000  # words; the paper does not tell the second, see docs/design.md
+BENCHMARK, NEWS = 793_471, 100_000  # vocabulary sizes; the paper does not state the second, see docs/decisions/model.md
 
 
 def main(arguments: list[str]) -> int:
@@ -38,7 +35,7 @@ def main(arguments: list[str]) -> int:
 
 
 def figures_of(config: dict, preset: str) -> dict:
-    """Return all figures of a resolved configuration, memory in bytes; no weight is ever stored."""
+    """Return all figures of a resolved configuration, memory in bytes, without allocating any weight."""
     vocabulary_size, step = _vocabulary_size(config, preset), _step(config)
     with torch.device("meta"):
         model = build_model(config, vocabulary_size)
@@ -67,27 +64,27 @@ def _vocabulary_size(config: dict, preset: str) -> int:
     return size
 
 
-def _step(config: dict) -> Step:
+def _step(config: dict) -> StepSizes:
     precision = config["machine"]["precision"]
     if precision not in ("float32", "bfloat16"):
         raise UserError(f"machine.precision={precision}: choose float32 or bfloat16")
-    return Step(
+    return StepSizes(
         words=config["batch"]["words"],
         micro_words=config["batch"]["micro_words"],
         num_processes=config["num_processes"],
         recompute=config["machine"]["recompute"],
         bfloat16=precision == "bfloat16",
-        expert_processes=config["machine"]["expert_processes"],
-        divide_vocabulary=config["machine"]["divide_vocabulary"],
+        expert_parallel_size=config["parallel"]["expert_size"],
+        vocab_parallel=config["parallel"]["vocab"],
     )
 
 
-def _memory_of(model: LanguageModel, recipe: OptimizerRecipe, step: Step) -> dict:
-    parts = held(model, recipe, step)
+def _memory_of(model: LanguageModel, recipe: OptimizerRecipe, step: StepSizes) -> dict:
+    parts = parameter_memory(model, recipe, step)
     passing = {
         "activations": activation_bytes(model, step),
         "logits": logits_bytes(model, step),
-        "second_gradients": second_gradient_bytes(model, recipe, step),
+        "second_gradients": accumulation_bytes(model, recipe, step),
     }
     kinds = {kind: asdict(part) | {"bytes_per_parameter": part.bytes_per_parameter} for kind, part in parts.items()}
     return kinds | passing | {"total": sum(part.total for part in parts.values()) + sum(passing.values())}
@@ -99,7 +96,7 @@ def table(figures: dict) -> str:
 
 
 def _printed(preset: str) -> dict | None:
-    row = printed(preset)
+    row = paper_result(preset)
     return row and {key: value for key, value in asdict(row).items() if value is not None}
 
 
@@ -158,7 +155,7 @@ def _sent(figures: dict) -> list[str]:
 
 
 def size(count: int) -> str:
-    """Return bytes in the unit that suits them: 1.00 GiB."""
+    """Return a number of bytes with a binary unit, as in 1.00 GiB."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.2f} {unit}" if unit != "B" else f"{count} B"

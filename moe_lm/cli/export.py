@@ -7,9 +7,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from moe_lm.checkpoint import checkpoint, weights
-from moe_lm.checkpoint import export_io as exported
-from moe_lm.checkpoint.model_card import card
+from moe_lm.checkpoint import checkpoint, export
 from moe_lm.cli.config import composed, resolved
 from moe_lm.cli.describe import size
 from moe_lm.cli.result import counts_of, versions
@@ -17,19 +15,18 @@ from moe_lm.errors import UserError
 from moe_lm.inference import LoadedModel, load
 from moe_lm.run import IDENTITY, Run
 
-HELP = "a trained model as one folder: safetensors, configuration, vocabulary, model card"
 MEASURED = ("perplexity", "predicted_words", "unigram_perplexity")
 
 
 def main(arguments: list[str]) -> int:
-    """Write the folder `to`, whole or not at all; one that holds the very same model already is no mistake."""
+    """Write the folder `to`, whole or not at all; a folder that holds the same model already is left as it is."""
     config = resolved(composed("export", arguments))
     if not config["to"]:
         raise UserError("to=: name a folder that does not exist yet, as in to=exports/moe_4")
     source, to = Path(config["run"]), Path(config["to"])
     if config["max_file_bytes"] < 1:
         raise UserError(f"max_file_bytes={config['max_file_bytes']}: must be at least 1")
-    if source.is_dir() and exported.is_export(source):
+    if source.is_dir() and export.is_export(source):
         raise UserError(f"{source} is an export already: copy the folder")
     trained = load(source, str(config["checkpoint"]), torch.device("cpu"))
     run = Run(source)
@@ -38,7 +35,7 @@ def main(arguments: list[str]) -> int:
         print(f"{to}: step {trained.step} of {source} is there already")
         return 0
     record = record_of(run, trained)
-    exported.write(to, record, lambda folder: _save(folder, record, trained, config["max_file_bytes"]))
+    export.write(to, record, lambda folder: _save(folder, record, trained, config["max_file_bytes"]))
     whole = size(sum(path.stat().st_size for path in to.rglob("*") if path.is_file()))
     print(f"{to}: step {trained.step} of {source}, {whole}; open it with run={to}")
     if "perplexity" not in record:
@@ -47,7 +44,7 @@ def main(arguments: list[str]) -> int:
 
 
 def record_of(run: Run, trained: LoadedModel) -> dict:
-    """Return export.json's content but for the files."""
+    """Return the content of export.json without the list of files."""
     config, result = trained.config, run.result()
     state = checkpoint.load_state(checkpoint.path_of(run.checkpoints, trained.step))
     record = {
@@ -67,12 +64,12 @@ def record_of(run: Run, trained: LoadedModel) -> dict:
 
 
 def _save(folder: Path, record: dict, trained: LoadedModel, max_file_bytes: int) -> None:
-    weights.save(folder, trained.model, max_file_bytes)
+    export.save_weights(folder, trained.model, max_file_bytes)
     text = yaml.safe_dump(trained.config, sort_keys=False, allow_unicode=True)
     (folder / "config.yaml").write_text(text, encoding="utf-8")
     (folder / "vocabulary").mkdir()
     trained.vocabulary.save(folder / "vocabulary")
-    (folder / "README.md").write_text(card(record, trained.config), encoding="utf-8")
+    (folder / "README.md").write_text(export.model_card(record, trained.config), encoding="utf-8")
 
 
 def _occupied(to: Path) -> bool:
@@ -82,9 +79,9 @@ def _occupied(to: Path) -> bool:
 
 
 def _refuse_another(to: Path, run: Run, trained: LoadedModel) -> None:
-    """Raise unless the folder holds an export of this run's very model."""
+    """Raise unless the folder holds an export of this very model."""
     other = f"{to} holds something else than step {trained.step} of {run.folder}"
-    if not exported.is_export(to):
+    if not export.is_export(to):
         raise UserError(f"{other}: choose another to=... or empty it")
     there = load(to, "last", torch.device("cpu"))
     ours, theirs = trained.model.state_dict(), there.model.state_dict()

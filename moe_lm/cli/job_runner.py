@@ -6,39 +6,78 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_lm.cli.devices import Devices
 from moe_lm.errors import UserError
-from moe_lm.parallel import signals as stopping
+from moe_lm.parallel import signals
 from moe_lm.parallel.launch import program
-from moe_lm.report.results import read_audit, read_result
+from moe_lm.report.runs import read_audit, read_result
 
-# A run that was told to stop has saved itself and says so by its code.
-INTERRUPTED = (stopping.INTERRUPTED, stopping.REQUEUE, -signal.SIGINT, -signal.SIGTERM)
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+STOPPED = (signals.INTERRUPTED, signals.REQUEUE, -signal.SIGINT, -signal.SIGTERM)
+"""Exit codes of a run that was asked to stop and has saved itself."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of the sweep: its directory, the overrides of the command that makes or audits it, the GPUs it takes."""
+    """One process of the sweep: a training, or the audit of a finished run."""
 
     folder: Path
+    """The run's directory."""
     arguments: tuple[str, ...]
+    """Overrides of the command."""
     command: str = "train"
     num_gpus: int = 0
 
     @property
     def log(self) -> Path:
-        """Where the process's output goes: beside the directory, which a mistake may leave unmade."""
+        """The file for the process's output: beside the directory, which a failed run may never create."""
         return self.folder.with_name(self.folder.name + ".log")
+
+
+class Devices:
+    """The GPUs of a sweep, each lent to one job at a time, named as in CUDA_VISIBLE_DEVICES."""
+
+    def __init__(self, names: Sequence[str]):
+        self.names = tuple(names)
+        self._holders: dict[str, Hashable] = {}
+
+    def take(self, holder: Hashable, number: int) -> dict[str, str] | None:
+        """Lend GPUs and return the holder's environment variables; None where too few are free."""
+        free = [name for name in self.names if name not in self._holders]
+        if number > len(free):
+            return None
+        self._holders |= dict.fromkeys(free[:number], holder)
+        return {VISIBLE: ",".join(free[:number])} if number else {}
+
+    def give_back(self, holder: Hashable) -> None:
+        """Free the GPUs of a holder."""
+        self._holders = {name: other for name, other in self._holders.items() if other != holder}
+
+
+def visible(environment: Mapping[str, str] = os.environ, count: int | None = None) -> list[str]:
+    """Return the names of the GPUs that a process with this environment sees; `count` is CUDA's number of them.
+
+    Child processes need the names that this process was given, numbers or UUIDs: with CUDA_VISIBLE_DEVICES=2,3 the
+    numbers 0 and 1 would be other GPUs.
+    """
+    if count is None:
+        import torch
+
+        count = torch.cuda.device_count()  # creates no CUDA context, which would take memory from the runs
+    given = environment.get(VISIBLE)
+    names = [str(i) for i in range(count)] if given is None else [name.strip() for name in given.split(",")]
+    return names[:count]  # CUDA stops at the first name that it does not know
 
 
 def run_all(jobs: list[Job], runs: Path, *, parallel: int | None, audit: bool, devices: Devices) -> int:
     """Run every job, at most `parallel` at a time (None: as many as have GPUs, at least one); return the exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
-    waiting, running, failed = list(jobs), {}, []
     signal.signal(signal.SIGHUP, _interrupt)
+    waiting, running, failed = list(jobs), {}, []
     try:
         while waiting or running:
             while waiting and (environment := _place(waiting[0], len(running), parallel, devices)) is not None:
@@ -50,9 +89,9 @@ def run_all(jobs: list[Job], runs: Path, *, parallel: int | None, audit: bool, d
             for job in [job for job, child in running.items() if child.poll() is not None]:
                 code = running.pop(job).returncode
                 devices.give_back(job)
-                if code in INTERRUPTED:
+                if code in STOPPED:
                     raise KeyboardInterrupt
-                _print(_told(job))
+                _print(_outcome(job))
                 failed += [(job, code, _last_line(job.log))] if code else []
                 if audit and not code and job.command == "train" and not _is_audited(job):
                     waiting.insert(0, audit_of(job))
@@ -61,7 +100,7 @@ def run_all(jobs: list[Job], runs: Path, *, parallel: int | None, audit: bool, d
         _print(f"interrupted; repeat the command to go on in {runs}")
         return 130
     finally:
-        _stop(running)  # whatever ends the sweep, no training outlives it
+        _stop(running)  # no training outlives the sweep, whatever ends it
     for job, code, line in failed:
         _print(f"failed (exit code {code}): {job.folder}: {line}\n  log: {job.log}")
     _print(f"{len(jobs) - len({job.folder for job, *_ in failed})} of {len(jobs)} runs finished in {runs}")
@@ -69,13 +108,13 @@ def run_all(jobs: list[Job], runs: Path, *, parallel: int | None, audit: bool, d
 
 
 def audit_of(job: Job) -> Job:
-    """Return the audit of a finished run, on the machine that the run was told to take: one GPU is enough for it."""
+    """Return the audit of a finished run, on the run's kind of device; an audit needs one GPU at most."""
     machine = [a for a in job.arguments if a.partition("=")[0] in ("machine.device", "machine.threads")]
     return Job(job.folder, (f"run={job.folder}", *machine), "audit", min(job.num_gpus, 1))
 
 
 def _place(job: Job, num_running: int, parallel: int | None, devices: Devices) -> dict[str, str] | None:
-    """Return what the job's environment needs if it may start now: in turn, so that no small run overtakes a large."""
+    """Return the job's environment if it may start now. Jobs start in order: no small one overtakes a large one."""
     by_gpus = parallel is None and job.num_gpus
     if not by_gpus and num_running >= (parallel or 1):
         return None
@@ -83,21 +122,21 @@ def _place(job: Job, num_running: int, parallel: int | None, devices: Devices) -
 
 
 def _is_audited(job: Job) -> bool:
-    """Whether a run's last step was found causal; what is damaged or was not is audited anew, and says so again."""
-    found = _found_by_audit(job)
+    """Whether an audit found the run's last step causal; any other audit is repeated."""
+    found = _audit_result(job)
     return found is not None and found["causal"]
 
 
-def _found_by_audit(job: Job) -> dict | None:
+def _audit_result(job: Job) -> dict | None:
     try:
         return read_audit(job.folder / "audit.json", read_result(job.folder / "result.json"))
     except UserError:
         return None
 
 
-def _told(job: Job) -> str:
-    """Return what a process that has ended says in a line: an audit, which ends with notes, what it found."""
-    if job.command == "audit" and (found := _found_by_audit(job)) is not None and found["causal"]:
+def _outcome(job: Job) -> str:
+    """Return a finished job in one line: the last line of its log, or the result of an audit."""
+    if job.command == "audit" and (found := _audit_result(job)) is not None and found["causal"]:
         return f"{job.folder} is causal; training's choice leaks {found['training']['mean_bits']:.4f} bits a token"
     return _last_line(job.log)
 
@@ -121,7 +160,7 @@ def _start(job: Job, environment: dict[str, str]) -> subprocess.Popen:
 
 
 def _last_line(log: Path) -> str:
-    """Return what stands last in a log; a progress bar rewrites its line with carriage returns."""
+    """Return the last line of a log, in which a progress bar rewrites its line with carriage returns."""
     with log.open("rb") as stream:
         stream.seek(max(0, log.stat().st_size - 4096))
         text = stream.read().decode(errors="replace")
@@ -130,7 +169,7 @@ def _last_line(log: Path) -> str:
 
 
 def _status(text: str) -> None:
-    """Show a line that the next one replaces; only where somebody may be looking."""
+    """Show a line on the terminal that the next one replaces."""
     if sys.stderr.isatty():
         print("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1], end="", file=sys.stderr, flush=True)
 

@@ -1,4 +1,4 @@
-"""What commands make of a configuration: its objects, and the machine as it asks for it."""
+"""The `machine` group of a configuration: device, precision, threads, memory; and the objects to build on it."""
 
 import contextlib
 import ctypes
@@ -6,18 +6,18 @@ import os
 
 import torch
 
-from moe_lm.construction import build, build_model, check_targets, packaged_targets
+from moe_lm.construction import build, build_model, check_targets
 from moe_lm.errors import UserError
 
-__all__ = ["build", "build_model", "check_targets", "packaged_targets"]
+__all__ = ["build", "build_model", "check_targets"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def device(name: str, several: bool = False) -> torch.device:
-    """Return the device of `machine.device`, of several processes this one's (LOCAL_RANK of the environment).
+    """Return the torch device of `machine.device`; with several processes, the GPU of this one's LOCAL_RANK.
 
-    Raises `UserError` where the machine lacks it.
+    Raises `UserError` where the machine has no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,7 +44,7 @@ def autocast_type(precision: str, on: torch.device) -> torch.dtype | None:
 
 
 def set_threads(threads: int | None) -> None:
-    """Fix the CPU threads and let no operation differ from run to run."""
+    """Set the number of CPU threads; None keeps torch's choice."""
     if threads is not None:
         if threads < 1:
             raise UserError(f"machine.threads={threads}: must be at least 1, or null")
@@ -52,26 +52,26 @@ def set_threads(threads: int | None) -> None:
 
 
 def leave_threads(threads: int | None, on: torch.device) -> None:
-    """On a GPU keep one CPU thread, where none are asked for: what is left to the host has no use for more.
+    """Keep one CPU thread for training on a GPU unless `machine.threads` is set; the host's work needs no more.
 
-    Of trainings side by side on one machine, each with a thread for every core, each step would wait for all others'.
+    Several trainings on one machine would otherwise compete for its cores with a thread each per core.
     """
     if threads is None and on.type == "cuda":
         torch.set_num_threads(1)
 
 
 def be_deterministic(on: torch.device) -> None:
-    """Choose reproducible kernels on the CPU; a GPU promises its results to rounding only."""
+    """Choose deterministic kernels on the CPU; results on a GPU are reproducible up to rounding only."""
     torch.use_deterministic_algorithms(on.type == "cpu")
-    # Filling every fresh tensor with NaN is a debugging aid that costs a pass over memory.
+    # Filling new tensors with NaN is a debugging aid that costs a pass over memory.
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def keep_memory() -> None:
-    """Let glibc keep what is freed, not fault it in again each step, and take large tensors in pages of 2 MiB.
+    """Let glibc keep freed memory for the next step instead of returning it, and use huge pages (2 MiB).
 
-    Measured at 256 experts of 1 M parameters: forward and backward of the layer take 0.52 of the time, and by the large
-    pages 0.91 of that (docs/performance.md). Before the first tensor is made, as torch then decides on its pages.
+    With 256 experts of 1 M parameters, the layer's forward and backward pass take 0.52 of the time, and huge pages make
+    that 0.91 (docs/performance.md). To be called before the first tensor, when torch decides on its pages.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with contextlib.suppress(AttributeError, OSError):
@@ -81,7 +81,7 @@ def keep_memory() -> None:
 
 
 def ready_to_read(config: dict) -> torch.device:
-    """Check and apply what the commands that read text with a model have in common; return the device."""
+    """Apply the settings that the commands reading text with a model share; return the device."""
     for key, value in config.get("batch", {}).items():
         if value < 1:
             raise UserError(f"batch.{key}={value}: must be at least 1")

@@ -2,30 +2,29 @@
 
 import sys
 
+from moe_lm.cli import log
 from moe_lm.cli.config import composed, resolved
 from moe_lm.cli.data import data_folder, prepared_data
-from moe_lm.data.reference_counts import report
-from moe_lm.data.split_writer import statistics_line
+from moe_lm.data.prepared import reference_lines, statistics_line
 from moe_lm.errors import UserError
-
-HELP = "text to token ids in data/<name>/ (train does it by itself)"
 
 
 def main(arguments: list[str]) -> int:
-    """Prepare the data and print what is in them."""
+    """Prepare the data and print their statistics."""
     config = resolved(composed("prepare", arguments))
     if config["processes"] is not None and config["processes"] < 1:
         raise UserError(f"processes={config['processes']}: must be at least 1, or null for one a core")
-    said = []
+    lines = []
 
-    def say(line: str) -> None:
-        said.append(line)
-        print(line, file=sys.stderr)
+    def log_and_keep(line: str) -> None:
+        lines.append(line)
+        log(line)
 
-    data = prepared_data(config, say)
-    if not said:  # it was there already
+    data = prepared_data(config, log_and_keep)
+    if not lines:  # the data were there already
         for split, part in data.statistics.items():
             print(statistics_line(split, part, config["corpus"]["max_words"]), file=sys.stderr)
-        print("\n".join(report(data.figures)), end="\n" if data.figures else "", file=sys.stderr)
+        for line in reference_lines(data.reference_counts):
+            print(line, file=sys.stderr)
     print(f"{data_folder(config)}: vocabulary of {data.vocabulary.size:,}, fingerprint {data.fingerprint}")
     return 0

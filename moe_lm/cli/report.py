@@ -6,12 +6,12 @@ from pathlib import Path
 import yaml
 
 from moe_lm.cli.config import composed, resolved
+from moe_lm.compat import current_overrides
 from moe_lm.errors import UserError
 from moe_lm.report.write import write_report
 
-OF_THE_MACHINE = ("machine.", "logging.", "checkpoint.", "num_processes=")
-"""Keys that change nothing of what a study's notes say."""
-HELP = "table, plots and an html page of a folder of runs"
+WITHOUT_EFFECT = ("machine.", "logging.", "checkpoint.", "parallel.", "num_processes=")
+"""Keys that do not change what a study's notes say."""
 
 
 def main(arguments: list[str]) -> int:
@@ -25,12 +25,12 @@ def main(arguments: list[str]) -> int:
 
 
 def _preset(name: str) -> dict:
-    """Return the configuration of a preset as it stands."""
+    """Return the configuration of a preset without overrides."""
     return resolved(composed("train", [f"model={name}"]))
 
 
 def _study(path: Path) -> tuple[str, list[str]]:
-    """Return the study of a sweep in words, and its notes; nothing where the runs come from none."""
+    """Return the study of a sweep in words, and its notes; both empty for runs of no study."""
     if not path.is_file():
         return "", []
     try:
@@ -38,7 +38,7 @@ def _study(path: Path) -> tuple[str, list[str]]:
         words = [f"{key} {study[key]}" for key in ("study", "scale") if study.get(key)]
         notes = [str(note) for note in _list(study["notes"])]
         given = [str(a) for a in _list(study.get("given", []))]
-        given = [a for a in given if not a.lstrip("+~").startswith(OF_THE_MACHINE)]
+        given = [a for a in current_overrides(given) if not a.lstrip("+~").startswith(WITHOUT_EFFECT)]
         if given:
             notes.insert(0, f"These runs were made with {' '.join(given)}: what is said below is of the study without.")
         return ", ".join(words), notes

@@ -1,4 +1,4 @@
-"""What a finished run states: result.json."""
+"""result.json: the sizes, costs and perplexities of a finished run."""
 
 import math
 import platform
@@ -11,12 +11,12 @@ import torch
 from tqdm import tqdm
 
 from moe_lm import __version__
-from moe_lm.analysis.cost.operations import (
+from moe_lm.analysis.cost import (
     operations_per_timestep,
     parameters_total,
     parameters_without_embedding_and_softmax,
 )
-from moe_lm.analysis.perplexity import Measured, measure
+from moe_lm.analysis.perplexity import EvalResult, evaluate
 from moe_lm.data.prepared import Prepared
 from moe_lm.errors import UserError
 from moe_lm.model.language_model import LanguageModel
@@ -25,7 +25,7 @@ from moe_lm.train.trainer import Trainer
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Return the versions of these packages, of Python and of moe-lm, which may lie there without being installed."""
+    """Return the versions of these packages, Python and moe-lm, which may run from a checkout without installation."""
     return {"moe-lm": __version__, **{name: version(name) for name in packages}, "python": platform.python_version()}
 
 
@@ -35,26 +35,26 @@ def measure_split(
     data: Prepared,
     split: str,
     limit: int | None = None,
-    watch: Callable[[int], object] = int,
+    on_progress: Callable[[int], object] = int,
     parallel: ParallelContext = SINGLE_PROCESS,
-) -> Measured:
-    """Measure the model on a split (or its first sentences), in batches of the training's size."""
+) -> EvalResult:
+    """Measure the model on a split, or on its first `limit` sentences, in micro-batches of the training's size."""
     words, start = config["batch"]["micro_words"], data.vocabulary.start
-    return measure(
+    return evaluate(
         model,
         data.splits[split],
         start=start,
         max_sentences=words,
         max_words=words,
         limit=limit,
-        watch=watch,
+        on_progress=on_progress,
         parallel=parallel,
     )
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What a model costs, as the paper counts it, of all processes together."""
+    """Operations and parameters of a model as the paper counts them, over all processes."""
 
     operations_per_timestep: int
     parameters_without_embedding_and_softmax: int
@@ -62,14 +62,14 @@ class Counts:
 
 
 def counts_of(model: LanguageModel) -> Counts:
-    """Count a model that is whole, on any device."""
+    """Count an unsharded model on any device."""
     return Counts(
         operations_per_timestep(model), parameters_without_embedding_and_softmax(model), parameters_total(model)
     )
 
 
 def measuring_bar(split: str, num_words: int, hidden: bool = False) -> tqdm:
-    """Return the progress bar of a measurement; in a log only one that takes long leaves a trace."""
+    """Return the progress bar of a measurement; without a terminal it prints only after 20 s."""
     seen = sys.stderr.isatty()
     return tqdm(
         total=num_words,
@@ -84,12 +84,12 @@ def measuring_bar(split: str, num_words: int, hidden: bool = False) -> tqdm:
 
 
 def result_of(config: dict, preset: str, data: Prepared, trainer: Trainer, counts: Counts) -> dict:
-    """Return result.json's content: the last step's model, measured on all of valid and test by all processes."""
+    """Return the content of result.json; all processes measure the last step's model on all of valid and test."""
     model, progress, parallel = trainer.model, trainer.progress, trainer.parallel
     measured = {}
     for split in ("valid", "test"):
         with measuring_bar(split, data.splits[split].num_words, hidden=not parallel.is_first) as bar:
-            measured[split] = measure_split(model, config, data, split, watch=bar.update, parallel=parallel)
+            measured[split] = measure_split(model, config, data, split, on_progress=bar.update, parallel=parallel)
     if not all(math.isfinite(m.perplexity) for m in measured.values()):
         raise UserError(
             "the training diverged (no finite perplexity): lower optimizer.learning_rate under another name"
@@ -105,7 +105,7 @@ def result_of(config: dict, preset: str, data: Prepared, trainer: Trainer, count
         "flops": trainer.flops(),
         "seconds": progress.seconds,
         "words_per_second": progress.words / progress.seconds,
-        "device": torch.cuda.get_device_name() if model.embedding_VD.is_cuda else f"CPU {platform.machine()}",
+        "device": torch.cuda.get_device_name() if model.embedding.weight_VD.is_cuda else f"CPU {platform.machine()}",
         "num_processes": parallel.size,
         "perplexity": {split: m.perplexity for split, m in measured.items()},
         "predicted_words": {split: m.words for split, m in measured.items()},
@@ -115,7 +115,7 @@ def result_of(config: dict, preset: str, data: Prepared, trainer: Trainer, count
 
 
 def summary(result: dict) -> str:
-    """Return the result in a line."""
+    """Return the result in one line."""
     perplexity = result["perplexity"]
     return (
         f"test perplexity {perplexity['test']:.2f}, valid {perplexity['valid']:.2f} "

@@ -1,4 +1,4 @@
-"""moe-lm score: log10 probabilities of sentences, word by word, printed as n-gram toolkits do."""
+"""moe-lm score: log10 probabilities of sentences, word by word, in the format of n-gram toolkits."""
 
 import io
 import math
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
-from moe_lm.analysis.score import Scored, scored
+from moe_lm.analysis.score import ScoredSentence, score_sentences
 from moe_lm.cli import machine as make
 from moe_lm.cli.config import composed, resolved
 from moe_lm.data.corpus.lines import decoded_lines, lines
@@ -18,12 +18,10 @@ from moe_lm.data.vocabulary import END, START
 from moe_lm.errors import UserError
 from moe_lm.inference import load
 
-HELP = "log10 probability of each word and sentence of a file or standard input"
-
 
 @dataclass
 class Sums:
-    """Counts and log10 probability of some sentences; unknown words are scored as `<UNK>` and counted."""
+    """Counts and log10 probability of sentences; unknown words are scored as `<UNK>` and counted."""
 
     sentences: int = 0
     words: int = 0
@@ -31,7 +29,7 @@ class Sums:
     log10: float = 0.0
 
     def add(self, other: "Sums") -> None:
-        """Add another's."""
+        """Add the sums of other sentences."""
         self.sentences += other.sentences
         self.words += other.words
         self.unknown += other.unknown
@@ -48,7 +46,7 @@ class Sums:
 
 
 def main(arguments: list[str]) -> int:
-    """Print each sentence with its words' and its own log10 probability, then the sums of all."""
+    """Print the log10 probabilities of each sentence and of its words, then the sums over all sentences."""
     files = [a for a in arguments if "=" not in a or Path(a).is_file()]
     if len(files) > 1:
         raise UserError(
@@ -62,7 +60,7 @@ def main(arguments: list[str]) -> int:
     trained = load(config["run"], str(config["checkpoint"]), on)
     total = Sums()
     for sentences in _groups(_sentences(config["file"]), batch["sentences"]):
-        for one in scored(trained.model, trained.vocabulary, sentences, max_words=batch["words"]):
+        for one in score_sentences(trained.model, trained.vocabulary, sentences, max_words=batch["words"]):
             sums, sentence = _sums(one), " ".join(one.words)
             total.add(sums)
             if config["words"]:
@@ -77,7 +75,7 @@ def main(arguments: list[str]) -> int:
 
 
 def allow_any_letter() -> None:
-    """Let a terminal that cannot show a letter still get the rest."""
+    """Print letters that the terminal's encoding lacks as escapes instead of failing."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
@@ -95,11 +93,11 @@ def _groups(sentences: Iterable[str], size: int) -> Iterator[list[str]]:
         yield group
 
 
-def _sums(scored: Scored) -> Sums:
+def _sums(scored: ScoredSentence) -> Sums:
     return Sums(1, len(scored.words), scored.unknown, scored.log10)
 
 
-def _lines_of_words(scored: Scored) -> list[str]:
+def _lines_of_words(scored: ScoredSentence) -> list[str]:
     words, values = scored.words, scored.log10_of_words
     return [
         f"\tp( {word} | {before} {'...' if i else ''}) \t= {10**value:.6g} [ {value:.6f} ]"

@@ -1,20 +1,66 @@
 """moe-lm sweep: a study or a grid, one process a run; finished runs are skipped, a failed one stops no other."""
 
 import shlex
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import yaml
 from filelock import FileLock, Timeout
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
+from moe_lm.atomic_io import write_text
 from moe_lm.cli.config import composed, default_name, parse, preset_of, quoted
-from moe_lm.cli.devices import Devices, visible
-from moe_lm.cli.job_runner import Job, run_all
-from moe_lm.cli.study import Study, study_of
+from moe_lm.cli.job_runner import Devices, Job, run_all, visible
+from moe_lm.compat import current_overrides
+from moe_lm.config_files import choices, folder
 from moe_lm.errors import UserError
 
-HELP = "train every model of a study, or of a grid (-m model=moe_4,moe_32 seed=1,2)"
 OWN_KEYS = ("study", "scale", "runs", "parallel")
+
+
+@dataclass(frozen=True)
+class Study:
+    """One scale of a study in configs/study: the runs to train and the overrides that they share."""
+
+    study: str
+    scale: str | None
+    """The scale's name, None where the study has only one."""
+    notes: list[str]
+    """What the study can show and what it cannot, for the report."""
+    parallel: int | str
+    """Runs at a time, or `auto`."""
+    overrides: list[str]
+    """Overrides of `train` that all runs share."""
+    runs: list[str]
+    """Each run's own overrides, as one types them."""
+    audit: bool = False
+    """Whether each finished run is audited too."""
+    given: list[str] = field(default_factory=list)
+    """Overrides of the command line, which replace the study's."""
+
+    @property
+    def folder(self) -> Path:
+        """The default folder of the runs; each scale has its own."""
+        return Path("runs") / "-".join(filter(None, (self.study, self.scale)))
+
+    def save(self, path: Path) -> None:
+        """Write the study for later reports."""
+        write_text(path, yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True))
+
+
+def study_of(name: str, scale: str | None) -> Study:
+    """Return a study in a scale, by default the study's own choice; raises `UserError` for an unknown one."""
+    if name not in choices("study"):
+        raise UserError(f"study={name}: no such study; there are {', '.join(choices('study'))}")
+    content = yaml.safe_load((folder() / "study" / f"{name}.yaml").read_text(encoding="utf-8"))
+    if "scales" not in content:
+        if scale:
+            raise UserError(f"scale={scale}: study={name} has one size only: leave scale away")
+        return Study(study=name, scale=None, **content)
+    scale = scale or content["scale"]
+    if scale not in content["scales"]:
+        raise UserError(f"scale={scale}: study={name} has scale={' and scale='.join(content['scales'])}")
+    return Study(study=name, scale=scale, **content["scales"][scale])
 
 
 def main(arguments: list[str]) -> int:
@@ -22,51 +68,51 @@ def main(arguments: list[str]) -> int:
     arguments = [a for a in arguments if a not in ("-m", "--multirun")]
     runs, study, parallel = _own(arguments)
     devices = Devices(visible())
-    # Composed here, a misspelt key is one mistake, not one failed run for each model.
+    # Every run is composed here, so that a misspelt key is one error and not one failed run for each model.
     jobs = [with_gpus(job, len(devices.names)) for job in jobs_of(arguments)]
     runs.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(runs / ".sweep.lock", timeout=0):
-            kept = runs / "study.yaml"
+            file = runs / "study.yaml"
             if study:
                 study = replace(study, given=[a for a in arguments if _key(a) not in OWN_KEYS])
-            if study and not kept.exists():
-                study.save(kept)
+            if study and not file.exists():
+                study.save(file)
             audit = study is not None and study.audit
             code = run_all(jobs, runs, parallel=parallel, audit=audit, devices=devices)
-            if study and code != 1:  # runs that refuse other values keep those that they were made with
-                study.save(kept)
+            if study and code != 1:  # a failed run may have refused these overrides and kept its own
+                study.save(file)
             return code
     except Timeout:
         raise UserError(f"another sweep is at work in {runs}: wait for it or choose another runs=...") from None
 
 
-def with_gpus(job: Job, there: int) -> Job:
-    """Return a training with the GPUs it takes, one a process; raises `UserError` for more than are there."""
+def with_gpus(job: Job, num_visible: int) -> Job:
+    """Return a training with its number of GPUs, one a process; raises `UserError` for more than are visible."""
     config = composed("train", list(job.arguments))
-    if not there or config.machine.device == "cpu":
+    if not num_visible or config.machine.device == "cpu":
         return job
-    wanted = max(1, config.num_processes)
-    if wanted > there:
+    num_gpus = max(1, config.num_processes)
+    if num_gpus > num_visible:
         raise UserError(
-            f"{job.folder}: num_processes={wanted} needs a GPU for each process, and this sweep sees {there}: "
+            f"{job.folder}: num_processes={num_gpus} needs a GPU for each process, and this sweep sees {num_visible}: "
             "choose fewer, or machine.device=cpu"
         )
-    return replace(job, num_gpus=wanted)
+    return replace(job, num_gpus=num_gpus)
 
 
 def jobs_of(given: list[str]) -> list[Job]:
-    """Enumerate the runs; what is given on the command line replaces the study's value of the same key."""
+    """Enumerate the runs; an override of the command line replaces the study's value of the same key."""
     runs, study, _ = _own(given)
     given = [a for a in given if _key(a) not in OWN_KEYS]
     if study is None and not given:
         raise UserError("moe-lm sweep needs study=... or a grid, as in -m model=moe_4,moe_32")
-    lines = [shlex.split(line) for line in study.runs] if study else [[]]
+    lines = [current_overrides(shlex.split(line)) for line in study.runs] if study else [[]]
     for key in {_key(a) for a in given} - {"name"}:
         if len({a for line in lines for a in line if _key(a) == key}) > 1:
             raise UserError(f"{key} is what the runs of this study differ in: choose another study, or -m with a grid")
     grid = [job for line in lines for job in _enumerate(_replaced(line, given))]
-    common = _replaced(list(study.overrides), given) if study else []
+    common = _replaced(current_overrides(study.overrides), given) if study else []
     jobs = {}
     for job in grid:
         name = _name(job, grid, {_key(a) for a in given})
@@ -81,7 +127,7 @@ def jobs_of(given: list[str]) -> list[Job]:
 
 
 def _name(job: list[str], grid: list[list[str]], given: set[str]) -> str:
-    """Return the study's name or the preset, and the overrides in which the runs differ."""
+    """Return a run's name: the study's name or the preset, then the overrides that differ between runs."""
     shared = set.intersection(*map(set, grid))
     varied = [a for a in job if a not in shared]
     named = next((a.split("=", 1)[1].strip("'\"") for a in job if _key(a) == "name"), None)
@@ -91,10 +137,7 @@ def _name(job: list[str], grid: list[list[str]], given: set[str]) -> str:
 
 
 def _own(arguments: list[str]) -> tuple[Path, Study | None, int | None]:
-    """Return the arguments that are the sweep's own: where the runs go, the study, and how many run at a time.
-
-    None runs at a time are as many as GPUs allow.
-    """
+    """Return the sweep's own arguments: folder of the runs, study, and runs at a time (None: as GPUs allow)."""
     own = dict(a.split("=", 1) for a in arguments if _key(a) in OWN_KEYS and "=" in a)
     own = {key: value for key, value in own.items() if value not in ("", "null")}
     study = study_of(own["study"], own.get("scale")) if "study" in own else None

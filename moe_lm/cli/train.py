@@ -3,12 +3,13 @@
 import contextlib
 import re
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from moe_lm.checkpoint.load import fill
+from moe_lm.cli import log
 from moe_lm.cli import machine as make
 from moe_lm.cli.config import composed, default_name, preset_of, resolved
 from moe_lm.cli.data import prepared_data
@@ -16,14 +17,18 @@ from moe_lm.cli.result import result_of, summary
 from moe_lm.cli.training import check, trainer_of
 from moe_lm.data.prepared import Prepared
 from moe_lm.errors import PeerLost, UserError, in_a_line, is_out_of_memory
-from moe_lm.inference import fill
 from moe_lm.parallel import launch
-from moe_lm.parallel.context import SINGLE_PROCESS, ParallelContext, begin, end, expected_size, is_loss
+from moe_lm.parallel.context import (
+    SINGLE_PROCESS,
+    ParallelContext,
+    destroy_parallel,
+    expected_size,
+    init_parallel,
+    is_peer_loss,
+)
 from moe_lm.parallel.signals import INTERRUPTED, REQUEUE, SignalHandler, end_with_parent, leave_in_peace
 from moe_lm.run import Run
 from moe_lm.train.trainer import Trainer
-
-HELP = "train one model; repeat the command to resume it"
 
 
 def main(arguments: list[str]) -> int:
@@ -46,30 +51,30 @@ def main(arguments: list[str]) -> int:
     try:
         if started:
             end_with_parent()
-        return _train(config, preset, on, stop, begin(on) if started > 1 else SINGLE_PROCESS)
+        return _train(config, preset, on, stop, init_parallel(on) if started > 1 else SINGLE_PROCESS)
     except RuntimeError as error:
-        if not is_loss(error):
+        if not is_peer_loss(error):
             raise
         raise PeerLost(f"another process of this training has gone ({in_a_line(error)})") from error
     finally:
-        end()
-        leave_in_peace()  # nothing is left to be saved; Python would tell of a signal while it ends
+        destroy_parallel()
+        leave_in_peace()  # nothing is left to be saved, and Python would print a traceback for a late signal
 
 
 def _configuration(arguments: list[str]) -> tuple[dict, str]:
-    """Return the resolved configuration, its name found, and the preset."""
+    """Return the resolved configuration, with the run's name, and the preset."""
     config = resolved(composed("train", arguments))
     preset = preset_of(arguments)
     config["name"] = config["name"] or default_name(preset, arguments)
     if not re.fullmatch(r"[^/\x00-\x1f]+", config["name"]) or config["name"] in (".", ".."):
         raise UserError(f"name={config['name']!r}: needs a plain folder name, without / and control characters")
-    config["init"] = config["init"] or None
+    config["init_from"] = config["init_from"] or None
     make.check_targets(config)
     return config, preset
 
 
 def _train(config: dict, preset: str, on: torch.device, stop: SignalHandler, parallel: ParallelContext) -> int:
-    run, say = Run(Path(config["runs"]) / config["name"]), _say if parallel.is_first else _hush
+    run, log_line = Run(Path(config["runs"]) / config["name"]), log if parallel.is_first else _discard
     config["num_processes"] = parallel.size
     config, finished = parallel.first(lambda: _claimed(config, run))
     if finished:
@@ -77,17 +82,17 @@ def _train(config: dict, preset: str, on: torch.device, stop: SignalHandler, par
             print(f"{run.folder} is finished: {finished}")
         return 0
     made: list[Prepared] = []
-    parallel.first(lambda: made.append(prepared_data(config, say=say)))
-    data = made[0] if made else prepared_data(config, say=say)  # the others find what the first one made
-    trainer, counts = trainer_of(config, data, run, on, say, parallel)
+    parallel.first(lambda: made.append(prepared_data(config, log_line)))
+    data = made[0] if made else prepared_data(config, log_line)  # the other processes open what the first one wrote
+    trainer, counts = trainer_of(config, data, run, on, log_line, parallel)
     if trainer.resume():
-        say(f"{run.folder}: resumed at step {trainer.progress.step}, {trainer.progress.words:,} words")
-    elif config["init"] is not None:
-        fill(trainer.model, Path(config["init"]), run.vocabulary, parallel)
-        say(f"{run.folder}: starts from the weights of {config['init']}")
+        log_line(f"{run.folder}: resumed at step {trainer.progress.step}, {trainer.progress.words:,} words")
+    elif config["init_from"] is not None:
+        fill(trainer.model, Path(config["init_from"]), run.vocabulary, parallel)
+        log_line(f"{run.folder}: starts from the weights of {config['init_from']}")
     parallel.first(lambda: run.result_file.unlink(missing_ok=True))
     if code := _run(trainer, stop, config["batch"]["micro_words"]):
-        say(f"{run.folder}: stopped and saved at step {trainer.progress.step}; repeat the command to go on")
+        log_line(f"{run.folder}: stopped and saved at step {trainer.progress.step}; repeat the command to go on")
         return code
     with _naming_memory(config["batch"]["micro_words"]):
         result = result_of(config, preset, data, trainer, counts)
@@ -98,10 +103,10 @@ def _train(config: dict, preset: str, on: torch.device, stop: SignalHandler, par
 
 
 def _claimed(config: dict, run: Run) -> tuple[dict, str | None]:
-    """Take the run directory; return the configuration, all sizes found, and the summary of a finished run."""
+    """Claim the run directory; return the configuration with its micro-batch size, and a finished run's summary."""
     batch = config["batch"]
     if batch["micro_words"] is None:
-        # Chosen once: it is part of what makes a run this run, whatever the number of processes that go on with it.
+        # Chosen once, as it belongs to the run's identity: a resumed run keeps it with any number of processes.
         begun = run.begun()
         same = begun is not None and begun["batch"].get("words") == batch["words"]
         batch["micro_words"] = begun["batch"]["micro_words"] if same else -(-batch["words"] // config["num_processes"])
@@ -112,24 +117,24 @@ def _claimed(config: dict, run: Run) -> tuple[dict, str | None]:
 
 
 def _run(trainer: Trainer, stop: SignalHandler, micro_words: int) -> int:
-    """Train; return 0 at the end, else the exit code of a run that was asked to stop, if only in its last save."""
+    """Train; return 0 at the end, else the exit code of a run that was asked to stop, even during its last save."""
     try:
         with stop.collecting(), _naming_memory(micro_words):
             trainer.train(lambda: stop.requested)
-            # What comes after the last checkpoint, the final measurement, can be broken off.
+            # A signal during the final measurement needs no handling: the last checkpoint is written.
             stopped, interrupted = trainer.parallel.any(stop.requested, signal.SIGINT in stop.received)
     finally:
-        trainer.log.close()
+        trainer.metrics.close()
     if not stopped:
         return 0
     leave_in_peace()
-    trainer.parallel.each(None)  # all leave together: when one has left, the launcher gives the others half a minute
+    trainer.parallel.each(None)  # leave together: after the first exit the launcher gives the others half a minute
     return INTERRUPTED if interrupted else REQUEUE
 
 
 @contextlib.contextmanager
 def _naming_memory(micro_words: int) -> Iterator[None]:
-    """Let an error that memory is too small name the key that changes it."""
+    """Turn an out-of-memory error into a `UserError` that names the keys which lower memory."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -141,9 +146,5 @@ def _naming_memory(micro_words: int) -> Iterator[None]:
         ) from error
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _hush(line: str) -> None:
-    """What the first process says, no other repeats."""
+def _discard(line: str) -> None:
+    """Log nothing: the first process logs for all."""

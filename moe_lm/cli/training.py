@@ -1,35 +1,36 @@
-"""A resolved configuration to the trainer of a run: everything that training needs, on this process."""
+"""A resolved configuration to the trainer of a run, on this process."""
 
 from collections.abc import Callable
 from functools import partial
 
 import torch
 
+from moe_lm.analysis.cost import flops_per_word
 from moe_lm.checkpoint.saver import Saver
 from moe_lm.cli import machine as make
 from moe_lm.cli.result import Counts, counts_of, measure_split
-from moe_lm.cli.validate_gates import check_losses, non_causal_notes, want
-from moe_lm.data.batching import Batches, check_words
+from moe_lm.cli.validate_gates import check_losses, non_causal_notes, require_statistics
+from moe_lm.data.batching import Batches, Prefetcher, check_words
 from moe_lm.data.prepared import Prepared
 from moe_lm.errors import UserError
-from moe_lm.loss.balance import BalanceLoss
-from moe_lm.loss.objective import Objective
-from moe_lm.model.experts import set_recompute
+from moe_lm.loss.objective import BalanceLoss, Objective
 from moe_lm.model.language_model import LanguageModel
+from moe_lm.model.moe import set_recompute
 from moe_lm.optim import OptimizerRecipe
-from moe_lm.parallel.context import SINGLE_PROCESS, ParallelContext, with_experts, with_vocabulary
+from moe_lm.parallel.context import SINGLE_PROCESS, ParallelContext
+from moe_lm.parallel.grad_reduce import GradReducer
+from moe_lm.parallel.parallelize import parallelize
 from moe_lm.run import Run
-from moe_lm.train.metrics import MetricsLog, NoLog
-from moe_lm.train.progress import Settings
+from moe_lm.train.metrics import MetricsLog
 from moe_lm.train.step import TrainStep
-from moe_lm.train.trainer import Trainer
+from moe_lm.train.trainer import Settings, Trainer
 
 _SOME_WORDS = 1000
-"""Of a vocabulary, where the true size is not known yet."""
+"""Vocabulary size of the model that `check` builds, before the true size is known."""
 
 
 def check(config: dict) -> None:
-    """Refuse what needs no text to be refused, such as sizes that fit no model: before the text is prepared."""
+    """Raise `UserError` for wrong sizes and choices before any text is prepared."""
     for group, key in (("valid", "max_sentences"), ("checkpoint", "keep_last")):
         if config[group][key] < 1:
             raise UserError(f"{group}.{key}={config[group][key]}: must be at least 1")
@@ -48,65 +49,71 @@ def trainer_of(
     data: Prepared,
     run: Run,
     on: torch.device,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     parallel: ParallelContext = SINGLE_PROCESS,
 ) -> tuple[Trainer, Counts]:
-    """Return the trainer of a configuration that `check` let pass, its model newly initialised, and what it counts."""
-    vocabulary, checkpoints, machine = data.vocabulary, config["checkpoint"], config["machine"]
+    """Return the trainer of a checked configuration, with a newly initialised model, and the model's counts."""
+    vocabulary, checkpoints = data.vocabulary, config["checkpoint"]
     with torch.device("meta"):
-        whole = make.build_model(config, vocabulary.size)
-    parallel = with_experts(parallel, _most_experts(whole), machine["expert_processes"], on)
-    parallel = with_vocabulary(parallel, machine["divide_vocabulary"])
-    recipe, batches, counts = make.build(config["optimizer"]), _batches(config, data), counts_of(whole)
+        model = make.build_model(config, vocabulary.size)
+    counts, flops_per_token = counts_of(model), flops_per_word(model)
+    recipe, batches = make.build(config["optimizer"]), _batches(config, data)
     settings = _settings(config)
-    update = _update(config, recipe, vocabulary.size, on, parallel)
+    parallel = _materialised(model, config, on, parallel)
+    model.to(on)
     parallel.first(lambda: run.keep_vocabulary(vocabulary.save))
-    for line in [_sizes(counts, run, vocabulary.size), *non_causal_notes(update.model), *_idle(batches, parallel)]:
-        say(line)
+    for line in [_sizes(counts, run, vocabulary.size), *non_causal_notes(model), *_idle(batches, parallel)]:
+        log(line)
     saver = Saver(
         run.checkpoints,
         keep_last=checkpoints["keep_last"],
         asynchronous=checkpoints["asynchronous"],
-        say=say,
+        log=log,
         parallel=parallel,
     )
     limit = config["valid"]["max_sentences"]
     trainer = Trainer(
-        update=update,
+        train_step=_train_step(model, config, recipe, on, parallel),
         peak_rate=recipe.learning_rate,
         schedule=make.build(config["schedule"]),
-        batches=batches,
-        validate=partial(measure_split, update.model, config, data, "valid", limit, parallel=parallel),
-        run=run,
-        log=MetricsLog(run, wandb=config["logging"]["wandb"], config=config) if parallel.is_first else NoLog(),
+        prefetcher=Prefetcher(batches, parallel.round_robin, pin_memory=on.type == "cuda"),
+        validate=partial(measure_split, model, config, data, "valid", limit, parallel=parallel),
+        metrics=MetricsLog(run, config, writes=parallel.is_first),
         saver=saver,
         fingerprint=data.fingerprint,
         settings=settings,
-        say=say,
-        parallel=parallel,
+        flops_per_token=flops_per_token,
+        log=log,
     )
     return trainer, counts
 
 
-def _update(
-    config: dict, recipe: OptimizerRecipe, vocabulary_size: int, on: torch.device, parallel: ParallelContext
-) -> TrainStep:
+def _materialised(model: LanguageModel, config: dict, on: torch.device, parallel: ParallelContext) -> ParallelContext:
+    """Shard a model of the meta device, draw its weights on the CPU, and return the context with the shards."""
+    machine, sharding = config["machine"], config["parallel"]
+    parallel = parallelize(model, parallel, on, expert_size=sharding["expert_size"], vocab=sharding["vocab"])
     torch.manual_seed(config["seed"])
-    model = make.build_model(config, vocabulary_size, parallel).to(on)
-    make.leave_threads(config["machine"]["threads"], on)  # which have drawn the weights
-    set_recompute(model, config["machine"]["recompute"])
+    model.to_empty(device="cpu").reset_parameters()
+    make.leave_threads(machine["threads"], on)  # only drawing weights needs many threads beside a GPU
+    set_recompute(model, machine["recompute"])
+    return parallel
+
+
+def _train_step(
+    model: LanguageModel, config: dict, recipe: OptimizerRecipe, on: torch.device, parallel: ParallelContext
+) -> TrainStep:
     balance = _balance(config)
-    want(model, balance)
+    require_statistics(model, balance)
+    optimizer = recipe.build(model)  # before the reducer: it decides which gradients are sparse
     return TrainStep(
         model=model,
         objective=Objective(balance),
-        optimizer=recipe.build(model),
+        optimizer=optimizer,
         clip_norm=recipe.clip_norm,
-        exact_balance=config["balance"]["exact"],
+        global_balance=config["balance"]["global_batch"],
         autocast=make.autocast_type(config["machine"]["precision"], on),
         seed=config["seed"],
-        vocabulary_size=vocabulary_size,
-        parallel=parallel,
+        reducer=GradReducer(model, parallel),
     )
 
 
@@ -115,7 +122,7 @@ def _settings(config: dict) -> Settings:
 
 
 def _balance(config: dict) -> dict[str, BalanceLoss]:
-    return {name: make.build(part) for name, part in config["balance"].items() if name != "exact"}
+    return {name: make.build(part) for name, part in config["balance"].items() if name != "global_batch"}
 
 
 def _batches(config: dict, data: Prepared) -> Batches:
@@ -128,12 +135,8 @@ def _batches(config: dict, data: Prepared) -> Batches:
     )
 
 
-def _most_experts(model: LanguageModel) -> int:
-    return max((layer.experts.share.total for layer in model.layers.values() if hasattr(layer, "experts")), default=0)
-
-
 def _idle(batches: Batches, parallel: ParallelContext) -> list[str]:
-    """Say where processes wait for others because a batch has too few micro-batches for all of them."""
+    """Return a note if a batch has too few micro-batches to keep all processes busy."""
     count = batches.micro_batches_per_step
     places = -(-count // parallel.size) * parallel.size
     if places == count:

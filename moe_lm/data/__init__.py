@@ -1,1 +1,1 @@
-"""Text to token ids on disk, and these to batches."""
+"""Text to token ids on disk, and token ids to batches."""

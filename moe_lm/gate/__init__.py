@@ -1,16 +1,22 @@
-"""What a gate is: it sends tokens to experts and says how much each expert's answer counts.
+"""Gates: which experts each token is sent to, and how much each expert's output counts.
 
-Shape suffixes: T tokens, D width, E experts, K experts a token, A assignments, G groups of experts.
+A gate is one file: a `Gate` whose method `choose` maps logits to a `Gating`. Matrices, groups of experts, precision,
+statistics and operation counts are in the base class.
+
+Shape suffixes: T tokens, D width, E experts (of a group, or of all groups in a `Gating`), F = E or, with noise, 2 E,
+K experts a token, A assignments, G groups of experts.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from moe_lm.errors import UserError
+from moe_lm.ops.grouped_linear import grouped_linear
+from moe_lm.ops.routing import segment_sizes, segment_sum, stable_sort_below
 
 
 @dataclass(frozen=True)
@@ -18,105 +24,277 @@ class Gating:
     """A gate's decision: a flat list of assignments, ascending by expert and then by token."""
 
     token_A: Tensor
-    """int64: which token."""
+    """Token of each assignment (int64)."""
     expert_A: Tensor
-    """int64: which expert."""
+    """Expert of each assignment (int64)."""
     gate_A: Tensor
-    """float32: the weight of this expert's answer, G(x)_i."""
+    """Weight of the expert's output, G(x)_i (float32)."""
     num_tokens: int
+    """Number of tokens, those without any expert included."""
     importance_E: Tensor
-    """Sum of the gate values each expert received (eq. 6)."""
+    """Sum of the gate values that each expert received (eq. 6)."""
     load_E: Tensor
-    """Assignments each expert received: the smooth estimate (eq. 10) or, without noise, their number."""
+    """Assignments that each expert received: the smooth estimate (eq. 10) or, without noise, their number."""
     num_requested: int
-    """Assignments that the gate asked for."""
+    """Number of assignments that the gate asked for."""
     num_dropped: int = 0
-    """Assignments lost to a capacity limit; `num_requested` - `num_dropped` are in the list."""
+    """Number of assignments lost to a capacity limit; the list has `num_requested` - `num_dropped`."""
     sums: Mapping[str, Tensor] = field(default_factory=dict)
-    """Further additive statistics that balance losses or the gate's `adapt` may read, by name.
+    """Further additive statistics by name, for balance losses and for the gate's `adapt`.
 
-    Of one entry an expert: `requested_E`, its choices before any capacity, `first_choice_E`, the first choices among them,
-    `probability_E`, the sum of its share of a softmax over all experts. Scalars: `log_z_squared`, the sum of
-    logsumexp(logits)^2, and `num_tokens`, over how many.
+    For each expert: `requested_E` counts its choices before any capacity limit, `first_choice_E` the first choices
+    among them, `probability_E` sums its probabilities. Scalars: `log_z_squared` sums logsumexp(logits)^2 over
+    `num_tokens` tokens.
     """
+
+    @classmethod
+    def from_choices(
+        cls,
+        expert_TK: Tensor,
+        gate_TK: Tensor,
+        num_experts: int,
+        *,
+        kept_TK: Tensor | None = None,
+        load_E: Tensor | None = None,
+        sums: Mapping[str, Tensor] | None = None,
+    ) -> "Gating":
+        """Return the gating of tokens that each chose K of `num_experts` experts, without those not `kept_TK`."""
+        num_tokens, k = expert_TK.shape
+        expert_A, order_A = stable_sort_below(expert_TK.reshape(-1), num_experts)
+        if kept_TK is not None:
+            place_A = kept_TK.reshape(-1).index_select(0, order_A).nonzero().squeeze(1)
+            expert_A, order_A = expert_A.index_select(0, place_A), order_A.index_select(0, place_A)
+        gate_A = gate_TK.reshape(-1).index_select(0, order_A)
+        return cls(
+            token_A=order_A // k,
+            expert_A=expert_A,
+            gate_A=gate_A,
+            num_tokens=num_tokens,
+            importance_E=segment_sum(gate_A, expert_A, num_experts),
+            load_E=segment_sizes(expert_A, num_experts).to(gate_A.dtype) if load_E is None else load_E,
+            num_requested=num_tokens * k,
+            num_dropped=num_tokens * k - expert_A.numel(),
+            sums=sums or {},
+        )
 
     @property
     def num_experts(self) -> int:
-        """Number of experts, E."""
+        """Number of experts of all groups."""
         return self.importance_E.numel()
 
+    def tokens_per_expert(self) -> Tensor:
+        """Return how many tokens each expert takes (int64, E), after any capacity limit."""
+        return segment_sizes(self.expert_A, self.num_experts)
+
     def num_unrouted(self) -> Tensor:
-        """Return how many tokens no expert serves: dropped everywhere, or chosen by none."""
-        served_T = torch.zeros(self.num_tokens, dtype=torch.bool, device=self.token_A.device)
-        return self.num_tokens - served_T.index_fill_(0, self.token_A, True).sum()
+        """Return the number of tokens without any expert: dropped by all of theirs, or chosen by none."""
+        routed_T = torch.zeros(self.num_tokens, dtype=torch.bool, device=self.token_A.device)
+        return self.num_tokens - routed_T.index_fill_(0, self.token_A, True).sum()
 
     def statistics(self) -> dict[str, Tensor]:
-        """Return everything that balance losses read, as sums: additive over tokens and over processes."""
+        """Return everything that balance losses read, as sums, additive over tokens and micro-batches."""
         return {"importance_E": self.importance_E, "load_E": self.load_E, **self.sums}
 
     def with_statistics(self, values: Mapping[str, Tensor]) -> "Gating":
-        """Return the gating with other statistics in the place of its own, as of a larger batch."""
+        """Return the same gating with these statistics, for example those of a larger batch."""
         sums = {name: values[name] for name in self.sums}
         return replace(self, importance_E=values["importance_E"], load_E=values["load_E"], sums=sums)
 
 
-class Gate(Protocol):
-    """A gating network, G(x), or, made with `num_groups`, one for each group of experts (Appendix B).
+class TokenGroups:
+    """The tokens of one call, sorted by the group of experts that each may choose from.
 
-    What has a default here may be left out of an implementation.
+    A flat gate has a single group with all tokens, so an equation is written once for flat and hierarchical layers.
     """
 
-    num_experts: int
-    """Experts to choose among, with groups those of one group."""
-    assignments_per_token: float
-    """Experts that a token is sent to on average, where that is not `k`."""
-    only_k: int | None = None
-    """The one k that the gate is defined for."""
-    differentiable_stats: frozenset[str] = frozenset({"importance_E"})
-    """Names of the statistics through which the gradient of a balance loss reaches the gate."""
+    def __init__(self, num_tokens: int, num_experts: int, group_T: Tensor | None = None, num_groups: int | None = None):
+        self.num_tokens, self.num_experts = num_tokens, num_experts
+        self.group_T, self.num_groups = group_T, num_groups or 1
+
+    def matmul(self, x_TD: Tensor, weight: Tensor) -> Tensor:
+        """Return x W (T, E), each token's with the matrix of its group."""
+        return x_TD @ weight if self.group_T is None else grouped_linear(x_TD, weight, self.group_T)
+
+    def sizes(self) -> Tensor:
+        """Return the number of tokens in each group (float64, G)."""
+        if self.group_T is None:
+            return torch.tensor([self.num_tokens], dtype=torch.float64)
+        return segment_sizes(self.group_T, self.num_groups).double()
+
+    def sum(self, x_TE: Tensor) -> Tensor:
+        """Return the sums over each group's tokens (G, E)."""
+        if self.group_T is None:
+            return x_TE.sum(dim=0, keepdim=True)
+        return segment_sum(x_TE, self.group_T, self.num_groups)
+
+    def per_token(self, x_GE: Tensor) -> Tensor:
+        """Return the row of each token's group (T, E); without groups the only row (1, E), to be broadcast."""
+        return x_GE if self.group_T is None else x_GE.index_select(0, self.group_T)
+
+    def expert_numbers(self, expert_TK: Tensor) -> Tensor:
+        """Return the experts' numbers among all groups: expert j of group g has the number g * num_experts + j."""
+        return expert_TK if self.group_T is None else expert_TK + (self.group_T * self.num_experts).unsqueeze(1)
+
+
+class Gate(nn.Module):
+    """A gating network G(x) or, made with `num_groups`, one for each group of experts (Appendix B).
+
+    A subclass implements `choose` and declares where it differs from the class attributes below. It may replace
+    `init_matrix_`, `check_k`, `logits` and `adapt`.
+    """
+
+    parameter_group: ClassVar[str] = "gates"
+    """Optimizer group of the gate's parameters."""
+    only_k: ClassVar[int | None] = None
+    """The only k that the gate is defined for; None: any."""
+    has_noise: ClassVar[bool] = False
+    """Whether the gate has a second matrix, W_noise; in training its products follow the logits (T, 2 E)."""
+    differentiable_stats: ClassVar[frozenset[str]] = frozenset({"importance_E", "log_z_squared"})
+    """Statistics through which the gradient of a balance loss reaches the gate."""
+    needs_loss: ClassVar[str | None] = None
+    """Name of the balance loss without which the gate would not learn what it reads in evaluation."""
+    non_causal_note: ClassVar[str | None] = None
+    """How a choice in training depends on other tokens, and what evaluation does instead; None: it does not."""
     required_stats: frozenset[str] | None = None
-    """Names of the statistics that losses read: no others need be made of a batch; None: all."""
-    needs_loss: str | None = None
-    """Name of the balance loss without which the gate would not learn what it needs at evaluation."""
-    non_causal_note: str | None = None
-    """What its choice in training depends on beside the token itself, and what evaluation goes by instead."""
+    """Statistics that the balance losses read, so that no others need be computed; None: all."""
 
-    def __call__(self, x_TD: Tensor, group_T: Tensor | None = None) -> Gating:
-        """Assign each token to experts.
+    def __init__(self, *, width: int, num_experts: int, k: int, num_groups: int | None = None):
+        super().__init__()
+        self.num_experts, self.k, self.num_groups = num_experts, k, num_groups
+        self.check_k()
+        self.assignments_per_token: float = k  # on average
+        self._initial_values: dict[str, float] = {}
+        shape = (width, num_experts) if num_groups is None else (num_groups, width, num_experts)
+        self.gate_DE = nn.Parameter(torch.empty(shape))
+        if self.has_noise:
+            self.noise_DE = nn.Parameter(torch.empty(shape))
+        self.reset_parameters()
 
-        With groups, row t is offered the experts of its group alone; `group_T` (int64) ascends, and expert j of
-        group g has the number g * num_experts + j.
+    def check_k(self) -> None:
+        """Raise ValueError for more experts a token than there are, none, or another k than `only_k`."""
+        k, num_experts = self.k, self.num_experts
+        if not 1 <= k <= num_experts:
+            sizes = f"model.k={k} experts a token of model.num_experts={num_experts}"
+            raise ValueError(f"{sizes}: k must be at least 1 and at most num_experts")
+        if self.only_k is not None and k != min(self.only_k, num_experts):
+            name = type(self).__module__.rpartition(".")[2]
+            experts = "1 expert" if self.only_k == 1 else f"{self.only_k} experts"
+            raise ValueError(
+                f"the gate {name} sends a token to {experts}, not {k}: model.k={self.only_k}"
+                " (or primary_k of the layer, for a primary gate)"
+            )
+
+    def register_per_expert(self, name: str, value: float, *, learned: bool = False) -> None:
+        """Add one number for each expert of all groups, a parameter if `learned`, else a buffer."""
+        value_E = torch.full(((self.num_groups or 1) * self.num_experts,), value)
+        self.register_parameter(name, nn.Parameter(value_E)) if learned else self.register_buffer(name, value_E)
+        self._initial_values[name] = value
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the matrices, and set the numbers of `register_per_expert` to their initial values."""
+        for weight in self._matrices():
+            self.init_matrix_(weight)
+        for name, value in self._initial_values.items():
+            getattr(self, name).fill_(value)
+
+    def init_matrix_(self, weight: Tensor) -> None:
+        """Draw from a truncated normal of variance 0.1 / width, as the Switch Transformer; zeros would need noise."""
+        deviation = math.sqrt(0.1 / weight.shape[-2])
+        nn.init.trunc_normal_(weight, std=deviation, a=-2 * deviation, b=2 * deviation)
+
+    def forward(self, x_TD: Tensor, group_T: Tensor | None = None) -> Gating:
+        """Assign tokens to experts; with groups, token t to those of group `group_T[t]` (int64, ascending).
+
+        All computations are in the matrices' type, whatever the autocast type.
         """
-        ...
+        with torch.autocast(x_TD.device.type, enabled=False):
+            groups = TokenGroups(len(x_TD), self.num_experts, group_T, self.num_groups)
+            return self.choose(self.logits(x_TD.to(self.gate_DE.dtype), groups), groups)
 
-    def operations_per_timestep(self) -> int:
-        """Multiply-adds a token costs in the gate's matrices, with groups those of one group."""
-        ...
+    def logits(self, x_TD: Tensor, groups: TokenGroups) -> Tensor:
+        """Return x W_g (T, E), in training with noise x W_g and x W_noise side by side (T, 2 E)."""
+        if self.has_noise and self.training:  # a single product, as a wide one is faster than two narrow ones
+            return groups.matmul(x_TD, torch.cat([self.gate_DE, self.noise_DE], dim=-1))
+        return groups.matmul(x_TD, self.gate_DE)
+
+    def choose(self, logit_TF: Tensor, groups: TokenGroups) -> Gating:
+        """Return the gating by the gate's equation, with `token_choice` or `expert_choice`."""
+        raise NotImplementedError
+
+    def token_choice(
+        self,
+        expert_TK: Tensor,
+        gate_TK: Tensor,
+        logit_TE: Tensor,
+        groups: TokenGroups,
+        *,
+        probability_TE: Tensor | None = None,
+        kept_TK: Tensor | None = None,
+        load_E: Tensor | None = None,
+    ) -> Gating:
+        """Return the gating of tokens that each chose K experts of their group, first choices first.
+
+        `probability_TE` (default: Softmax of the logits) is what `probability_E` sums; an assignment is dropped where
+        `kept_TK` is false; `load_E` replaces the number of assignments.
+        """
+        expert_TK, sums = groups.expert_numbers(expert_TK), {}
+        num_experts = self.num_experts * groups.num_groups
+        if self.training:
+            sums = self._logit_sums(logit_TE)
+            if self._computes("probability_E"):
+                probability_TE = logit_TE.softmax(dim=1) if probability_TE is None else probability_TE
+                zeros_E = probability_TE.new_zeros(num_experts)
+                ones_TK = torch.ones_like(expert_TK, dtype=zeros_E.dtype)
+                sums["requested_E"] = zeros_E.index_add(0, expert_TK.reshape(-1), ones_TK.reshape(-1))
+                sums["first_choice_E"] = zeros_E.index_add(0, expert_TK[:, 0], ones_TK[:, 0])
+                sums["probability_E"] = groups.sum(probability_TE).reshape(-1)
+        return Gating.from_choices(expert_TK, gate_TK, num_experts, kept_TK=kept_TK, load_E=load_E, sums=sums)
+
+    def expert_choice(
+        self,
+        mask_TE: Tensor,
+        gate_TE: Tensor,
+        logit_TE: Tensor,
+        groups: TokenGroups,
+        sums: Mapping[str, Tensor] | None = None,
+    ) -> Gating:
+        """Return the gating of experts that take the tokens where `mask_TE`; `sums` are kept in training only."""
+        sums = self._logit_sums(logit_TE) | dict(sums or {}) if self.training else {}
+        column_A, token_A = mask_TE.t().nonzero(as_tuple=True)
+        expert_A, num_experts = column_A, self.num_experts * groups.num_groups
+        if groups.group_T is not None:
+            expert_A = groups.group_T.index_select(0, token_A) * self.num_experts + column_A
+            expert_A, order_A = expert_A.sort(stable=True)
+            column_A, token_A = column_A.index_select(0, order_A), token_A.index_select(0, order_A)
+        gate_A = gate_TE.reshape(-1).index_select(0, token_A * self.num_experts + column_A)
+        return Gating(
+            token_A=token_A,
+            expert_A=expert_A,
+            gate_A=gate_A,
+            num_tokens=len(mask_TE),
+            importance_E=segment_sum(gate_A, expert_A, num_experts),
+            load_E=segment_sizes(expert_A, num_experts).to(gate_A.dtype),
+            num_requested=token_A.numel(),
+            sums=sums,
+        )
 
     def adapt(self, statistics: Mapping[str, Tensor]) -> None:
-        """Move what no gradient moves (a bias, a threshold) by the global batch's statistics, after its update.
+        """Move buffers that no gradient moves, after an update, by the statistics of its global batch alone."""
 
-        A function of these sums alone, so that it is the same on every process; what it moves is a buffer, so that it
-        is part of the checkpoint. A gate without any such thing has no `adapt`.
-        """
+    def operations_per_timestep(self) -> int:
+        """Return the multiply-adds a token costs in the gate's matrices, with groups those of one group."""
+        return sum(weight.numel() for weight in self._matrices()) // (self.num_groups or 1)
 
+    def _matrices(self) -> list[nn.Parameter]:
+        return [self.gate_DE, self.noise_DE] if self.has_noise else [self.gate_DE]
 
-def checked_k(k: int, num_experts: int, only: int | None = None, name: str = "") -> int:
-    """Return k; raises `UserError` where there are not as many experts, or where the gate is defined for another k."""
-    if not 1 <= k <= num_experts:
-        raise UserError(
-            f"model.k={k} experts a token of model.num_experts={num_experts}: "
-            "k must be at least 1 and at most num_experts"
-        )
-    if only is not None and k != min(only, num_experts):
-        experts = "1 expert" if only == 1 else f"{only} experts"
-        raise UserError(
-            f"the gate {name} sends a token to {experts}, not {k}: model.k={only}"
-            " (or primary_k of the layer, for a primary gate)"
-        )
-    return k
+    def _computes(self, stat: str) -> bool:
+        """Return whether a statistic is computed: it has a gradient to this gate, and a loss reads it."""
+        return stat in self.differentiable_stats and (self.required_stats is None or stat in self.required_stats)
 
-
-def differentiable_stats_of(gate: Gate) -> frozenset[str]:
-    """Return what a gate offers to balance losses; one that does not say so offers what `Gate` says."""
-    return getattr(gate, "differentiable_stats", Gate.differentiable_stats)
+    def _logit_sums(self, logit_TE: Tensor) -> dict[str, Tensor]:
+        if not self._computes("log_z_squared"):
+            return {}
+        log_z_squared = logit_TE.logsumexp(dim=1).square().sum()
+        return {"log_z_squared": log_z_squared, "num_tokens": logit_TE.new_full((), logit_TE.shape[0])}

@@ -1,85 +1,87 @@
-"""Each expert takes m tokens and no token has more than b experts: entropy-regularised, by Dykstra's projections.
+"""Experts that take m tokens each while no token has more than b: entropy-regularised transport (Dykstra's algorithm).
 
-Zhou et al. 2022, section 3.3. Shape suffixes: T tokens, E experts (of a group), G groups.
+An option of Expert Choice (Zhou et al. 2022, arXiv 2202.09368, section 3.3).
+
+Shape suffixes: T tokens, E experts of a group, G groups.
 """
 
 import torch
 from torch import Tensor
 
-from moe_lm.gate.routing import batchwise_mask, equal_share, of_tokens, summed, tokens_of_groups
+from moe_lm.gate import TokenGroups
+from moe_lm.gate.routing import batchwise_mask, equal_share, log_sums
 
-_SETTLED = 1e-4
-"""Largest change of the logarithm of an expert's sum, at which the projections have arrived."""
+_TOLERANCE = 1e-4
+"""Largest change of the log of an expert's sum at which the projections have converged."""
 
 
-def entropic_choice(
+def capped_choice(
     score_TE: Tensor,
     per_token: float,
     max_experts: int,
+    groups: TokenGroups,
     *,
     entropy_weight: float,
     max_iterations: int,
-    group_T: Tensor | None = None,
-    num_groups: int | None = None,
 ) -> Tensor:
-    """Return who takes whom (bool, T by E): of each expert the m largest of the plan A, at most b of a token.
+    """Return which expert takes which token (bool, T by E): its m largest entries in the plan, at most b a token.
 
-    Taking the m largest of A can leave tokens with more than b, as A is not whole: such a token keeps the b largest,
-    and the experts that lose it take their next best among tokens with room, if need be by way of tokens that change
-    hands. Every expert gets its m; a token has more than b only where no choice could spare it.
+    The m largest entries can give a token more than b experts, as the plan is not whole. Such a token keeps its b
+    largest, and the experts that lose it take their next best tokens with room, if need be after other tokens have
+    changed experts. Every expert gets its m; a token has more than b only where no choice could avoid it.
     """
     plan_TE = transport_plan(
-        score_TE,
-        per_token,
-        max_experts,
-        entropy_weight=entropy_weight,
-        max_iterations=max_iterations,
-        group_T=group_T,
-        num_groups=num_groups,
+        score_TE, per_token, max_experts, groups, entropy_weight=entropy_weight, max_iterations=max_iterations
     )
-    mask_TE = batchwise_mask(plan_TE, per_token, group_T)
-    closed_T1 = torch.zeros_like(mask_TE[:, :1])
+    mask_TE = batchwise_mask(plan_TE, per_token, groups)
+    full_T1 = torch.zeros_like(mask_TE[:, :1])
     while True:
-        count_T1 = mask_TE.sum(dim=1, keepdim=True)
-        newly_T1 = (count_T1 > max_experts) & ~closed_T1
-        if not newly_T1.any():
-            return mask_TE if (count_T1 <= max_experts).all() else _relieved(mask_TE, plan_TE, max_experts, group_T)
-        held_TE = at_most(plan_TE, mask_TE, max_experts)
-        closed_T1 = held_TE.sum(dim=1, keepdim=True) >= max_experts
-        # Who has a token keeps it; a token that is full comes last, and is taken only where no other is left.
-        wish_TE = torch.where(closed_T1, plan_TE - 2, plan_TE).masked_fill(held_TE, torch.inf)
-        mask_TE = batchwise_mask(wish_TE, per_token, group_T)
+        over_T1 = mask_TE.sum(dim=1, keepdim=True) > max_experts
+        if not (over_T1 & ~full_T1).any():
+            return _relieved(mask_TE, plan_TE, max_experts, groups) if over_T1.any() else mask_TE
+        kept_TE = at_most(plan_TE, mask_TE, max_experts)
+        full_T1 = kept_TE.sum(dim=1, keepdim=True) >= max_experts
+        # An expert keeps the tokens that keep it; full tokens come last, and are taken only where no other is left.
+        wish_TE = torch.where(full_T1, plan_TE - 2, plan_TE).masked_fill(kept_TE, torch.inf)
+        mask_TE = batchwise_mask(wish_TE, per_token, groups)
 
 
-def _relieved(mask_TE: Tensor, plan_TE: Tensor, max_experts: int, group_T: Tensor | None) -> Tensor:
-    """Move experts away from tokens with too many, along chains that end at a token with room.
+def at_most(value_TE: Tensor, mask_TE: Tensor, count: int) -> Tensor:
+    """Return the mask with each token's `count` experts of largest value only, the first of equal ones."""
+    if count >= mask_TE.shape[1]:
+        return mask_TE
+    value_TE = value_TE.masked_fill(~mask_TE, -torch.inf)
+    order_TE = value_TE.argsort(dim=1, descending=True, stable=True)[:, :count]
+    return mask_TE & torch.zeros_like(mask_TE).scatter(1, order_TE, True)
 
-    A loop over those tokens alone: of thousands there are a few, as the rest has found its place.
+
+def _relieved(mask_TE: Tensor, plan_TE: Tensor, max_experts: int, groups: TokenGroups) -> Tensor:
+    """Take experts from tokens that have too many, along chains that end at a token with room.
+
+    The loop over tokens is short: few are left when the experts' next best tokens had room.
     """
     device, mask_TE, plan_TE = mask_TE.device, mask_TE.cpu().clone(), plan_TE.cpu()
-    for token in (mask_TE.sum(dim=1) > max_experts).nonzero().squeeze(1).tolist():
-        first, last = 0, len(mask_TE)
-        if group_T is not None:
-            of_group = (group_T == group_T[token]).nonzero()
-            first, last = int(of_group[0]), int(of_group[-1]) + 1
-        mask, plan = mask_TE[first:last], plan_TE[first:last]
-        while mask[token - first].sum() > max_experts and _relieve(mask, plan, max_experts, token - first):
-            pass
+    sizes = groups.sizes().long().tolist()
+    for mask, plan in zip(mask_TE.split(sizes), plan_TE.split(sizes), strict=True):  # views of each group's tokens
+        for token in (mask.sum(dim=1) > max_experts).nonzero().squeeze(1).tolist():
+            while mask[token].sum() > max_experts and _relieve_(mask, plan, max_experts, token):
+                pass
     return mask_TE.to(device)
 
 
-def _relieve(mask_TE: Tensor, plan_TE: Tensor, max_experts: int, token: int) -> bool:
+def _relieve_(mask_TE: Tensor, plan_TE: Tensor, max_experts: int, token: int) -> bool:
     """Take one expert from a token, in place: it takes another token, whose expert takes another, to one with room.
 
-    Breadth first, so by the shortest chain; False where there is none: then every choice has such a token.
+    The search is breadth first, so the chain is a shortest one. False if there is none: no choice has room then.
     """
-    has_room_T = mask_TE.sum(dim=1) < max_experts
+    room_T1 = mask_TE.sum(dim=1, keepdim=True) < max_experts
     queue = [expert for expert in plan_TE[token].argsort().tolist() if mask_TE[token, expert]]
-    gives_up = dict.fromkeys(queue, (token, None))  # expert: the token it gives up, and who takes that
+    gives_up = dict.fromkeys(queue, (token, None))  # expert: the token it gives up, and the expert that takes it
     for expert in queue:
         other_T = ~mask_TE[:, expert]
-        if (other_T & has_room_T).any():
-            taken = int(plan_TE[:, expert].masked_fill(~(other_T & has_room_T), -torch.inf).argmax())
+        with_room_T = other_T & room_T1.squeeze(1)
+        if with_room_T.any():
+            taken = int(plan_TE[:, expert].masked_fill(~with_room_T, -torch.inf).argmax())
             while expert is not None:
                 mask_TE[taken, expert] = True
                 taken, follower = gives_up[expert]
@@ -88,71 +90,46 @@ def _relieve(mask_TE: Tensor, plan_TE: Tensor, max_experts: int, token: int) -> 
             return True
         for next_ in (mask_TE & other_T.unsqueeze(1)).any(dim=0).nonzero().squeeze(1).tolist():
             if next_ not in gives_up:
-                gain_T = (plan_TE[:, expert] - plan_TE[:, next_]).masked_fill(
-                    ~(other_T & mask_TE[:, next_]), -torch.inf
-                )
-                gives_up[next_] = (int(gain_T.argmax()), expert)
+                gain_T = plan_TE[:, expert] - plan_TE[:, next_]
+                gives_up[next_] = (int(gain_T.masked_fill(~(other_T & mask_TE[:, next_]), -torch.inf).argmax()), expert)
                 queue.append(next_)
     return False
-
-
-def at_most(value_TE: Tensor, mask_TE: Tensor, count: int) -> Tensor:
-    """Return the mask with the `count` experts of largest value alone for each token; of equal ones the first."""
-    if count >= mask_TE.shape[1]:
-        return mask_TE
-    value_TE = value_TE.masked_fill(~mask_TE, -torch.inf)
-    order_TE = value_TE.argsort(dim=1, descending=True, stable=True)[:, :count]
-    return mask_TE & torch.zeros_like(mask_TE).scatter(1, order_TE, True)
 
 
 def transport_plan(
     score_TE: Tensor,
     per_token: float,
     max_experts: int,
+    groups: TokenGroups,
     *,
     entropy_weight: float,
     max_iterations: int,
-    group_T: Tensor | None = None,
-    num_groups: int | None = None,
 ) -> Tensor:
-    """Return A (T, E), the largest <S, A> + entropy_weight * H(A) with H(A) = -sum A log A.
+    """Return the A (T, E) that maximises <S, A> + entropy_weight * H(A) with H(A) = -sum A log A.
 
     Every expert's sum is m, every token's at most b, and 0 <= A <= 1. From exp(S / entropy_weight), Bregman
-    projections on the three sets in turn, in logarithms; the two sets of inequalities have Dykstra's corrections.
-    Each group stops by itself, once its experts' sums stand still.
+    projections on the three sets in turn, in logs; the two sets of inequalities have Dykstra's corrections. Each
+    group stops separately, once its experts' sums have converged.
     """
     log_TE = score_TE / entropy_weight
-    tokens_G = tokens_of_groups(len(score_TE), group_T, num_groups).to(score_TE.device)
-    share_G1 = equal_share(per_token, score_TE.shape[1], tokens_G).to(score_TE).clamp(min=1).log().unsqueeze(1)
-    most = torch.tensor(float(max_experts)).log().item()
-    of_cap_T1, of_one_TE = torch.zeros_like(log_TE[:, :1]), torch.zeros_like(log_TE)
-    moving_G1 = (tokens_G > 0).unsqueeze(1)
+    size_G1 = groups.sizes().to(score_TE.device).unsqueeze(1)
+    share_G1 = equal_share(per_token, groups).to(score_TE).clamp(min=1).log().unsqueeze(1)
+    log_cap = torch.tensor(float(max_experts)).log().item()
+    cap_T1, one_TE = torch.zeros_like(log_TE[:, :1]), torch.zeros_like(log_TE)
+    active_G1 = size_G1 > 0
     for _ in range(max_iterations):
-        # Sums of each expert: an equality needs no correction.
-        off_GE = share_G1 - _log_sums(log_TE, group_T, num_groups)
-        new_TE = log_TE + of_tokens(off_GE, group_T)
-        # Sums of each token, corrected by what this set took away before.
-        new_TE = new_TE + of_cap_T1
-        cap_T1 = (new_TE.logsumexp(dim=1, keepdim=True) - most).clamp(min=0)
-        # Single entries.
-        new_TE = new_TE - cap_T1 + of_one_TE
-        one_TE = new_TE.clamp(min=0)
-        moving_T1 = of_tokens(moving_G1, group_T)
-        log_TE = torch.where(moving_T1, new_TE - one_TE, log_TE)
-        of_cap_T1, of_one_TE = torch.where(moving_T1, cap_T1, of_cap_T1), torch.where(moving_T1, one_TE, of_one_TE)
-        moving_G1 = moving_G1 & (off_GE.abs().amax(dim=1, keepdim=True) > _SETTLED)
-        if not moving_G1.any():
+        # Each expert's sum: an equality needs no correction.
+        off_GE = share_G1 - log_sums(log_TE, groups)
+        # Each token's sum, after adding back what this set took away before.
+        new_TE = log_TE + groups.per_token(off_GE) + cap_T1
+        new_cap_T1 = (new_TE.logsumexp(dim=1, keepdim=True) - log_cap).clamp(min=0)
+        # Each entry.
+        new_TE = new_TE - new_cap_T1 + one_TE
+        new_one_TE = new_TE.clamp(min=0)
+        active_T1 = groups.per_token(active_G1)
+        log_TE = torch.where(active_T1, new_TE - new_one_TE, log_TE)
+        cap_T1, one_TE = torch.where(active_T1, new_cap_T1, cap_T1), torch.where(active_T1, new_one_TE, one_TE)
+        active_G1 = active_G1 & (off_GE.abs().amax(dim=1, keepdim=True) > _TOLERANCE)
+        if not active_G1.any():
             break
     return log_TE.exp()
-
-
-def _log_sums(log_TE: Tensor, group_T: Tensor | None, num_groups: int | None) -> Tensor:
-    """Return the logarithm of the sum of exp over each group's tokens (G, E); 0 for a group without any."""
-    if group_T is None:
-        return log_TE.logsumexp(dim=0, keepdim=True) if len(log_TE) else log_TE.new_zeros(1, log_TE.shape[1])
-    index_TE = group_T.unsqueeze(1).expand_as(log_TE)
-    largest_GE = log_TE.new_full((num_groups, log_TE.shape[1]), -torch.inf)
-    largest_GE = largest_GE.scatter_reduce(0, index_TE, log_TE, "amax")
-    largest_GE = torch.where(largest_GE.isfinite(), largest_GE, 0)
-    sum_GE = summed((log_TE - of_tokens(largest_GE, group_T)).exp(), group_T, num_groups)
-    return torch.where(sum_GE > 0, sum_GE.clamp(min=torch.finfo(sum_GE.dtype).tiny).log() + largest_GE, 0)

@@ -1,46 +1,28 @@
-"""Top-k gating without noise, "token choice": every token takes its k likeliest experts (section 2.1, eq. 3 and 5).
+"""Top-k gating without noise, "token choice" (section 2.1, eq. 3 and 5).
 
-Shape suffixes: T tokens, D width, E experts (of a group), K experts a token, G groups.
+Shape suffixes: T tokens, E experts of a group, K experts a token.
 """
 
-from typing import ClassVar
+from torch import Tensor
 
-import torch
-from torch import Tensor, nn
-
-from moe_lm.errors import UserError
-from moe_lm.gate import Gating, checked_k
-from moe_lm.gate.routing import choice_sums, initial_matrix, numbered, product, token_choice
+from moe_lm.gate import Gate, Gating, TokenGroups
 
 
-class TopK(nn.Module):
+class TopK(Gate):
     """G(x) = Softmax(KeepTopK(x W_g, k)), the same in training and evaluation."""
 
-    differentiable_stats: ClassVar[frozenset[str]] = frozenset({"importance_E", "probability_E", "log_z_squared"})
-    required_stats: frozenset[str] | None = None
+    differentiable_stats = Gate.differentiable_stats | {"probability_E"}
 
-    def __init__(self, *, width: int, num_experts: int, k: int, num_groups: int | None = None):
-        super().__init__()
-        self.k, self.num_groups, self.num_experts = checked_k(k, num_experts), num_groups, num_experts
-        if k == 1 < num_experts:
-            raise UserError(
+    def check_k(self) -> None:
+        """Refuse one of several experts too: its gate value is the constant 1."""
+        super().check_k()
+        if self.k == 1 < self.num_experts:
+            raise ValueError(
                 "the gate top_k with one expert a token gives it the weight 1 and learns nothing from the text: "
                 "model.k=2, or the gate switch for one expert a token"
             )
-        self.gate_DE = initial_matrix(width, num_experts, num_groups)
 
-    def forward(self, x_TD: Tensor, group_T: Tensor | None = None) -> Gating:
-        """Assign each token to its k experts; float32 whatever the autocast type."""
-        with torch.autocast(x_TD.device.type, enabled=False):
-            logit_TE = product(x_TD.to(self.gate_DE.dtype), self.gate_DE, group_T)
-            top_TK, expert_TK = logit_TE.topk(self.k, dim=1)
-            expert_TK = numbered(expert_TK, group_T, self.num_experts)
-            sums = {}
-            if self.training:
-                sums = choice_sums(logit_TE, expert_TK, group_T, self.num_groups, self.required_stats)
-            num_experts = self.num_experts * (self.num_groups or 1)
-            return token_choice(expert_TK, top_TK.softmax(dim=1), num_experts, sums=sums)
-
-    def operations_per_timestep(self) -> int:
-        """One matrix."""
-        return self.gate_DE.numel() // (self.num_groups or 1)
+    def choose(self, logit_TE: Tensor, groups: TokenGroups) -> Gating:
+        """Send each token to the experts of its k largest logits."""
+        top_TK, expert_TK = logit_TE.topk(self.k, dim=1)
+        return self.token_choice(expert_TK, top_TK.softmax(dim=1), logit_TE, groups)

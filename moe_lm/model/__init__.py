@@ -1,30 +1,39 @@
-"""What a layer is: tokens in, tokens out, and what its gate decided if it has one.
+"""The contract of a layer of the language model: tokens in, tokens out, and its gate's decision if it has one.
 
 Shape suffixes: T tokens, D width.
 """
 
 from collections.abc import Mapping
-from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from moe_lm.data.sentences import Sentences
-from moe_lm.gate import Gating
+from moe_lm.data.batch import PaddedLayout
+from moe_lm.gate import Gate, Gating
 
 
-class Layer(Protocol):
-    """One layer of the stack; dropout and the residual sum around it are the model's."""
+class Layer(nn.Module):
+    """One layer of the stack; the model adds dropout and the residual sum around it."""
 
-    def __call__(self, x_TD: Tensor, sentences: Sentences) -> tuple[Tensor, Gating | None]:
+    def forward(self, x_TD: Tensor, layout: PaddedLayout) -> tuple[Tensor, Gating | None]:
         """Return y_TD and the gating, or None for a layer without a gate."""
-        ...
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters and reset all buffers, in an order that never changes: a seed fixes the weights."""
+        raise NotImplementedError
 
     def operations_per_timestep(self) -> int:
-        """Multiply-adds a token costs in the forward pass, as the paper's ops/timestep."""
-        ...
+        """Return the multiply-adds per token of the forward pass, the paper's ops/timestep."""
+        raise NotImplementedError
 
-    differentiable_stats: frozenset[str]
-    """Of a layer with a gate: the statistics through which a balance loss's gradient reaches it."""
+    def gates(self) -> dict[str, Gate]:
+        """Return the layer's gates by attribute name."""
+        return {}
+
+    @property
+    def differentiable_stats(self) -> frozenset[str]:
+        """Names of the gating statistics through which a balance loss's gradient reaches a gate."""
+        return frozenset()
 
     def adapt(self, statistics: Mapping[str, Tensor]) -> None:
-        """Of a layer with a gate: let its gates move what no gradient moves, by the global batch's statistics."""
+        """Let the gates move their buffers (a bias, a threshold) by the global batch's statistics, after an update."""

@@ -8,44 +8,59 @@ import math
 import torch
 from torch import Tensor, nn
 
-from moe_lm.data.sentences import Sentences
-from moe_lm.errors import UserError
-from moe_lm.ops.backend import by_triton
-from moe_lm.ops.lstm import mixed_lstm
-
-_WORTH_OWN = 3072
-"""Sentences from which on the GPU has more to do in a timestep than the host; cuDNN hands over faster."""
+from moe_lm.data.batch import PaddedLayout
+from moe_lm.model import Layer
+from moe_lm.ops.operation import operation
 
 
-class Lstm(nn.Module):
-    """`width` LSTM units over `width` inputs; torch's own, so cuDNN and oneDNN apply.
+@operation
+def lstm(
+    x_LBD: Tensor, weight_ih_GD: Tensor, weight_hh_GU: Tensor, bias_ih_G: Tensor, bias_hh_G: Tensor, *, training: bool
+) -> Tensor:
+    """Return every timestep's outputs (L, B, U) from a zero state, differentiable in the inputs and the weights.
 
-    On a GPU under autocast many sentences side by side go through `mixed_lstm`.
+    It is PyTorch's own, by cuDNN or oneDNN, in the weights' type whatever the autocast type: under autocast cuDNN would
+    take float16 also for bfloat16, and lose the small gradients of a mean over hundreds of thousands of words. cuDNN
+    computes no gradients without `training`.
     """
+    with torch.autocast(x_LBD.device.type, enabled=False):
+        x_LBD = x_LBD.to(weight_ih_GD.dtype)
+        zero_1BU = x_LBD.new_zeros(1, x_LBD.shape[1], weight_hh_GU.shape[1])
+        weights = weight_ih_GD, weight_hh_GU, bias_ih_G, bias_hh_G
+        # Biases, one layer, no dropout inside, one direction, timesteps first.
+        y_LBU, *_ = torch.lstm(x_LBD, (zero_1BU, zero_1BU), weights, True, 1, 0.0, training, False, False)
+    return y_LBU
+
+
+lstm.register("moe_lm.ops.lstm_mixed:lstm", when="moe_lm.ops.lstm_mixed:is_faster", on_gpu=True)
+
+
+class Lstm(Layer):
+    """`width` LSTM units over `width` inputs; its parameters have PyTorch's names and shapes."""
 
     def __init__(self, *, width: int):
         super().__init__()
         if width < 1:
-            raise UserError(f"model.width={width}: must be at least 1")
+            raise ValueError(f"model.width={width}: must be at least 1")
         self.lstm = nn.LSTM(width, width)
-        _forget_little_(self.lstm.bias_ih_l0, self.lstm.bias_hh_l0)
+        _set_forget_bias_(self.lstm)
 
-    def forward(self, x_TD: Tensor, sentences: Sentences) -> tuple[Tensor, None]:
+    def reset_parameters(self) -> None:
+        """Draw PyTorch's initial weights and set the biases."""
+        self.lstm.reset_parameters()
+        _set_forget_bias_(self.lstm)
+
+    def forward(self, x_TD: Tensor, layout: PaddedLayout) -> tuple[Tensor, None]:
         """Run over all sentences side by side; padding exists only inside this call."""
-        mixed = sentences.num_sentences >= _WORTH_OWN and torch.is_autocast_enabled(x_TD.device.type)
-        if not (mixed and by_triton(x_TD)):
-            return _recurred(self.lstm, x_TD, sentences), None
-        dtype, lstm = torch.get_autocast_dtype(x_TD.device.type), self.lstm
-        weights = lstm.weight_ih_l0, lstm.weight_hh_l0, lstm.bias_ih_l0, lstm.bias_hh_l0
-        y_LBD = mixed_lstm(sentences.pad(x_TD.to(dtype)), *weights, dtype)
-        return sentences.unpad(y_LBD).to(x_TD.dtype), None
+        weights = (getattr(self.lstm, name) for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"))
+        return unpad(lstm(pad(x_TD, layout), *weights, training=self.training), layout), None
 
     def operations_per_timestep(self) -> int:
         """4 gates of units * (inputs + recurrent inputs)."""
         return self.lstm.weight_ih_l0.numel() + self.lstm.weight_hh_l0.numel()
 
 
-class ProjectedLstm(nn.Module):
+class ProjectedLstm(Layer):
     """`units` LSTM units whose output, projected to `width`, is what recurs and leaves (Sak et al. 2014).
 
     With inputs x_t and cells' outputs h_t the layer gives r_t = P h_t, and the gates read W_ih x_t + W_hh r_{t-1}.
@@ -54,14 +69,19 @@ class ProjectedLstm(nn.Module):
     def __init__(self, *, width: int, units: int):
         super().__init__()
         if min(width, units) < 1:
-            raise UserError(f"model.width={width} model.lstm_units={units} must be at least 1")
+            raise ValueError(f"model.width={width} model.lstm_units={units} must be at least 1")
         # torch projects to fewer numbers than there are units, never to as many or more.
         self.lstm = _NarrowProjection(width, units) if width < units else _WideProjection(width, units)
-        _forget_little_(self.lstm.bias_ih_l0, self.lstm.bias_hh_l0)
+        _set_forget_bias_(self.lstm)
 
-    def forward(self, x_TD: Tensor, sentences: Sentences) -> tuple[Tensor, None]:
+    def reset_parameters(self) -> None:
+        """Draw PyTorch's initial weights and set the biases."""
+        self.lstm.reset_parameters()
+        _set_forget_bias_(self.lstm)
+
+    def forward(self, x_TD: Tensor, layout: PaddedLayout) -> tuple[Tensor, None]:
         """Run over all sentences side by side; padding exists only inside this call."""
-        return _recurred(self.lstm, x_TD, sentences), None
+        return _run(self.lstm, x_TD, layout), None
 
     def operations_per_timestep(self) -> int:
         """4 gates of units * (inputs + recurrent inputs), and the projection."""
@@ -95,8 +115,12 @@ class _WideProjection(nn.Module):
         self.bias_ih_l0 = nn.Parameter(torch.empty(4 * units))
         self.bias_hh_l0 = nn.Parameter(torch.empty(4 * units))
         self.weight_hr_l0 = nn.Parameter(torch.empty(width, units))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = 1 / math.sqrt(self.units)
         for weight in (self.weight_ih_l0, self.weight_hh_l0, self.weight_hr_l0):
-            nn.init.uniform_(weight, -1 / math.sqrt(units), 1 / math.sqrt(units))
+            nn.init.uniform_(weight, -bound, bound)
 
     def forward(self, x_LBD: Tensor) -> tuple[Tensor, None]:
         recurrent_GU = self.weight_hh_l0 @ self.weight_hr_l0
@@ -107,21 +131,35 @@ class _WideProjection(nn.Module):
         return h_LBU @ self.weight_hr_l0.t(), None
 
 
-def _recurred(lstm: nn.Module, x_TD: Tensor, sentences: Sentences) -> Tensor:
+def _run(lstm: nn.Module, x_TD: Tensor, layout: PaddedLayout) -> Tensor:
     """Run in the weights' own type whatever the autocast type.
 
     Under autocast cuDNN would take float16, also where bfloat16 is asked for, and lose the small gradients of a mean
     over hundreds of thousands of words.
     """
     with torch.autocast(x_TD.device.type, enabled=False):
-        y_LBD, _ = lstm(sentences.pad(x_TD.to(lstm.weight_ih_l0.dtype)))
-        return sentences.unpad(y_LBD)
+        y_LBD, _ = lstm(pad(x_TD.to(lstm.weight_ih_l0.dtype), layout))
+        return unpad(y_LBD, layout)
+
+
+def pad(x_TD: Tensor, layout: PaddedLayout) -> Tensor:
+    """Return the tokens as a padded array x_LBD, with zeros in the padding."""
+    if layout.index_T is not None:
+        zeros = x_TD.new_zeros(layout.num_steps * layout.num_sentences, x_TD.shape[1])
+        x_TD = zeros.index_copy_(0, layout.index_T, x_TD)
+    return x_TD.view(layout.num_steps, layout.num_sentences, -1)
+
+
+def unpad(x_LBD: Tensor, layout: PaddedLayout) -> Tensor:
+    """Return the tokens x_TD of a padded array, without the padding."""
+    x_TD = x_LBD.reshape(layout.num_steps * layout.num_sentences, -1)
+    return x_TD if layout.index_T is None else x_TD.index_select(0, layout.index_T)
 
 
 @torch.no_grad()
-def _forget_little_(bias_ih_G: Tensor, bias_hh_G: Tensor) -> None:
-    """Set the forget bias to 1 (Jozefowicz et al. 2016), others to 0; torch adds two vectors, so one stays 0."""
-    for bias in (bias_ih_G, bias_hh_G):
-        bias.zero_()
-    units = len(bias_ih_G) // 4
-    bias_ih_G[units : 2 * units] = 1.0
+def _set_forget_bias_(lstm: nn.Module) -> None:
+    """Set the forget bias to 1 (Jozefowicz et al. 2016) and other biases to 0; PyTorch adds two, so one stays 0."""
+    for bias_G in (lstm.bias_ih_l0, lstm.bias_hh_l0):
+        bias_G.zero_()
+    units = len(lstm.bias_ih_l0) // 4
+    lstm.bias_ih_l0[units : 2 * units] = 1.0

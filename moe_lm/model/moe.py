@@ -1,62 +1,113 @@
 """The sparsely-gated mixture-of-experts layer (section 2), applied to all tokens of a batch at once (3.1).
 
-Shape suffixes: T tokens, D width, A assignments.
+Shape suffixes: T tokens, A assignments, D width, H expert hidden, E experts.
 """
 
+import math
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor, nn
 
-from moe_lm.data.sentences import Sentences
-from moe_lm.errors import UserError
-from moe_lm.gate import Gate, Gating, differentiable_stats_of
-from moe_lm.model.experts import Experts
-from moe_lm.parallel.context import SINGLE_PROCESS, ParallelContext
+from moe_lm.data.batch import PaddedLayout
+from moe_lm.gate import Gate, Gating
+from moe_lm.model import Layer
+from moe_lm.model.init import init_experts_
+from moe_lm.ops.experts import moe_mlp
 
 
-class MoE(nn.Module):
+class Experts(nn.Module):
+    """E_i(x) = ReLU(x W1_i) W2_i and their gate-weighted sum; the matrices of all experts are one tensor each."""
+
+    parameter_group = "experts"
+
+    def __init__(self, *, width: int, hidden: int, num_experts: int, group_size: int = 1, held: range | None = None):
+        """`group_size` experts, one after another, are one group of a hierarchical layer.
+
+        The module holds the matrices of the experts `held` alone, by default of all.
+        """
+        super().__init__()
+        self.num_experts, self.group_size = num_experts, group_size
+        self.held = range(num_experts) if held is None else held
+        self.recompute = False
+        """Whether the backward pass recomputes the hidden activations instead of keeping them (Appendix D)."""
+        self.w1_EDH = nn.Parameter(torch.empty(len(self.held), width, hidden))
+        self.w2_EHD = nn.Parameter(torch.empty(len(self.held), hidden, width))
+        self.reset_parameters()
+
+    @property
+    def width(self) -> int:
+        """Size of a token's vector, D."""
+        return self.w1_EDH.shape[1]
+
+    @property
+    def hidden(self) -> int:
+        """Hidden units of one expert, H."""
+        return self.w1_EDH.shape[2]
+
+    def reset_parameters(self) -> None:
+        """Draw uniformly with variance 2/fan-in before the ReLU and 1/fan-in after it."""
+        init_experts_(self.w1_EDH, math.sqrt(2 / self.width), self.held)
+        init_experts_(self.w2_EHD, math.sqrt(1 / self.hidden), self.held)
+
+    def forward(self, x_TD: Tensor, gating: Gating) -> Tensor:
+        """Return y_TD = sum_i G(x)_i E_i(x) over a token's experts (eq. 1); zeros for a token without experts."""
+        assignments = gating.token_A, gating.expert_A, gating.gate_A
+        return moe_mlp(x_TD, *assignments, self.w1_EDH, self.w2_EHD, recompute=self.recompute)
+
+    def operations_per_row(self) -> int:
+        """Return the multiply-adds of one expert for one token."""
+        return 2 * self.width * self.hidden
+
+
+def set_recompute(model: nn.Module, on: bool) -> None:
+    """Set for all experts of a model whether the backward pass recomputes their hidden activations."""
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.recompute = on
+
+
+class MoE(Layer):
     """y = sigmoid(sum_i G(x)_i E_i(x)) (eq. 1; the sigmoid: Appendix C.1)."""
 
-    def __init__(
-        self,
-        *,
-        width: int,
-        hidden: int,
-        num_experts: int,
-        k: int,
-        gate: Callable[..., Gate],
-        parallel: ParallelContext = SINGLE_PROCESS,
-    ):
+    def __init__(self, *, width: int, hidden: int, num_experts: int, k: int, gate: Callable[..., Gate]):
         super().__init__()
         if min(width, hidden, num_experts) < 1:
-            raise UserError(
+            raise ValueError(
                 f"model.width={width} model.expert_hidden={hidden} model.num_experts={num_experts} must be at least 1"
             )
-        self.k = k
         self.gate = gate(width=width, num_experts=num_experts, k=k)
-        self.experts = Experts(width=width, hidden=hidden, num_experts=num_experts, parallel=parallel)
+        self.experts = Experts(width=width, hidden=hidden, num_experts=num_experts)
 
-    def forward(self, x_TD: Tensor, sentences: Sentences) -> tuple[Tensor, Gating]:  # noqa: ARG002
-        """Return the mixture's output and the gating that made it."""
+    def reset_parameters(self) -> None:
+        """Draw the gate's parameters, then those of the experts."""
+        self.gate.reset_parameters()
+        self.experts.reset_parameters()
+
+    def gates(self) -> dict[str, Gate]:
+        """Return the one gate."""
+        return {"gate": self.gate}
+
+    def forward(self, x_TD: Tensor, layout: PaddedLayout) -> tuple[Tensor, Gating]:  # noqa: ARG002
+        """Return the mixture's output and its gating."""
         gating = self.gate(x_TD)
         return self.experts(x_TD, gating).sigmoid(), gating
 
     def operations_per_timestep(self) -> int:
-        """k experts, or as many as the gate sends a token to on average, and the gate."""
+        """Return the multiply-adds of the gate and of the experts that a token is sent to on average."""
         experts = round(self.assignments_per_token * self.experts.operations_per_row())
         return experts + self.gate.operations_per_timestep()
 
     @property
     def assignments_per_token(self) -> float:
-        """Experts a token, on average."""
-        return getattr(self.gate, "assignments_per_token", self.k)
+        """Return the mean number of experts that a token is sent to."""
+        return self.gate.assignments_per_token
 
     @property
     def differentiable_stats(self) -> frozenset[str]:
-        """The statistics through which a balance loss's gradient reaches the gate."""
-        return differentiable_stats_of(self.gate)
+        """Return the statistics through which a balance loss's gradient reaches the gate."""
+        return self.gate.differentiable_stats
 
     def adapt(self, statistics: Mapping[str, Tensor]) -> None:
-        """Let the gate move what no gradient moves, by the global batch's statistics."""
-        if hasattr(self.gate, "adapt"):
-            self.gate.adapt(statistics)
+        """Let the gate move its buffers by the global batch's statistics."""
+        self.gate.adapt(statistics)

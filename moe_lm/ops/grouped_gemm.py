@@ -1,176 +1,136 @@
 """Grouped GEMM: each row times the matrix of its expert, without a launch for each expert.
 
-torch's operator is the faster one as long as products bound it, but takes fewer than 1,024 matrices, and in the type of
-the rows alone. Beyond, where the matrices' reading and casting bound it, our kernels take any number, as they are.
-Beside torch's products they make those that would else need passes over all rows, before or after.
+PyTorch's operator is faster as long as the products bound it, but takes fewer than 1,024 matrices, all in the type of
+the rows. With more experts, reading and casting the matrices is the bound: Triton kernels take any number of matrices,
+in the type that they have. Kernels also make the products that would cost PyTorch's operator a pass over all rows
+before it (a gather) or after it (a ReLU, a cast).
 
-Shape suffixes: T tokens, A rows, D inputs, H outputs, E experts.
+Shape suffixes: A rows, D inputs, H outputs, E experts.
 """
 
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from moe_lm.ops.backend import by_triton
-from moe_lm.ops.rounded import rounded
-from moe_lm.ops.squares import note_squares, wants_squares
+from moe_lm.ops.operation import operation, triton_runs
 
-most_in_torch = 1023
-"""Experts whose products are torch's, at most, where there are our kernels."""
+max_torch_experts = 1023
+"""Experts up to which PyTorch's operator makes the products where Triton runs too."""
 
-most_rows_of_outer = 1536
-"""Rows that a mean expert may have for our kernel to make its gradient beside torch's products: of more it takes longer
-than torch's outer product, which is cast afterwards."""
+max_outer_rows = 1536
+"""Mean rows of an expert up to which the Triton kernel makes its gradient beside PyTorch's products: with more rows
+PyTorch's outer product and a cast take less time."""
 
-_MOST_GROUPS = 1023
-"""Of one grouped product: torch's for Hopper takes fewer than 1,024."""
+_MAX_GROUPS = 1023
+"""Matrices of one call: PyTorch's operator for Hopper GPUs takes fewer than 1,024."""
 
 
-class Grouped(Protocol):
-    """Products of rows that are sorted by expert."""
+class ExpertRows:
+    """Which rows belong to which expert: rows are sorted, and those of expert e end at `ends_E[e]`."""
 
-    def cast(self, weight_EDH: Tensor) -> Tensor:
-        """Return the matrices as the products take them. Not differentiable."""
-        ...
+    def __init__(self, ends_E: Tensor, num_rows: int):
+        self.ends_E, self.num_rows = ends_E, num_rows
 
-    def products(self, x: Tensor, token_A: Tensor | None, weight_EDH: Tensor, *, relu: bool = False) -> Tensor:
-        """Return each row times its expert's matrix (A, H); `relu`: of it the ReLU. Not differentiable.
-
-        Row a is `x[token_A[a]]` or, without tokens, `x[a]`.
-        """
-        ...
-
-    def outer_products(self, x: Tensor, token_A: Tensor | None, grad_AH: Tensor, of_EDH: Tensor) -> Tensor:
-        """Return the gradient of these matrices, x^T grad of an expert's rows, in their type; zeros for one without."""
-        ...
-
-    def differentiable(self, x_AD: Tensor, weight_EDH: Tensor) -> Tensor:
-        """Return each row times its expert's matrix (A, H), differentiable in both, in the rows' type."""
-        ...
-
-
-def grouped_by(ends_E: Tensor, num_rows: int, dtype: torch.dtype, *, sparing: bool = False) -> Grouped:
-    """Return the products in this type of so many rows, those of expert e ending at `ends_E[e]`.
-
-    `sparing`: of memory; no copy of the matrices stays from step to step.
-    """
-    if len(ends_E) > most_in_torch and by_triton(ends_E):
-        return InKernels(ends_E, num_rows, dtype, sparing=sparing)
-    return _InTorch(ends_E.to(torch.int32), num_rows, dtype, sparing)
-
-
-def _kept(weight_EDH: Tensor, dtype: torch.dtype, sparing: bool) -> Tensor:
-    """Return the matrices' copy in this type, where the optimizer keeps one, or they themselves."""
-    kept_EDH = None if sparing else rounded(weight_EDH, dtype)
-    return weight_EDH if kept_EDH is None else kept_EDH
-
-
-class _InTorch:
-    """Of more experts than it takes several products are made; the host then waits for where their rows end."""
-
-    def __init__(self, ends_E: Tensor, num_rows: int, dtype: torch.dtype, sparing: bool):
-        self._dtype, self._ends_E, self._num_rows, self._sparing = dtype, ends_E, num_rows, sparing
-        num_experts = len(ends_E)
-        num_parts = max(1, -(-num_experts // _MOST_GROUPS))  # of 1,024 experts not one part of 1,023 and one of 1
-        firsts = [part * num_experts // num_parts for part in range(num_parts)]
-        lasts = [*firsts[1:], num_experts]
-        stops = [num_rows] if num_parts == 1 else ends_E[[last - 1 for last in lasts]].tolist()
-        experts, rows = map(slice, firsts, lasts), map(slice, [0, *stops[:-1]], stops)
-        self._parts = list(zip(experts, rows, strict=True))
-
-    def cast(self, weight_EDH: Tensor) -> Tensor:
-        return _kept(weight_EDH, self._dtype, self._sparing).to(self._dtype)
-
-    def products(self, x: Tensor, token_A: Tensor | None, weight_EDH: Tensor, *, relu: bool = False) -> Tensor:
-        if token_A is not None and relu and by_triton(x):  # which gathers by itself, and takes the ReLU
-            return self._in_kernels.products(x, token_A, weight_EDH, relu=True)
-        y_AH = self.differentiable(_rows(x, token_A), weight_EDH)
-        return y_AH.relu_() if relu else y_AH
-
-    def outer_products(self, x: Tensor, token_A: Tensor | None, grad_AH: Tensor, of_EDH: Tensor) -> Tensor:
-        if self._num_rows <= most_rows_of_outer * len(self._ends_E) and by_triton(x):
-            return self._in_kernels.outer_products(x, token_A, grad_AH, of_EDH)
-        x_AD = _rows(x, token_A)
-        if len(self._parts) == 1:
-            return F.grouped_mm(x_AD.t(), grad_AH, offs=self._ends_E).to(of_EDH.dtype)
-        # Of many experts never all are in two types.
-        made_EDH = torch.empty_like(of_EDH, memory_format=torch.contiguous_format, requires_grad=False)
-        for experts, rows in self._parts:
-            if rows.stop > rows.start:
-                made_EDH[experts] = F.grouped_mm(x_AD[rows].t(), grad_AH[rows], offs=self._offsets(experts, rows))
-            else:
-                made_EDH[experts] = 0
-        return made_EDH
-
-    def differentiable(self, x_AD: Tensor, weight_EDH: Tensor) -> Tensor:
-        weight_EDH = weight_EDH.to(x_AD.dtype)
-        made = [
-            F.grouped_mm(x_AD[rows], weight_EDH[experts], offs=self._offsets(experts, rows))
-            for experts, rows in self._parts
-            if rows.stop > rows.start or len(self._parts) == 1
-        ]
-        if not made:
-            return x_AD.new_empty(0, weight_EDH.shape[2])
-        return made[0] if len(made) == 1 else torch.cat(made)
+    @property
+    def num_experts(self) -> int:
+        """Return E."""
+        return len(self.ends_E)
 
     @cached_property
-    def _in_kernels(self) -> "InKernels":
-        return InKernels(self._ends_E, self._num_rows, self._dtype)
+    def tiles(self):
+        """The tiles of rows that Triton programs multiply."""
+        from moe_lm.ops.triton.tiles import tiles_of  # Triton is not installed everywhere, and slow to import
 
-    def _offsets(self, experts: slice, rows: slice) -> Tensor:
-        ends_E = self._ends_E[experts]
-        return ends_E - rows.start if rows.start else ends_E
+        return tiles_of(self.ends_E, self.num_rows)
+
+    @cached_property
+    def parts(self) -> list[tuple[slice, slice, Tensor]]:
+        """Experts, rows and `offs` of each call of PyTorch's operator; with several calls the host waits for them."""
+        ends_E = self.ends_E.to(torch.int32)
+        num_parts = max(1, -(-self.num_experts // _MAX_GROUPS))  # 1,024 experts make two equal parts
+        starts = [part * self.num_experts // num_parts for part in range(num_parts)]
+        stops = [*starts[1:], self.num_experts]
+        row_stops = [self.num_rows] if num_parts == 1 else ends_E[[stop - 1 for stop in stops]].tolist()
+        experts, rows = map(slice, starts, stops), map(slice, [0, *row_stops[:-1]], row_stops)
+        return [(e, r, ends_E[e] - r.start if r.start else ends_E[e]) for e, r in zip(experts, rows, strict=True)]
 
 
-def _rows(x: Tensor, token_A: Tensor | None) -> Tensor:
+@operation
+def cast_weights(weight_EDH: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the matrices as `grouped_mm` takes them with rows of this type. Not differentiable."""
+    return weight_EDH.to(dtype)
+
+
+@operation
+def grouped_mm(
+    x: Tensor, token_A: Tensor | None, weight_EDH: Tensor, rows: ExpertRows, *, relu: bool = False
+) -> Tensor:
+    """Return each row times its expert's matrix (A, H), or the ReLU of it, in the type of x. Not differentiable.
+
+    Row a is `x[token_A[a]]` or, without tokens, `x[a]`.
+    """
+    y_AH = differentiable_grouped_mm.reference(_gathered(x, token_A), weight_EDH, rows)
+    return y_AH.relu_() if relu else y_AH
+
+
+@operation
+def grouped_outer(x: Tensor, token_A: Tensor | None, grad_AH: Tensor, rows: ExpertRows, dtype: torch.dtype) -> Tensor:
+    """Return x^T grad over each expert's rows (E, D, H), the gradient of its matrix; zeros without rows.
+
+    Row a of x is as in `grouped_mm`. Not differentiable.
+    """
+    x_AD = _gathered(x, token_A)
+    if len(rows.parts) == 1:
+        return F.grouped_mm(x_AD.t(), grad_AH, offs=rows.parts[0][2]).to(dtype)
+    # The gradients of many experts never exist in two types at once.
+    out_EDH = x.new_empty(rows.num_experts, x.shape[1], grad_AH.shape[1], dtype=dtype)
+    for experts, part, ends_E in rows.parts:
+        if part.stop > part.start:
+            out_EDH[experts] = F.grouped_mm(x_AD[part].t(), grad_AH[part], offs=ends_E)
+        else:
+            out_EDH[experts] = 0
+    return out_EDH
+
+
+@operation
+def differentiable_grouped_mm(x_AD: Tensor, weight_EDH: Tensor, rows: ExpertRows) -> Tensor:
+    """Return each row times its expert's matrix (A, H) in the type of x; differentiable in both."""
+    weight_EDH = weight_EDH.to(x_AD.dtype)
+    y = [
+        F.grouped_mm(x_AD[part], weight_EDH[experts], offs=ends_E)
+        for experts, part, ends_E in rows.parts
+        if part.stop > part.start or len(rows.parts) == 1
+    ]
+    if not y:
+        return x_AD.new_empty(0, weight_EDH.shape[2])
+    return y[0] if len(y) == 1 else torch.cat(y)
+
+
+def _gathered(x: Tensor, token_A: Tensor | None) -> Tensor:
     return x if token_A is None else x.index_select(0, token_A)
 
 
-class InKernels:
-    """By Triton, of any number of experts: neither rows nor matrices are copied, and the host waits for nothing."""
-
-    def __init__(self, ends_E: Tensor, num_rows: int, dtype: torch.dtype, *, sparing: bool = False):
-        from moe_lm.ops.triton.tiles import tiles_of  # Triton is not everywhere, and slow to import
-
-        self._tiles, self._dtype, self._sparing = tiles_of(ends_E, num_rows), dtype, sparing
-
-    def cast(self, weight_EDH: Tensor) -> Tensor:
-        return _kept(weight_EDH, self._dtype, self._sparing)  # what is not rounded the products round by themselves
-
-    def products(self, x: Tensor, token_A: Tensor | None, weight_EDH: Tensor, *, relu: bool = False) -> Tensor:
-        from moe_lm.ops.triton.products import products
-
-        return products(x, token_A, weight_EDH, self._tiles, relu=relu)
-
-    def outer_products(self, x: Tensor, token_A: Tensor | None, grad_AH: Tensor, of_EDH: Tensor) -> Tensor:
-        from moe_lm.ops.triton.outer_products import outer_products
-
-        wanted = wants_squares(of_EDH)
-        grad_EDH, squares = outer_products(x, token_A, grad_AH, self._tiles, of_EDH.dtype, squares=wanted)
-        if squares is not None:
-            note_squares(of_EDH, grad_EDH, squares)
-        return grad_EDH
-
-    def differentiable(self, x_AD: Tensor, weight_EDH: Tensor) -> Tensor:
-        return _InKernels.apply(x_AD, weight_EDH, self)
+def _too_many_for_torch(weight_EDH: Tensor) -> bool:
+    return len(weight_EDH) > max_torch_experts and triton_runs(weight_EDH)
 
 
-class _InKernels(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_AD, weight_EDH, by):
-        cast_EDH = by.cast(weight_EDH)
-        ctx.save_for_backward(x_AD, cast_EDH)
-        ctx.by, ctx.weight_EDH = by, weight_EDH  # itself: a checkpoint hands back another tensor of the same numbers
-        return by.products(x_AD, None, cast_EDH)
+def _triton_saves_a_pass(
+    x: Tensor, token_A: Tensor | None, weight_EDH: Tensor, _: ExpertRows, relu: bool = False
+) -> bool:
+    return _too_many_for_torch(weight_EDH) or (token_A is not None and relu and triton_runs(x))
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_AH):
-        x_AD, cast_EDH = ctx.saved_tensors
-        of_x, of_weight, _ = ctx.needs_input_grad
-        grad_x_AD = ctx.by.products(grad_AH, None, cast_EDH.mT) if of_x else None
-        return grad_x_AD, ctx.by.outer_products(x_AD, None, grad_AH, ctx.weight_EDH) if of_weight else None, None
+
+def _triton_makes_gradient(x: Tensor, _token_A: Tensor | None, _grad_AH: Tensor, rows: ExpertRows, *_: object) -> bool:
+    few_rows = rows.num_rows <= max_outer_rows * rows.num_experts
+    return (few_rows or rows.num_experts > max_torch_experts) and triton_runs(x)
+
+
+_KERNELS = "moe_lm.ops.triton.grouped_gemm"
+cast_weights.register(lambda weight_EDH, _: weight_EDH, when=lambda weight_EDH, _: _too_many_for_torch(weight_EDH))
+grouped_mm.register(f"{_KERNELS}:grouped_mm", when=_triton_saves_a_pass)
+grouped_outer.register(f"{_KERNELS}:grouped_outer", when=_triton_makes_gradient)
+differentiable_grouped_mm.register(
+    f"{_KERNELS}:differentiable_grouped_mm", when=lambda _, weight_EDH, __: _too_many_for_torch(weight_EDH)
+)

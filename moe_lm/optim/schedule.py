@@ -1,14 +1,12 @@
 """Learning-rate schedules: step to a factor of the peak rate."""
 
-from moe_lm.errors import UserError
-
 
 class InverseSquareRoot:
     """Linear warm-up, then proportional to step^-0.5 (Appendix C.1: warm-up of 1000 steps)."""
 
     def __init__(self, *, warmup_steps: int):
         if warmup_steps < 1:
-            raise UserError(f"schedule.warmup_steps={warmup_steps}: must be at least 1")
+            raise ValueError(f"schedule.warmup_steps={warmup_steps}: must be at least 1")
         self.warmup_steps = warmup_steps
 
     def __call__(self, step: int) -> float:

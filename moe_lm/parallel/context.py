@@ -1,9 +1,9 @@
-"""The processes that train one model together: how they meet, agree and divide the work."""
+"""The processes that train one model together: rendezvous, groups, agreement, and the division of micro-batches."""
 
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TypeVar
@@ -13,64 +13,63 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from moe_lm.errors import UserError, in_a_line
-from moe_lm.parallel.group import Group
+from moe_lm.parallel.group import Group, Shard
 
-PATIENCE = timedelta(minutes=30)
-"""How long a process waits for what others compute beside it."""
-LONGEST = timedelta(days=2)
-"""How long it waits for what the first one does alone: prepare text, say. One that has died is noticed at once."""
-SOON = timedelta(seconds=20)
-"""How long it looks for torchrun's own store: that was there before this process, unless torchrun was killed since."""
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""Longest wait for a collective of the training."""
+SETUP_TIMEOUT = timedelta(days=2)
+"""Longest wait for what the first process does alone, such as preparing text; a dead process is noticed at once."""
+AGENT_STORE_TIMEOUT = timedelta(seconds=20)
+"""Longest wait for torchrun's own store, which exists before this process unless torchrun has been killed since."""
 
-_GONE = r"Connection closed by peer|Connection reset|Broken pipe|Connection refused|Timed out waiting|gloo"
+_CONNECTION_LOST = r"Connection closed by peer|Connection reset|Broken pipe|Connection refused|Timed out waiting|gloo"
 
-Anything = TypeVar("Anything")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """All processes of a training, and the groups in which they divide the experts."""
+    """All processes of a training, and the groups over which experts are sharded."""
 
     world: Group = field(default_factory=Group)
     experts: Group = field(default_factory=Group)
-    """The processes among which each layer's experts are divided, this one included."""
+    """The processes over which each layer's experts are sharded, this one included."""
     replicas: Group = field(default_factory=Group)
     """The processes that hold the same experts as this one."""
     control: Group = field(default_factory=Group)
-    """All processes, for what the CPU decides: waits for no device."""
-    vocabulary: Group = field(default_factory=Group)
-    """The processes among which the rows of embedding and softmax are divided: alone, or everyone."""
-
+    """All processes, for decisions on the CPU, which wait for no device."""
     background: Group = field(default_factory=Group)
-    """All processes, for a thread that writes while the others train."""
+    """All processes, for a thread that writes a checkpoint while the training uses the other groups."""
+    shards: Mapping[str, Shard] = field(default_factory=dict)
+    """Shard of each sharded parameter by name, along dimension 0; every process holds the other parameters whole."""
 
     @property
     def writers(self) -> "ParallelContext":
-        """Return all processes, as a thread that writes may speak to them: apart from what the training says."""
+        """Return the context for a thread that writes a checkpoint, whose messages must not mix with the training's."""
         return replace(self, control=self.background)
 
     @property
     def rank(self) -> int:
-        """Number of this process."""
+        """Return the number of this process."""
         return self.world.rank
 
     @property
     def size(self) -> int:
-        """Number of processes."""
+        """Return the number of processes."""
         return self.world.size
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """Return whether this is the process that writes and logs."""
         return self.rank == 0
 
     @property
     def sent(self) -> Counter:
-        """Bytes that this process sent, by purpose."""
+        """Return the bytes that this process sent, by purpose."""
         return self.world.sent
 
-    def first(self, call: Callable[[], Anything]) -> Anything:
-        """Let the first process call; return its result on all. Where it raises `UserError`, the others end quietly."""
+    def first(self, call: Callable[[], T]) -> T:
+        """Call in the first process, return its result in all; if it raises `UserError`, the others exit silently."""
         if self.size == 1:
             return call()
         outcome: list = [None, False]
@@ -87,7 +86,7 @@ class ParallelContext:
             raise SystemExit(2)
         return outcome[0]
 
-    def each(self, value: Anything) -> list[Anything]:
+    def each(self, value: T) -> list[T]:
         """Return every process's value, by rank."""
         if self.size == 1:
             return [value]
@@ -96,7 +95,7 @@ class ParallelContext:
         return values
 
     def any(self, *flags: bool) -> list[bool]:
-        """Return of each flag whether any process has it set; no wait for a device."""
+        """Return for each flag whether any process has set it, without a wait for a device."""
         if self.size == 1:
             return list(flags)
         most = torch.tensor(flags, dtype=torch.uint8)
@@ -104,9 +103,9 @@ class ParallelContext:
         return [bool(flag) for flag in most]
 
     def round_robin(self, count: int) -> list[int | None]:
-        """Return which of `count` micro-batches are this process's, by turns; None where it has nothing to do.
+        """Return the numbers of this process's micro-batches out of `count`; None where it has none in a round.
 
-        Every process has as many turns, because the experts wait for all.
+        Every process takes part in every round, because experts wait for all processes.
         """
         numbers = range(self.rank, -(-count // self.size) * self.size, self.size)
         return [number if number < count else None for number in numbers]
@@ -116,30 +115,31 @@ SINGLE_PROCESS = ParallelContext()
 
 
 def expected_size() -> int:
-    """Return how many processes torchrun (or a batch system that sets the same variables) started; 0: none did."""
+    """Return the number of processes that torchrun, or a batch system with its variables, started; 0 without them."""
     return int(os.environ.get("WORLD_SIZE", 0)) if "RANK" in os.environ else 0
 
 
-def begin(device: torch.device, meeting: str = "env://") -> ParallelContext:
-    """Meet the other processes, as RANK and WORLD_SIZE, MASTER_ADDR and MASTER_PORT of the environment say.
+def init_parallel(device: torch.device, init_method: str = "env://") -> ParallelContext:
+    """Initialise torch.distributed from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT of the environment.
 
-    `meeting` names another place than that address, as torch writes it: file:///...
-
-    Raises `UserError` where they do not come.
+    `init_method` names another rendezvous, as PyTorch writes it: file:///... Raises `UserError` where the other
+    processes do not come.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        patience = SOON if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else LONGEST
-        store, rank, size = next(dist.rendezvous(meeting, int(os.environ["RANK"]), expected_size(), timeout=patience))
-        store.set_timeout(LONGEST)
-        # torchrun keeps its store when it starts processes again, with the addresses of those that have died.
+        timeout = AGENT_STORE_TIMEOUT if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else SETUP_TIMEOUT
+        store, rank, size = next(
+            dist.rendezvous(init_method, int(os.environ["RANK"]), expected_size(), timeout=timeout)
+        )
+        store.set_timeout(SETUP_TIMEOUT)
+        # A restart by torchrun keeps the store, with the addresses of processes that have died.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
             backend,
             store=dist.PrefixStore(f"attempt {attempt}", store),
             rank=rank,
             world_size=size,
-            timeout=PATIENCE,
+            timeout=COLLECTIVE_TIMEOUT,
             device_id=device if device.type == "cuda" else None,
         )
     except (ValueError, RuntimeError) as error:  # a DistError is a RuntimeError
@@ -147,51 +147,47 @@ def begin(device: torch.device, meeting: str = "env://") -> ParallelContext:
             f"cannot meet the other processes ({in_a_line(error)}): start them with torchrun or num_processes=..."
         ) from None
     sent: Counter = Counter()
-    groups = [Group(rank, size, dist.new_group(backend="gloo", timeout=LONGEST), Counter()) for _ in range(2)]
+    groups = [Group(rank, size, dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT), Counter()) for _ in range(2)]
     return ParallelContext(Group(rank, size, None, sent), control=groups[0], background=groups[1])
 
 
-def expert_processes(size: int, num_experts: int, wanted: int | None = None) -> int:
-    """Return how many of `size` processes divide the experts: as many as divide `size` and find an expert each."""
-    return wanted or max(n for n in range(1, size + 1) if size % n == 0 and n <= max(1, num_experts))
+def expert_parallel_size(world_size: int, num_experts: int, wanted: int | None = None) -> int:
+    """Return over how many processes experts are sharded: by default as many as divide the world and find an expert."""
+    sizes = (size for size in range(1, world_size + 1) if world_size % size == 0)
+    return wanted or max(size for size in sizes if size <= max(1, num_experts))
 
 
-def with_experts(
-    parallel: ParallelContext, num_experts: int, wanted: int | None, device: torch.device
+def with_expert_groups(
+    parallel: ParallelContext, num_experts: int, expert_size: int | None, device: torch.device
 ) -> ParallelContext:
-    """Return the processes with groups for the experts, which `wanted` processes divide while the others hold copies.
+    """Return the context with a group over which experts are sharded, and one of the processes that hold copies.
 
-    Those of a group are neighbours by rank, so on one machine where they fit. Raises `UserError` where `wanted` does not
-    divide their number.
+    Processes that share experts are neighbours by rank, so they are on one machine where possible. Raises `UserError`
+    where `expert_size` does not divide the number of processes.
     """
     size = parallel.size
-    if wanted is not None and (wanted < 1 or size % wanted):
-        raise UserError(f"machine.expert_processes={wanted}: must divide the number of processes, {size}")
+    if expert_size is not None and (expert_size < 1 or size % expert_size):
+        raise UserError(f"parallel.expert_size={expert_size}: must divide the number of processes, {size}")
     if size == 1:
         return parallel
-    several = expert_processes(size, num_experts, wanted)
-    mesh = init_device_mesh(device.type, (size // several, several), mesh_dim_names=("replicas", "experts"))
+    expert_size = expert_parallel_size(size, num_experts, expert_size)
+    mesh = init_device_mesh(device.type, (size // expert_size, expert_size), mesh_dim_names=("replicas", "experts"))
     replica, place = mesh.get_coordinate()
     return replace(
         parallel,
-        experts=Group(place, several, mesh.get_group("experts"), parallel.sent),
-        replicas=Group(replica, size // several, mesh.get_group("replicas"), parallel.sent),
+        experts=Group(place, expert_size, mesh.get_group("experts"), parallel.sent),
+        replicas=Group(replica, size // expert_size, mesh.get_group("replicas"), parallel.sent),
     )
 
 
-def with_vocabulary(parallel: ParallelContext, divide: bool) -> ParallelContext:
-    """Return the processes, among all of which, if so wished, the vocabulary's rows are divided."""
-    return replace(parallel, vocabulary=parallel.world) if divide else parallel
-
-
-def is_loss(error: BaseException) -> bool:
-    """Whether an error says that another process has gone, and not that something here is wrong."""
+def is_peer_loss(error: BaseException) -> bool:
+    """Return whether an error means that another process has died, not that something is wrong in this one."""
     if not dist.is_initialized() or isinstance(error, dist.DistBackendError | dist.DistNetworkError):
         return dist.is_initialized()
-    return re.search(_GONE, str(error)) is not None
+    return re.search(_CONNECTION_LOST, str(error)) is not None
 
 
-def end() -> None:
-    """Leave the other processes."""
+def destroy_parallel() -> None:
+    """Leave torch.distributed."""
     if dist.is_initialized():
         dist.destroy_process_group()

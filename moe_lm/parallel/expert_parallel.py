@@ -1,62 +1,80 @@
-"""Experts divided over processes: tokens travel to their experts and back (section 3.1).
+"""Experts sharded over processes: tokens travel to their experts and back (section 3.1).
 
-Each process keeps the gates and chooses for its own tokens; an expert gets the tokens of all processes at once, so that
-its batch does not shrink with their number.
+Each process keeps the gates and routes its own tokens; an expert gets the tokens of all processes at once, so its batch
+does not shrink with their number.
 
-Shape suffixes: A assignments of this process, R rows received, D width, E experts of all, P processes, L experts here.
+Shape suffixes: T tokens, A assignments of this process, R rows received, D width, E experts of all processes,
+P processes, L experts held here.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_lm.ops.segments import segment_sizes, stable_sort_below
+from moe_lm.gate import Gating
+from moe_lm.model.moe import Experts
+from moe_lm.ops.experts import grouped_mlp, products_dtype
+from moe_lm.ops.routing import segment_sizes, stable_sort_below
+from moe_lm.ops.token_dispatch import combine, dispatch
 from moe_lm.parallel.group import Shard
 
-PURPOSE, COUNTS = "tokens", "counts"
-"""What the bytes are counted as: rows, and how many there are."""
+_ROWS, _COUNTS = "tokens", "counts"
+"""Purposes by which a group counts the bytes it sends: rows of tokens, and their numbers."""
 
 
-def expert_parallel_forward(
-    x_AD: Tensor, expert_A: Tensor, share: Shard, products: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
-    """Return y_AD, each row made by `products` on the process of its expert; `expert_A` (int64) ascends.
+class ExpertParallelExperts(Experts):
+    """Experts of which this process holds its shard; `forward` takes part in an all-to-all of the shard's group."""
 
-    `products` gets the rows of the experts here, ascending by expert (then by process), and the experts' numbers here.
-    """
-    group = share.group
-    given, taken, received_PL = _counts(expert_A, share)
-    x_RD = group.all_to_all(x_AD, given, taken, PURPOSE)
-    here_PL = torch.arange(share.size, device=x_AD.device).repeat(group.size)
-    here_R = here_PL.repeat_interleave(received_PL.reshape(-1), output_size=sum(taken))
-    # They came by process, then by expert.
-    here_R, order_R = stable_sort_below(here_R, share.size)
-    back_R = torch.empty_like(order_R)
-    back_R[order_R] = torch.arange(len(order_R), device=order_R.device)
-    y_RD = _Permuted.apply(products(_Permuted.apply(x_RD, order_R, back_R), here_R), back_R, order_R)
-    return group.all_to_all(y_RD, taken, given, PURPOSE)
+    def __init__(self, experts: Experts, shard: Shard):
+        super().__init__(
+            width=experts.width,
+            hidden=experts.hidden,
+            num_experts=experts.num_experts,
+            group_size=experts.group_size,
+            held=shard.rows,
+        )
+        self.recompute, self.shard = experts.recompute, shard
+
+    def forward(self, x_TD: Tensor, gating: Gating) -> Tensor:
+        """Return y_TD = sum_i G(x)_i E_i(x) over a token's experts, wherever they are."""
+        x_AD = dispatch(x_TD, gating.token_A).to(products_dtype(x_TD))  # half the bytes to send under autocast
+        y_AD = self._routed(x_AD, gating.expert_A)
+        return combine(y_AD, gating.token_A, gating.gate_A, gating.num_tokens)
+
+    def _routed(self, x_AD: Tensor, expert_A: Tensor) -> Tensor:
+        """Return the expert output of each row, computed by the process that holds the expert."""
+        group = self.shard.group
+        sent, received, received_PL = _row_counts(expert_A, self.shard)
+        x_RD = group.all_to_all(x_AD, sent, received, _ROWS)
+        # Rows arrive by process, then by expert; products take them by expert, then by process.
+        expert_PL = torch.arange(self.shard.size, device=x_AD.device).repeat(group.size)
+        expert_R = expert_PL.repeat_interleave(received_PL.reshape(-1), output_size=sum(received))
+        expert_R, order_R = stable_sort_below(expert_R, self.shard.size)
+        inverse_R = torch.empty_like(order_R)
+        inverse_R[order_R] = torch.arange(len(order_R), device=order_R.device)
+        x_RD = _Permute.apply(x_RD, order_R, inverse_R)
+        y_RD = grouped_mlp(x_RD, expert_R, self.w1_EDH, self.w2_EHD, recompute=self.recompute)
+        return group.all_to_all(_Permute.apply(y_RD, inverse_R, order_R), received, sent, _ROWS)
 
 
-def _counts(expert_A: Tensor, share: Shard) -> tuple[list[int], list[int], Tensor]:
-    """Return how many rows go to each process, how many come from it, and of the latter how many for each expert."""
-    counts_E = segment_sizes(expert_A, share.total)
-    sizes = list(share.sizes)
-    received = share.group.all_to_all(counts_E, sizes, [share.size] * len(sizes), COUNTS)
-    received_PL = received.view(share.group.size, share.size)
-    given_P = torch.stack([part.sum() for part in counts_E.split(sizes)])
-    # One wait for the device, because a backend wants the sizes before it sends.
-    given, taken = torch.stack([given_P, received_PL.sum(dim=1)]).tolist()
-    return given, taken, received_PL
+def _row_counts(expert_A: Tensor, shard: Shard) -> tuple[list[int], list[int], Tensor]:
+    """Return the rows sent to each process, the rows received from each, and the latter by expert (P, L)."""
+    counts_E = segment_sizes(expert_A, shard.total)
+    sizes = list(shard.sizes)
+    received = shard.group.all_to_all(counts_E, sizes, [shard.size] * len(sizes), _COUNTS)
+    received_PL = received.view(shard.group.size, shard.size)
+    sent_P = torch.stack([part.sum() for part in counts_E.split(sizes)])
+    # One device synchronisation for both lists, which the backend needs before it sends.
+    sent, taken = torch.stack([sent_P, received_PL.sum(dim=1)]).tolist()
+    return sent, taken, received_PL
 
 
-class _Permuted(torch.autograd.Function):
-    """Rows in another order; its gradient is a gather too, where autograd would add."""
+class _Permute(torch.autograd.Function):
+    """Rows in another order; the gradient is a gather too, where autograd would scatter and add."""
 
     @staticmethod
-    def forward(ctx, x_RD, order_R, back_R):
-        ctx.save_for_backward(back_R)
+    def forward(ctx, x_RD, order_R, inverse_R):
+        ctx.save_for_backward(inverse_R)
         return x_RD.index_select(0, order_R)
 
     @staticmethod

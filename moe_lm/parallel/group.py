@@ -1,6 +1,6 @@
-"""Some of the processes that train together: what they send each other, how much of it, and who holds which rows.
+"""A group of processes that train together: its collectives, the bytes they send, and row-wise shards.
 
-Shape suffixes: R rows, D numbers of a row.
+Shape suffixes: R rows, D numbers per row.
 """
 
 from collections import Counter
@@ -13,9 +13,9 @@ from torch.autograd.function import once_differentiable
 
 
 class Group:
-    """Some of the processes, by rank; one alone sends nothing.
+    """Some of the processes, by rank; a group of one process sends nothing.
 
-    `sent` counts the bytes that this process sends to others, by purpose: of an all-reduce those of a ring,
+    `sent` counts the bytes that this process sends to others, by purpose; an all-reduce counts as a ring's,
     2 (n - 1) / n of the tensor.
     """
 
@@ -32,66 +32,66 @@ class Group:
         return tensor
 
     def all_reduce_async_(self, tensor: Tensor, purpose: str) -> dist.Work | None:
-        """Begin `all_reduce_`; the tensor holds the sum once the returned work is waited for."""
+        """Begin `all_reduce_`; the tensor holds the sum once the returned work has been waited for."""
         if self.size == 1 or tensor.numel() == 0:
             return None
         self._count(purpose, 2 * (self.size - 1) / self.size * tensor.numel() * tensor.element_size())
-        torch.autograd.graph.increment_version(tensor)  # as what is known of its numbers no longer holds
+        torch.autograd.graph.increment_version(tensor)  # anything cached about its values is stale now
         return dist.all_reduce(tensor, group=self.handle, async_op=True)
 
-    def all_to_all(self, x_RD: Tensor, given: list[int], taken: list[int], purpose: str) -> Tensor:
-        """Send the first `given[0]` rows to process 0, the next to 1, ...; return the `taken[i]` rows of each.
+    def all_to_all(self, x_RD: Tensor, send: list[int], receive: list[int], purpose: str) -> Tensor:
+        """Send the first `send[0]` rows to process 0, the next to 1, ...; return the `receive[i]` rows of each.
 
-        Differentiable: the gradient goes back the way the rows came.
+        The gradient takes the way back.
         """
-        return _Exchange.apply(x_RD, self, given, taken, purpose)
+        return _AllToAll.apply(x_RD, self, send, receive, purpose)
 
     def all_to_all_equal(self, x_RD: Tensor, purpose: str) -> Tensor:
-        """Send each process an equal part of the rows; return as many, by process."""
+        """Send each process an equal part of the rows; return as many rows, by process."""
         part = x_RD.shape[0] // self.size
         return self.all_to_all(x_RD, [part] * self.size, [part] * self.size, purpose)
 
     def all_gather(self, x_RD: Tensor, purpose: str) -> list[Tensor]:
-        """Return the rows of every process, as many as each has."""
+        """Return the rows of every process, however many each has."""
         num_rows = torch.tensor([x_RD.shape[0]] * self.size, device=x_RD.device)
-        taken = self.all_to_all_equal(num_rows, purpose).tolist()
-        # Padded: a gather of unequal parts is not in every backend. Owners are drawn so that they differ little.
-        padded = x_RD.new_zeros(max(taken), *x_RD.shape[1:])
+        rows = self.all_to_all_equal(num_rows, purpose).tolist()
+        # Padded, because not every backend gathers unequal parts; callers spread rows so that parts differ little.
+        padded = x_RD.new_zeros(max(rows), *x_RD.shape[1:])
         padded[: x_RD.shape[0]] = x_RD
-        parts = [torch.empty_like(padded) for _ in taken]
+        parts = [torch.empty_like(padded) for _ in rows]
         if padded.numel():
             self._count(purpose, (self.size - 1) * padded.numel() * padded.element_size())
             dist.all_gather(parts, padded, group=self.handle)
-        return [part[:rows] for part, rows in zip(parts, taken, strict=True)]
+        return [part[:count] for part, count in zip(parts, rows, strict=True)]
 
-    def all_to_all_raw(self, x_RD: Tensor, given: list[int], taken: list[int], purpose: str) -> Tensor:
-        """Do what `all_to_all` says, without a gradient."""
-        received_RD = x_RD.new_empty(sum(taken), *x_RD.shape[1:])
-        row = x_RD[:1].numel() * x_RD.element_size() if len(x_RD) else 0
-        self._count(purpose, (len(x_RD) - given[self.rank]) * row)
-        dist.all_to_all_single(received_RD, x_RD.contiguous(), taken, given, group=self.handle)
+    def all_to_all_raw(self, x_RD: Tensor, send: list[int], receive: list[int], purpose: str) -> Tensor:
+        """Do what `all_to_all` does, without a gradient."""
+        received_RD = x_RD.new_empty(sum(receive), *x_RD.shape[1:])
+        row_bytes = x_RD[:1].numel() * x_RD.element_size() if len(x_RD) else 0
+        self._count(purpose, (len(x_RD) - send[self.rank]) * row_bytes)
+        dist.all_to_all_single(received_RD, x_RD.contiguous(), receive, send, group=self.handle)
         return received_RD
 
     def _count(self, purpose: str, num_bytes: float) -> None:
         self.sent[purpose] += num_bytes
 
 
-class _Exchange(torch.autograd.Function):
+class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_RD, group, given, taken, purpose):
-        ctx.where = group, given, taken, purpose
-        return group.all_to_all_raw(x_RD, given, taken, purpose)
+    def forward(ctx, x_RD, group, send, receive, purpose):
+        ctx.arguments = group, send, receive, purpose
+        return group.all_to_all_raw(x_RD, send, receive, purpose)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_RD):
-        group, given, taken, purpose = ctx.where
-        return group.all_to_all_raw(grad_RD, taken, given, purpose), None, None, None, None
+        group, send, receive, purpose = ctx.arguments
+        return group.all_to_all_raw(grad_RD, receive, send, purpose), None, None, None, None
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Which rows of a parameter this process holds: a range, one after another by rank."""
+    """The rows of a parameter (its dimension 0) that this process holds: a contiguous range, ordered by rank."""
 
     group: Group
     sizes: tuple[int, ...]
@@ -99,28 +99,28 @@ class Shard:
 
     @property
     def first(self) -> int:
-        """Number of the first row here."""
+        """Return the number of the first row held here."""
         return sum(self.sizes[: self.group.rank])
 
     @property
     def size(self) -> int:
-        """Rows here."""
+        """Return the number of rows held here."""
         return self.sizes[self.group.rank]
 
     @property
     def total(self) -> int:
-        """Rows of all processes."""
+        """Return the number of rows of all processes."""
         return sum(self.sizes)
 
     @property
     def rows(self) -> range:
-        """Numbers of the rows here."""
+        """Return the numbers of the rows held here."""
         return range(self.first, self.first + self.size)
 
 
-def shard_rows(total: int, group: Group, together: int = 1) -> Shard:
-    """Divide rows as evenly as can be; `together` rows stay on one process where there are enough such packets."""
-    if total % together or total // together < group.size:
-        together = 1
-    packets, more = divmod(total // together, group.size)
-    return Shard(group, tuple((packets + (rank < more)) * together for rank in range(group.size)))
+def shard_rows(total: int, group: Group, packet: int = 1) -> Shard:
+    """Shard rows as evenly as possible; `packet` rows stay on one process where there are enough packets."""
+    if total % packet or total // packet < group.size:
+        packet = 1
+    packets, remainder = divmod(total // packet, group.size)
+    return Shard(group, tuple((packets + (rank < remainder)) * packet for rank in range(group.size)))

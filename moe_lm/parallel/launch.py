@@ -1,4 +1,4 @@
-"""Starts the processes of one machine by torchrun's own launcher, and ends with what they ended with."""
+"""Launches the processes of one machine by torchrun's launcher and returns their exit code."""
 
 import contextlib
 import logging
@@ -15,32 +15,34 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from moe_lm.errors import UserError
-from moe_lm.parallel.signals import INTERRUPTED, LAUNCHER, REQUEUE, STOPPED_EARLY, code_of
+from moe_lm.parallel.signals import INTERRUPTED, LAUNCHER, REQUEUE, STOPPED_EARLY, exit_code_of
 from moe_lm.resources import free_memory
 
-_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _PROCESS_BYTES = 300 << 20
-"""What a process takes before it has a model: Python and torch."""
+"""Memory of a process before it has a model: Python and PyTorch."""
 
 
 def launch(arguments: list[str], num_processes: int) -> int:
     """Run `moe-lm` with these arguments in several processes; return the exit code of the first that failed, or 0.
 
-    A signal is passed on to all of them, which then save and stop; how long that takes is theirs to say. When one dies,
-    torchrun's launcher gives the others half a minute: on a GPU they wait for it and notice nothing.
+    A signal is forwarded to all processes, which save and stop in their own time. When one dies, torchrun's launcher
+    kills the others after half a minute: on a GPU they would wait for it for ever.
     """
     if os.environ.get("OMP_NUM_THREADS") is None:
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // num_processes))
-    # What went wrong the processes say themselves; the launcher would add a page.
+    # The processes log their own errors, to which the launcher would add a page.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
     os.environ[LAUNCHER] = str(os.getpid())
     received: list[int] = []
-    before = {number: signal.signal(number, _passing_on(received)) for number in _PASSED_ON if not _ignored(number)}
+    before = {
+        number: signal.signal(number, _forward_to_children(received)) for number in _FORWARDED if not _ignored(number)
+    }
     try:
         elastic_launch(_config(num_processes), sys.executable)(*program()[1:], *arguments)
-    except SignalException as stopped:  # another one, or an older torch, whose launcher takes them all
-        return code_of(stopped.sigval)
+    except SignalException as stopped:  # an older torch, whose launcher handles all signals
+        return exit_code_of(stopped.sigval)
     except ChildFailedError as failed:
         return _outcome({rank: failure.exitcode for rank, failure in failed.failures.items()}, received)
     finally:
@@ -51,7 +53,7 @@ def launch(arguments: list[str], num_processes: int) -> int:
 
 
 def program() -> tuple[str, ...]:
-    """Return the command line that starts moe-lm, not from what lies in the working directory unless it lies there."""
+    """Return the command line that starts this moe-lm, whatever else the working directory holds."""
     here = Path(__file__).resolve().parents[2]
     return sys.executable, *(() if here == Path.cwd() else ("-P",)), "-m", "moe_lm"
 
@@ -60,23 +62,23 @@ def _ignored(number: int) -> bool:
     return signal.getsignal(number) == signal.SIG_IGN  # as nohup has it
 
 
-def _passing_on(received: list[int]):
-    """Return what hands a signal to every process; before there is any it ends the launcher."""
+def _forward_to_children(received: list[int]):
+    """Return a handler that forwards a signal to every process, and ends the launcher before there is any."""
 
-    def pass_on(number, frame):  # noqa: ARG001
+    def forward(number, frame):  # noqa: ARG001
         received.append(number)
         children = _children()
         for pid in children:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
         if not children:
-            sys.exit(code_of(number))
+            sys.exit(exit_code_of(number))
 
-    return pass_on
+    return forward
 
 
 def _children() -> list[int]:
-    """Return the processes that this one started; torchrun's launcher does not tell them."""
+    """Return the ids of the child processes, which torchrun's launcher does not expose."""
     if Path("/proc/self/stat").exists():
         table = []
         for path in Path("/proc").glob("[0-9]*/stat"):
@@ -100,33 +102,34 @@ def _config(num_processes: int) -> LaunchConfig:
         "max_restarts": 0,
         "monitor_interval": 0.1,
         "logs_specs": DefaultLogsSpecs(),
-        "signals_to_handle": "SIGQUIT",  # the others are passed on here
+        "signals_to_handle": "SIGQUIT",  # the other signals are forwarded by this module
     }
     known = {field.name for field in fields(LaunchConfig)}  # an older torch knows fewer
     return LaunchConfig(**{name: value for name, value in settings.items() if name in known})
 
 
 def _outcome(codes: dict[int, int], received: list[int]) -> int:
-    """Return the code that all failed with; one that a signal killed is said, and is a failure like any other.
+    """Return one exit code for all processes, given those of the failed ones.
 
-    Where all were stopped by a signal passed on, before or in training, that is what they ended of.
+    Where a forwarded signal stopped all of them, the code is the signal's; a process that another signal killed is
+    reported and counts as failed.
     """
     stops = {REQUEUE, INTERRUPTED, STOPPED_EARLY, *(-number for number in received)}
     if received and stops.issuperset(codes.values()):
-        return code_of(received[0])
-    # SIGTERM is what the launcher sends to those that are left.
+        return exit_code_of(received[0])
+    # The launcher itself sends SIGTERM to the processes that are left.
     killed = sorted((code == -signal.SIGTERM, rank, code) for rank, code in codes.items() if code < 0)
-    told = [code for code in codes.values() if code > 0]
-    if killed and (not killed[0][0] or not told):
+    failed = [code for code in codes.values() if code > 0]
+    if killed and (not killed[0][0] or not failed):
         _, rank, code = killed[0]
         name = signal.Signals(-code).name
         print(f"moe-lm: process {rank} was killed by {name}: repeat the command to go on", file=sys.stderr)
         return 1
-    return min(told, key=lambda code: (code == 1, code))
+    return min(failed, key=lambda code: (code == 1, code))
 
 
 def check_num_processes(num_processes: int, num_devices: int | None) -> None:
-    """Raise `UserError` for a number of processes that this machine cannot run; `num_devices` counts its GPUs."""
+    """Raise `UserError` for more processes than this machine can run; `num_devices` is the number of its GPUs."""
     if num_processes < 1:
         raise UserError(f"num_processes={num_processes}: must be at least 1")
     if num_devices is not None and num_processes > num_devices:

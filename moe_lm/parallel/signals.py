@@ -1,4 +1,4 @@
-"""Signals: the first lets the step end and saves, on every process; what the exit code then tells a scheduler."""
+"""Signals: the first lets every process finish its step and save; the exit code tells a scheduler what happened."""
 
 import contextlib
 import ctypes
@@ -9,31 +9,31 @@ import sys
 from moe_lm.errors import PeerLost
 
 INTERRUPTED = 130
-"""Somebody pressed Ctrl-C."""
+"""Exit code after Ctrl-C."""
 REQUEUE = 75
-"""EX_TEMPFAIL: a machine is wanted back, or the time is up; the same command goes on later."""
+"""Exit code (EX_TEMPFAIL) of a preempted run: the same command continues it later."""
 
 STOPPED_EARLY = 128 + signal.SIGTERM
-"""What SIGTERM makes of one process of several outside training: a mistake of another one may have sent it."""
+"""Exit code of one of several processes after SIGTERM outside training, which another process's error may cause."""
 
 LAUNCHER = "MOE_LM_LAUNCHER"
-"""The variable that tells processes the number of the one that started them."""
+"""Environment variable with the process id of the launcher."""
 
 _FROM_SCHEDULERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
-def code_of(number: int) -> int:
-    """Return the exit code of a run that ended because of this signal."""
+def exit_code_of(number: int) -> int:
+    """Return the exit code of a run that this signal ended."""
     return INTERRUPTED if number == signal.SIGINT else REQUEUE
 
 
 class SignalHandler:
-    """What signals have asked for; while it is not `collecting` them, they end the program at once, with their code.
+    """Records signals while it is `collecting` them; at other times a signal ends the program at once with its code.
 
-    A second SIGINT kills as usual, a second SIGTERM, SIGUSR1 or SIGHUP changes nothing: batch systems send several, and
-    more than once. Of `several` processes SIGTERM before and after training ends one as it would without this: a batch
-    system sends it where another one made a mistake, which must not look like a wish to go on later.
+    A second SIGINT kills as usual; a second SIGTERM, SIGUSR1 or SIGHUP changes nothing, because batch systems repeat
+    them. With `several` processes a SIGTERM before or after training is no request to requeue: batch systems send it
+    to a process whose peer failed.
     """
 
     def __init__(self, several: bool = False):
@@ -45,12 +45,12 @@ class SignalHandler:
 
     @property
     def requested(self) -> bool:
-        """Whether there was a signal."""
+        """Return whether a signal has been received."""
         return bool(self.received)
 
     @contextlib.contextmanager
     def collecting(self):
-        """Let signals wait, as long as this lasts, for somebody to look at `requested`."""
+        """Record signals inside this context, for the caller to read `requested`."""
         self._collecting = True
         signal.signal(signal.SIGINT, self._handle)
         try:
@@ -65,24 +65,24 @@ class SignalHandler:
             signal.signal(number, signal.SIG_DFL)
         if not self._collecting:
             leave_in_peace()
-            sys.exit(STOPPED_EARLY if self._several and number == signal.SIGTERM else code_of(number))
+            sys.exit(STOPPED_EARLY if self._several and number == signal.SIGTERM else exit_code_of(number))
 
 
 def launcher_gone() -> bool:
-    """Whether what started this process as one of several is there no more."""
+    """Return whether the launcher of this process has died."""
     return os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid())
 
 
 def leave_in_peace() -> None:
-    """Ignore that the launcher now ends what is left of the processes: each ends by itself, with the code it has."""
+    """Ignore the launcher's signals from now on, so that each process ends by itself with its own exit code."""
     for number in _FROM_SCHEDULERS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def end_with_parent() -> None:
-    """Be told by SIGTERM when the launcher has gone, so that no process lives on and holds the run's lock.
+    """Receive SIGTERM when the launcher dies, so that no orphan keeps the run's lock.
 
-    Raises `PeerLost` where it has gone already.
+    Raises `PeerLost` where it has died already.
     """
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError, OSError):

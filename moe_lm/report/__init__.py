@@ -1,4 +1,4 @@
-"""What a report is made from (run records) and what it leaves behind (files and a table)."""
+"""Records of a report: runs as read from their files, and tables of figures."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -9,111 +9,138 @@ from typing import Any
 
 import yaml
 
-from moe_lm.report.paper import Printed
+from moe_lm.compat import current_config
 
-Line = Mapping[str, Any]
+Figures = Mapping[str, float | str | None]
+"""Figures by name; None where a figure is missing."""
+
+
+@dataclass(frozen=True)
+class PaperResult:
+    """A row of the paper's Table 7 or 8; None where the paper gives no figure."""
+
+    name: str
+    """Model name as the paper writes it."""
+    operations: str | None
+    """Millions of operations per timestep, with the printed digits."""
+    parameters: str | None
+    """Millions of parameters without embedding and softmax, with the printed digits."""
+    total: str | None
+    """Billions of parameters in total, with the printed digits."""
+    perplexity: float | None
+    """Test perplexity after 10 epochs (Table 7) or 1 epoch (Table 8)."""
+    later_perplexity: float | None
+    """Final test perplexity (Table 7)."""
+    dropout: float | None
+    """DropProb (Table 7)."""
+    tflops: float | None
+    """TFLOPS per GPU."""
+    early_perplexity: float | None = None
+    """Test perplexity after 0.1 epochs (Table 8)."""
 
 
 @dataclass(frozen=True)
 class PaperModel:
-    """The model of the paper that a run is, or that it imitates with other sizes."""
+    """The paper's model with a run's architecture, at the run's size or at another one."""
 
     preset: str
-    printed: Printed
+    result: PaperResult
     comparable: bool
-    """Whether the run has the paper's sizes and is tested on the paper's text."""
+    """Whether the run has the paper's sizes and test text."""
     times_width: float
-    """The paper's width over the run's."""
+    """Width in the paper divided by the run's width."""
     words: float | None
-    """What the paper trained on for the printed perplexity; None where it does not say."""
+    """Training words behind the paper's perplexity; None where the paper gives no perplexity."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run directory as its files tell it; `result` is None while the run is unfinished."""
+    """The contents of one run directory; `result` is None while the run is unfinished."""
 
     name: str
     folder: Path
     result: Mapping[str, Any] | None
-    metrics: tuple[Line, ...]  # training lines
-    evaluations: tuple[Line, ...]  # lines with a split
+    metrics: tuple[Mapping[str, Any], ...]  # training lines
+    evaluations: tuple[Mapping[str, Any], ...]  # lines with a split
     config: str
     audit: Mapping[str, Any] | None = None
-    """What `moe-lm audit` found of the finished run's last step, None where it was not asked."""
+    """Result of `moe-lm audit` at the run's last step; None if that step was not audited."""
     paper: PaperModel | None = field(default=None, compare=False)
 
     @cached_property
     def settings(self) -> Mapping[str, Any]:
-        """The configuration as data; empty where the file cannot be read as that."""
+        """The parsed configuration with this version's keys; empty if the file is not a YAML mapping."""
         try:
             settings = yaml.safe_load(self.config)
         except yaml.YAMLError:
             return {}
-        return settings if isinstance(settings, dict) else {}
+        return current_config(settings) if isinstance(settings, dict) else {}
 
     @property
     def base_name(self) -> str:
-        """The name without its `seed=N` part: the same for runs that differ in nothing else."""
+        """The name without its `seed=N` part, which runs that differ only in the seed share."""
         return re.sub(r",seed=\d+(?=,|$)", "", self.name)
 
     @property
     def is_moe(self) -> bool:
-        """Whether the run has a gate: its training lines then say how the experts are loaded."""
+        """Whether the run has a gate; only then do its training lines contain the experts' load."""
         return any("cv_load" in line for line in self.metrics)
 
     @property
     def kind(self) -> str:
-        """What stands between the LSTM layers: dense, flat or hierarchical (a mixture with a primary gate)."""
+        """`dense`, `flat` (one gate) or `hierarchical` (with a primary gate)."""
         if not self.is_moe:
             return "dense"
         return "hierarchical" if re.search(r"^\s+primary_gate:", self.config, re.MULTILINE) else "flat"
 
     def perplexity(self, split: str) -> float | None:
-        """The final perplexity on a split, or None where the run has none."""
+        """The final perplexity on a split, None where there is none."""
         return None if self.result is None else self.result["perplexity"].get(split)
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table: its key in a row and in the CSV, and its heading for readers."""
+    """A column of a table: its key in rows and CSV files, and its heading for readers."""
 
     key: str
     heading: str
 
     @property
-    def is_printed(self) -> bool:
-        """Whether the figures are the paper's, which stand apart from ours."""
+    def is_paper(self) -> bool:
+        """Whether the column holds the paper's figures."""
         return self.key.startswith("paper_")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; `kind` is run, mean or deviation, absent figures are None."""
+    """A row of a table; `kind` is `run`, or `mean` or `deviation` over several seeds."""
 
     kind: str
     name: str
-    figures: Mapping[str, float | str | None]
+    figures: Figures
     num_seeds: int = 1
+
+    @property
+    def remark(self) -> str:
+        """Text after the name: what a row over several seeds holds; empty for a single run."""
+        kinds = {"run": "", "mean": " mean", "deviation": " standard deviation"}
+        return kinds[self.kind] + (f" ({self.num_seeds} seeds)" if self.num_seeds > 1 else "")
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of figures with what they mean; `name` is the stem of its CSV file."""
+    """Rows of figures and the text that explains them; `name` is the stem of the CSV file."""
 
     name: str
     heading: str
     text: str
     formats: Mapping[Column, Callable[[Any], str]]
-    """Each column and how its figures are written for readers."""
+    """The function that writes a column's figures, for each column."""
     rows: Sequence[Row]
     names: str = "model"
-    """What the names of the rows are the names of."""
+    """Heading of the column of row names."""
 
-
-@dataclass(frozen=True)
-class Report:
-    """What `write_report` left: its folder, every file in it, and the table for the console."""
-
-    folder: Path
-    files: tuple[Path, ...]
-    markdown: str
+    def cells(self, row: Row) -> list[str]:
+        """Return a row's figures as text, empty where a figure is missing."""
+        values = [(row.figures.get(column.key), style) for column, style in self.formats.items()]
+        return ["" if value is None else style(value) for value, style in values]

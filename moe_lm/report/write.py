@@ -1,45 +1,55 @@
-"""Writes a report: the table, the plots and the page, in `<runs>/report/`."""
+"""Writes a report to `<runs>/report/`: tables, plots and the page."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from moe_lm.atomic_io import replace_files
-from moe_lm.report import Report
-from moe_lm.report.ablation import balance_tables
-from moe_lm.report.beside import Presets, paper_tables, set_beside
-from moe_lm.report.page import to_html
+from moe_lm.report.formats import to_csv, to_markdown
+from moe_lm.report.html import render
 from moe_lm.report.plots import NAMES, draw_plots
-from moe_lm.report.results import read_runs
-from moe_lm.report.routing import routing_tables
-from moe_lm.report.table import main_table, unfinished_runs
-from moe_lm.report.writing import to_csv, to_markdown
+from moe_lm.report.runs import Presets, environments_of, read_runs
+from moe_lm.report.tables import report_tables, unfinished_runs
 
-SOMETIMES = (
-    "paper.csv",
-    "imitated.csv",
-    "balance.csv",
-    "routing.csv",
+OPTIONAL = (
+    *("paper.csv", "imitated.csv", "balance.csv", "routing.csv"),
     *(f"{name}.{kind}" for name in NAMES for kind in ("png", "svg")),
 )
 """Files that only some reports have."""
 
 
-def write_report(folder: Path, presets: Presets, notes: Sequence[str] = (), study: str = "") -> Report:
-    """Report on the runs of `folder` in `folder/report`; the same runs give the same bytes.
+class Report(NamedTuple):
+    """The folder of a report, every file in it, and its tables for the console."""
 
-    `presets` gives a preset's configuration, which tells whether a run is the paper's model or imitates it.
-    `notes` and `study` stand at the top of the page: what the study can show and what not, its name and scale.
+    folder: Path
+    files: tuple[Path, ...]
+    markdown: str
+
+
+def write_report(folder: Path, presets: Presets, notes: Sequence[str] = (), study: str = "") -> Report:
+    """Write the report on the runs of `folder` to `folder/report`; the same runs give the same bytes.
+
+    `presets` returns a preset's configuration, which tells whether a run is the paper's model at some size.
+    `notes` and `study` stand at the top of the page: what the study shows and what it does not, its name and scale.
     Raises `UserError` where there is no run, a run is damaged or the report cannot be written.
     """
     folder = Path(folder)
-    runs = set_beside(read_runs(folder), presets)
-    tables = [main_table(runs), *paper_tables(runs), *balance_tables(runs), *routing_tables(runs)]
-    unfinished = unfinished_runs(runs)
-    plots = draw_plots(runs)
-    pictures = {name: formats["svg"].decode() for name, formats in plots.items()}
+    runs = read_runs(folder, presets)
+    tables, unfinished, plots = report_tables(runs), unfinished_runs(runs), draw_plots(runs)
     markdown = to_markdown(tables, unfinished)
-    page = to_html(folder.resolve().name, study, notes, runs, tables, unfinished, pictures)
+    page = render(
+        "page.html.j2",
+        title=folder.resolve().name,
+        study=study,
+        notes=notes,
+        finished=len(runs) - len(unfinished),
+        unfinished=unfinished,
+        tables=tables,
+        plots={name: formats["svg"].decode() for name, formats in plots.items()},
+        runs=runs,
+        environments=environments_of(runs),
+    )
     contents = {"index.html": page.encode(), "table.md": markdown.encode()}
     contents |= {f"{table.name}.csv": to_csv(table).encode() for table in tables}
     contents |= {f"{name}.{kind}": data for name, formats in plots.items() for kind, data in formats.items()}
-    return Report(folder / "report", replace_files(folder / "report", contents, SOMETIMES), markdown)
+    return Report(folder / "report", replace_files(folder / "report", contents, OPTIONAL), markdown)

@@ -1,60 +1,53 @@
-"""One update: the micro-batches of a step, on one process or many, to gradients and changed weights.
+"""One training step: a global batch to gradients and changed weights, in one process or many.
 
-Every process takes micro-batches by turns. Statistics are summed over all of them before a loss reads them, gradients
-before the optimizer does, so the update is that of the whole batch whatever the number of processes.
+The processes take micro-batches in turn. Gating statistics are summed over all processes before a balance loss reads
+them, gradients before the optimizer does, so the update is that of the whole batch for any number of processes.
+
+Shape suffix: E experts.
 """
 
 import contextlib
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moe_lm.data.batching import GlobalBatch
-from moe_lm.data.micro_batch import MicroBatch
-from moe_lm.gate import Gating
-from moe_lm.loss.objective import Objective, Statistics, add, statistics
+from moe_lm.data.batching import GlobalBatch, MicroBatch
+from moe_lm.loss.objective import Gatings, Objective, Statistics, add_statistics, statistics_of
 from moe_lm.model.language_model import LanguageModel
 from moe_lm.optim import CompositeOptimizer
-from moe_lm.parallel.context import SINGLE_PROCESS, ParallelContext
-from moe_lm.parallel.grad_reduce import GradReducer, sum_statistics
+from moe_lm.parallel.grad_reduce import GradReducer
 from moe_lm.seeds import derive_seed
-from moe_lm.train.accumulator import StepAccumulator, nothing
-from moe_lm.train.later import Later
 
 _EXPLODED = 10
-"""A loss of as many times what guessing costs, log(vocabulary), is no loss to learn from."""
+"""Multiple of log(vocabulary), the loss of guessing, above which a loss is not learned from."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an update saw and did, of the global batch: the same on each process."""
+    """What a step saw of its global batch, the same in every process."""
 
-    decision: Later
+    updated: bool
     """Whether the weights changed: not where loss or gradient is not finite, or the loss exploded."""
     nats: Tensor
-    """Summed over all predicted words (float64)."""
-    norm: Tensor
-    """Of the whole gradient, before it was clipped."""
-    terms: dict[str, Tensor | float]
-    """Each balance loss, unweighted."""
-    gatings: dict[str, Gating]
-    """Of each gated layer one with the statistics of the global batch."""
-    shares: dict[str, Tensor]
-    """Of assignments `dropped`, of tokens `unserved`, and `max_over_mean_tokens`: the busiest expert's, of the mean.
+    """Nats summed over all predicted words (float64)."""
+    grad_norm: Tensor
+    """Global gradient norm before clipping."""
+    balance: Mapping[str, Tensor | float]
+    """Unweighted value of each balance loss."""
+    gatings: Gatings
+    """One gating per gated layer, with the statistics of the global batch."""
+    routing: Mapping[str, Tensor]
+    """`dropped_fraction` of the requested assignments, `unrouted_fraction` of the tokens, and `max_over_mean_tokens`.
 
-    The last is of all gated layers the mean. Nothing without gated layers.
+    The last is the busiest expert's number of tokens over the mean, averaged over the gated layers. Empty without any.
     """
-
-    @property
-    def made(self) -> bool:
-        """The decision; where a GPU has made it, the host waits for that."""
-        return bool(self.decision.read())
 
 
 class TrainStep:
-    """Makes updates of one model."""
+    """Runs the training steps of one model."""
 
     def __init__(
         self,
@@ -63,104 +56,165 @@ class TrainStep:
         objective: Objective,
         optimizer: CompositeOptimizer,
         clip_norm: float,
-        exact_balance: bool,
+        global_balance: bool,
         autocast: torch.dtype | None,
         seed: int,
-        vocabulary_size: int,
-        parallel: ParallelContext = SINGLE_PROCESS,
+        reducer: GradReducer,
     ):
-        self.model, self.objective, self.optimizer, self.parallel = model, objective, optimizer, parallel
-        self._clip_norm, self._exact_balance, self._autocast = clip_norm, exact_balance, autocast
-        self._seed, self._largest_loss = seed, _EXPLODED * math.log(max(2, vocabulary_size))
-        self._gradients = GradReducer(model, parallel)
-        self._device = model.embedding_VD.device
+        """With `global_balance` balance losses read the global batch's statistics, else those of each micro-batch."""
+        self.model, self.objective, self.optimizer = model, objective, optimizer
+        self.device = model.device
+        self._clip_norm, self._global_balance, self._seed = clip_norm, global_balance, seed
+        self._autocast = torch.autocast(self.device.type, autocast, enabled=autocast is not None)
+        self._allow_tf32 = autocast is not None and self.device.type == "cuda"
+        self._max_loss = _EXPLODED * math.log(max(2, model.vocabulary_size))
+        self._reducer, self.parallel = reducer, reducer.parallel
+        self._num_processes = reducer.parallel.size
 
     def __call__(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
-        """Make the update of this step, unless its loss or gradient is not finite, and say what it saw."""
+        """Update the weights, unless loss or gradient is not finite, and return what the step saw."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        with _float32_as_tf32(self._autocast is not None and self._device.type == "cuda"):
-            seen = self._passes(batch, step)
-        self._gradients.finish()
-        norm = self._gradients.norm(self.optimizer)
-        made = norm.isfinite() & (seen.nats / batch.num_words <= self._largest_loss)
-        decision = Later(made)
-        if self.optimizer.decides_on_device():
-            self._change_where(made, norm, seen)
-        elif decision.read():  # the host waits
+        with _float32_as_tf32(self._allow_tf32):
+            sums = self._forward_backward(batch, step)
+        self._reducer.finish()
+        norm = self._reducer.norm(self.optimizer)
+        updated = bool(norm.isfinite() & (sums.nats / batch.num_words <= self._max_loss))
+        if updated:
             self.optimizer.clip(self._clip_norm, norm.item())
-            self._change(seen)
+            self.optimizer.step()
+            for layer, gating in sums.gatings.items():
+                self.model.layers[layer].adapt(gating.statistics())
         self.optimizer.zero_grad()
-        return StepResult(decision, seen.nats, norm, seen.terms, seen.gatings, seen.shares)
+        return StepResult(updated, sums.nats, norm, sums.balance, sums.gatings, sums.routing)
 
-    def _change(self, seen: StepAccumulator) -> None:
-        self.optimizer.step()
-        self.model.adapt({layer: gating.statistics() for layer, gating in seen.gatings.items()})
+    def _forward_backward(self, batch: GlobalBatch, step: int) -> "_Sums":
+        """Run every micro-batch forward and backward; the gradients stay in the parameters."""
+        micro_batches = list(self._micro_batches(batch, step))
+        # With one micro-batch a process the statistics are summed between its forward pass and the loss; with several a
+        # first pass collects them.
+        global_balance = len(batch) == 1 or (self._global_balance and bool(self.objective.balance))
+        several = len(micro_batches) > 1
+        global_stats = self._collect_statistics(micro_batches) if global_balance and several else None
+        negatives = derive_seed(self._seed, step, "negatives")
+        sums = _Sums(self.device)
+        for place, (micro, seed, counts) in enumerate(micro_batches):
+            self._seed_generators(seed)
+            with self._autocast:
+                nats, gatings = self.model(micro, negatives)
+            own = statistics_of(gatings, counts)
+            if global_balance and not several and self._num_processes > 1:
+                global_stats = self._reducer.sum_statistics(own)
+            share = micro.num_words / batch.num_words if counts else 0.0
+            loss, balance = self.objective(nats, batch.num_words, gatings, global_stats, share)
+            if place + 1 == len(micro_batches):
+                self._reducer.expect()
+            (loss if counts else 0 * loss).backward()
+            sums.add(nats, gatings, own, balance, share, counts)
+        sums.reduce(self._reducer, global_stats)
+        return sums
 
-    def _change_where(self, made: Tensor, norm: Tensor, seen: StepAccumulator) -> None:
-        """Leave it to the device whether anything changes: the host goes on to the next step."""
-        self.optimizer.clip_on_device(self._clip_norm, norm, made)
-        before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}  # what gates move
-        self._change(seen)
-        for name, buffer in self.model.named_buffers():
-            buffer.copy_(torch.where(made, buffer, before[name]))
+    def _micro_batches(self, batch: GlobalBatch, step: int) -> Iterator[tuple[MicroBatch, int, bool]]:
+        """Yield this process's micro-batches, the seed of each, and whether it counts.
 
-    def _passes(self, batch: GlobalBatch, step: int) -> StepAccumulator:
-        """Run every micro-batch forwards and backwards; the gradients are left in the parameters."""
-        turns = [(number, self._micro_batch(batch, number)) for number in self.parallel.round_robin(len(batch))]
-        # With one micro-batch a process, or one in all, the statistics are summed between its forward pass and the
-        # loss; with several a first pass collects them.
-        exact = len(batch) == 1 or (self._exact_balance and bool(self.objective.balance))
-        global_stats = self._collect(step, turns) if exact and len(turns) > 1 else None
-        seen = StepAccumulator(self._device)
-        for place, (number, micro) in enumerate(turns):
-            with self._seeded(step, number):
-                nats, gatings = self.model(micro, derive_seed(self._seed, step, "negatives"))
-            own = statistics(gatings) if number is not None else nothing(statistics(gatings))
-            if exact and global_stats is None:
-                global_stats = sum_statistics(own, self.parallel.world)
-            share = micro.num_words / batch.num_words if number is not None else 0.0
-            loss, values = self.objective(nats, batch.num_words, gatings, global_stats, share)
-            if place + 1 == len(turns):
-                self._gradients.expect()
-            (loss if number is not None else 0 * loss).backward()
-            seen.add(nats, gatings, own, values, share, counts=number is not None)
-        seen.sum(self.parallel, global_stats)
-        return seen
+        Every process has as many, because experts wait for all processes; the surplus ones count for nothing.
+        """
+        for number in self.parallel.round_robin(len(batch)):
+            micro = batch.dummy() if number is None else batch[number]
+            yield micro.to(self.device), derive_seed(self._seed, step, number), number is not None
 
     @torch.no_grad()
-    def _collect(self, step: int, turns: list[tuple[int | None, MicroBatch]]) -> Statistics:
-        """First pass of an accumulated batch: the gates' statistics of all its micro-batches."""
+    def _collect_statistics(self, micro_batches: list[tuple[MicroBatch, int, bool]]) -> Statistics:
+        """Run the first pass of an accumulated batch; return the gating statistics of all micro-batches."""
         total = None
-        for number, micro in turns:
-            with self._seeded(step, number):
-                own = statistics(self.model.hidden(micro)[1])
-            total = add(total, own if number is not None else nothing(own))
-        return sum_statistics(total, self.parallel.world)
+        for micro, seed, counts in micro_batches:
+            self._seed_generators(seed)
+            with self._autocast:
+                _, gatings = self.model.hidden(micro)
+            total = add_statistics(total, statistics_of(gatings, counts))
+        return self._reducer.sum_statistics(total)
 
-    def _micro_batch(self, batch: GlobalBatch, number: int | None) -> MicroBatch:
-        return (batch.idle() if number is None else batch[number]).to(self._device)
-
-    @contextlib.contextmanager
-    def _seeded(self, step: int, number: int | None):
-        """Noise and dropout depend on seed, step and micro-batch alone: the same in both passes, on any process."""
-        seed = derive_seed(self._seed, step, number)
-        # Not torch.manual_seed: on a CPU it notes a traceback for each kind of GPU, every time.
+    def _seed_generators(self, seed: int) -> None:
+        """Seed noise and dropout, which so depend on seed, step and micro-batch alone: in both passes, anywhere."""
+        # torch.manual_seed would record a traceback for each kind of GPU on a machine without any, at every call.
         torch.default_generator.manual_seed(seed)
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.manual_seed_all(seed)
-        with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
-            yield
+
+
+class _Sums:
+    """Sums over the micro-batches of a step, first of this process and then of all."""
+
+    def __init__(self, device: torch.device):
+        self.nats = torch.zeros((), dtype=torch.float64, device=device)
+        self.balance: dict[str, Tensor | float] = {}
+        self.gatings: Gatings = {}
+        self.routing: dict[str, Tensor] = {}
+        self._statistics: Statistics | None = None
+        self._last_balance: Mapping[str, Tensor | float] = {}
+        # Requested, dropped, tokens, unrouted: plain numbers where possible, which need no wait for the device.
+        self._counts: list[Tensor | int] = [0, 0, 0, 0]
+        self._tokens_E: dict[str, Tensor] = {}
+
+    def add(
+        self,
+        nats: Tensor,
+        gatings: Gatings,
+        own: Statistics,
+        balance: Mapping[str, Tensor | float],
+        share: float,
+        counts: bool,
+    ) -> None:
+        """Add a micro-batch; one that does not count adds zeros of the right shapes."""
+        self.gatings, self._last_balance = dict(gatings), balance
+        self._statistics = own if self._statistics is None else add_statistics(self._statistics, own)
+        self.balance = {name: self.balance.get(name, 0.0) + share * value for name, value in balance.items()}
+        for layer, gating in gatings.items():
+            tokens_E = gating.tokens_per_expert() * int(counts)
+            self._tokens_E[layer] = self._tokens_E.get(layer, 0) + tokens_E
+        if counts:
+            self.nats += nats.detach()
+            for gating in gatings.values():
+                found = (gating.num_requested, gating.num_dropped, gating.num_tokens, gating.num_unrouted())
+                self._counts = [total + x for total, x in zip(self._counts, found, strict=True)]
+
+    def reduce(self, reducer: GradReducer, global_stats: Statistics | None) -> None:
+        """Sum over all processes; losses of global statistics are the same everywhere already."""
+        names = list(self.balance)
+        own = [self.nats, *self._counts, *(self.balance[name] for name in names)]
+        # Plain numbers are filled in on the device, as copying them would wait for all that a GPU has to do.
+        own = [x.to(self.nats) if isinstance(x, Tensor) else self.nats.new_full((), x) for x in own]
+        tokens = [tokens_E.to(self.nats) for tokens_E in self._tokens_E.values()]
+        sizes = [len(own), *map(len, tokens)]
+        summed, *tokens = reducer.sum_(torch.cat([torch.stack(own), *tokens])).split(sizes)
+        self.nats, requested, dropped, num_tokens, unrouted, *values = summed
+        if global_stats is None:
+            self.balance = dict(zip(names, values, strict=True))
+            global_stats = reducer.sum_statistics(self._statistics or {})
+        else:
+            self.balance = dict(self._last_balance)
+        self.gatings = {layer: gating.with_statistics(global_stats[layer]) for layer, gating in self.gatings.items()}
+        if self.gatings:
+            self.routing = {
+                "dropped_fraction": dropped / requested.clamp(min=1),
+                "unrouted_fraction": unrouted / num_tokens.clamp(min=1),
+                "max_over_mean_tokens": torch.stack([max_over_mean(tokens_E) for tokens_E in tokens]).mean(),
+            }
+
+
+def max_over_mean(x_E: Tensor) -> Tensor:
+    """Return the largest number over the mean."""
+    return x_E.max() / (x_E.mean() + 1e-10)
 
 
 @contextlib.contextmanager
-def _float32_as_tf32(allowed: bool):
+def _float32_as_tf32(allowed: bool) -> Iterator[None]:
     """Let a GPU's float32 products, those of gates, round their factors to TF32, as cuDNN's LSTM does by default.
 
-    Its 10 bits of mantissa are 3 more than the autocast type's; the products take a third of the time.
+    TF32 has 3 bits of mantissa more than the autocast type; the products take a third of the time.
     """
     products = torch.backends.cuda.matmul
-    if not allowed or products.fp32_precision != "none":  # whoever has set it knows better
+    if not allowed or products.fp32_precision != "none":  # a precision that the user has set stays
         yield
         return
     products.allow_tf32 = True

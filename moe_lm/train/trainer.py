@@ -1,73 +1,97 @@
-"""The training loop: batches in, updates, metrics and checkpoints out; the same on one process or many."""
+"""The training loop: batches in, updates, metrics and checkpoints out; the same in one process or many."""
 
 import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 
 from tqdm import tqdm
 
-from moe_lm.analysis.cost.operations import flops_per_word
-from moe_lm.analysis.perplexity import Measured
-from moe_lm.checkpoint import checkpoint
-from moe_lm.checkpoint.saver import Saver, must
-from moe_lm.data.batching import Batches
-from moe_lm.data.prefetch import Prefetcher
+from moe_lm.analysis.perplexity import EvalResult
+from moe_lm.checkpoint.saver import Saver
+from moe_lm.data.batching import Prefetcher
 from moe_lm.errors import UserError
-from moe_lm.parallel.context import SINGLE_PROCESS, ParallelContext
-from moe_lm.run import Run
-from moe_lm.train.metrics import Interval, MetricsLog
-from moe_lm.train.progress import Progress, Settings
-from moe_lm.train.step import TrainStep
-from moe_lm.train.uncounted import Uncounted
+from moe_lm.train.metrics import Interval, MetricsLog, step_figures
+from moe_lm.train.step import StepResult, TrainStep
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the loop itself decides by."""
+
+    num_words: int
+    """Predicted words after which training ends, with the step that reaches them."""
+    log_every: int
+    """Steps between two lines of metrics.jsonl."""
+    valid_every: int
+    """Steps between two validations."""
+    every_seconds: float
+    """Seconds between two checkpoints."""
+    max_skipped_steps: int
+    """Skipped steps in a row after which training ends."""
+
+    def __post_init__(self):
+        for key in ("num_words", "log_every", "valid_every", "max_skipped_steps"):
+            if getattr(self, key) < 1:
+                raise UserError(f"training.{key}={getattr(self, key)}: must be at least 1")
+        if not self.every_seconds >= 0:
+            raise UserError(f"checkpoint.every_seconds={self.every_seconds}: must be at least 0")
+
+
+@dataclass
+class Progress:
+    """How far training is: with model and optimizer, all that a resumed run needs."""
+
+    step: int = 0
+    words: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    """Steps without an update, because loss or gradient was not finite or the loss exploded."""
+    skipped_in_a_row: int = 0
+    interval: dict[str, float] = field(default_factory=dict)
+    """Sums since the last log line."""
+    best: dict[str, float] | None = None
+    """Step and perplexity of the best validation so far."""
 
 
 class Trainer:
-    """Trains one model to `settings.num_words`; the same run continues where its last checkpoint stands."""
+    """Trains one model to `settings.num_words`; a run continues from its last checkpoint."""
 
     def __init__(
         self,
         *,
-        update: TrainStep,
+        train_step: TrainStep,
         peak_rate: float,
         schedule: Callable[[int], float],
-        batches: Batches,
-        validate: Callable[[], Measured],
-        run: Run,
-        log: MetricsLog,
+        prefetcher: Prefetcher,
+        validate: Callable[[], EvalResult],
+        metrics: MetricsLog,
         saver: Saver,
         fingerprint: str,
         settings: Settings,
-        say: Callable[[str], None],
-        parallel: ParallelContext = SINGLE_PROCESS,
+        flops_per_token: int,
+        log: Callable[[str], None],
     ):
-        self.update, self.model, self.optimizer = update, update.model, update.optimizer
-        self.peak_rate, self.schedule = peak_rate, schedule
-        self.batches, self.validate, self.run, self.log, self.saver = batches, validate, run, log, saver
-        self.fingerprint, self.settings, self.parallel, self._say = fingerprint, settings, parallel, say
-        self.ahead = Prefetcher(batches, parallel.round_robin, pinned=self.model.embedding_VD.is_cuda)
+        self.train_step, self.model, self.optimizer = train_step, train_step.model, train_step.optimizer
+        self.parallel = train_step.parallel
+        self.peak_rate, self.schedule, self.prefetcher, self.validate = peak_rate, schedule, prefetcher, validate
+        self.metrics, self.saver, self.fingerprint, self.settings = metrics, saver, fingerprint, settings
         self.progress = Progress()
-        self._interval = Interval()
-        self._uncounted: Uncounted | None = None
-        self._flops_per_token = flops_per_word(self.model)
+        self._log, self._interval, self._flops_per_token = log, Interval(), flops_per_token
         self._saved_at = time.monotonic()
 
     def resume(self) -> bool:
-        """Take up the newest intact checkpoint, if there is one, and drop the metrics that came after it."""
-        path = checkpoint.newest(self.run.checkpoints, self.parallel, self._say)
-        if path is not None:
-            state = checkpoint.load_state(path)
-            if state["data"] != self.fingerprint:
-                raise UserError(f"the data have changed since {self.run.folder} was begun: choose another name=...")
-            checkpoint.load_model(path, self.model, verified=True)
-            checkpoint.load_optimizer(path, self.model, self.optimizer, verified=True)
+        """Load the newest intact checkpoint, if there is one, and drop the metrics that came after it."""
+        state = self.saver.load_newest(self.model, self.optimizer, self.fingerprint)
+        if state is not None:
             self.progress = Progress(**state["progress"])
             self._interval = Interval(self.progress.interval)
-        # A finished run that goes on to more words takes its last, partial interval up again.
-        goes_on = bool(self.progress.interval) and self.progress.words < self.settings.num_words
-        self.parallel.first(lambda: self.run.cut_metrics(self.progress.step, and_training_at_step=goes_on))
-        return path is not None
+        # A finished run that is extended takes up its last, partial interval again.
+        extended = bool(self.progress.interval) and self.progress.words < self.settings.num_words
+        self.parallel.first(lambda: self.metrics.cut(self.progress.step, and_training_at_step=extended))
+        return state is not None
 
     def train(self, asked_to_stop: Callable[[], bool] = bool) -> bool:
         """Train to the end and return True, or until a process is asked to stop and return False; saves either way."""
@@ -75,18 +99,19 @@ class Trainer:
         self._saved_at = time.monotonic()
         stop = self.parallel.any(asked_to_stop())[0]
         try:
-            with self._bar() as bar:
+            with self._progress_bar() as bar:
                 while self.progress.words < self.settings.num_words and not stop:
                     self._step(bar)
                     due = time.monotonic() - self._saved_at >= self.settings.every_seconds
-                    # The first process's clock counts: all of them must save together.
+                    # The first process's clock decides, because all processes save together.
                     stop, due = self.parallel.any(asked_to_stop(), due and self.parallel.is_first)
                     if due:
                         self._save()
             self._save(wait=True)
         finally:
             error = self.saver.finish()
-        must(error)
+        if error is not None:
+            raise UserError(f"{error}: earlier checkpoints are untouched; make room and repeat the command")
         return self.progress.words >= self.settings.num_words
 
     def flops(self) -> int:
@@ -95,47 +120,44 @@ class Trainer:
 
     def _step(self, bar: tqdm) -> None:
         progress, started = self.progress, time.perf_counter()
-        batch = self.ahead.step(progress.step)
-        done = self.update(batch, progress.step, self.peak_rate * self.schedule(progress.step))
+        batch = self.prefetcher.step(progress.step)
+        result = self.train_step(batch, progress.step, self.peak_rate * self.schedule(progress.step))
         progress.step += 1
         progress.words += batch.num_words
         progress.tokens += batch.num_tokens
-        self._count()  # the one before, which is made by now: a GPU has this one to do while the host reads
-        self._uncounted = Uncounted.of(done, progress.step, batch.num_words)
-        if done.decision.is_here or self._says_something():
-            self._count()
+        self._count(result, batch.num_words)
+        seconds = time.perf_counter() - started
+        progress.seconds += seconds
         self._interval.add(passed_words=batch.num_words)
-        self._spend(time.perf_counter() - started)
+        self._interval.add(seconds=seconds)
         bar.update(batch.num_words)
         self._after_step(bar)
 
-    def _spend(self, seconds: float) -> None:
-        self.progress.seconds += seconds
-        self._interval.add(seconds=seconds)
+    def _count(self, result: StepResult, num_words: int) -> None:
+        """Add a step's figures to the interval; a skipped one counts only as skipped."""
+        progress = self.progress
+        if result.updated:
+            progress.skipped_in_a_row = 0
+            figures = {"nats": result.nats, "grad_norm": result.grad_norm, **step_figures(result)}
+            self._interval.add(steps=1, words=num_words, **figures)
+            return
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        self._interval.add(skipped=1)
+        loss, norm = float(result.nats) / num_words, float(result.grad_norm)
+        self._log(f"WARNING: step {progress.step} was left out: loss {loss:.4g}, gradient norm {norm:.4g}")
+        if progress.skipped_in_a_row >= self.settings.max_skipped_steps:
+            self._give_up()
 
-    def _says_something(self) -> bool:
-        """Whether a line, a validation or the end comes after this step, for which all must be counted."""
-        progress, settings = self.progress, self.settings
-        every = settings.log_every, settings.valid_every
-        return progress.words >= settings.num_words or any(progress.step % steps == 0 for steps in every)
-
-    def _count(self) -> None:
-        """Count the last update, if it is not yet counted."""
-        done, self._uncounted = self._uncounted, None
-        if done is not None and not done.count(self.progress, self._interval):
-            self._say_skipped(done)
-
-    def _say_skipped(self, done: Uncounted) -> None:
-        progress, most = self.progress, self.settings.max_skipped
-        self._say(f"WARNING: {done}")
-        if progress.skipped_in_a_row >= most:
-            self.saver.finish()  # what is being written counts too
-            saved = self.parallel.first(lambda: checkpoint.steps(self.run.checkpoints))
-            last = f"the last good checkpoint is that of step {saved[-1]}" if saved else "there is no checkpoint yet"
-            raise UserError(
-                f"{most} updates in a row had no finite loss and gradient, or a loss that exploded, up to step "
-                f"{done.step}; {last}: lower optimizer.learning_rate and train under another name=..."
-            )
+    def _give_up(self) -> None:
+        self.saver.finish()  # a checkpoint that is being written counts too
+        saved = self.parallel.first(self.saver.steps)
+        last = f"the last good checkpoint is that of step {saved[-1]}" if saved else "there is no checkpoint yet"
+        raise UserError(
+            f"{self.settings.max_skipped_steps} updates in a row had no finite loss and gradient, or a loss that "
+            f"exploded, up to step {self.progress.step}; {last}: lower optimizer.learning_rate and train under another "
+            "name=..."
+        )
 
     def _after_step(self, bar: tqdm) -> None:
         progress, settings = self.progress, self.settings
@@ -143,7 +165,7 @@ class Trainer:
             self._write_line(bar)
             self._interval = Interval()
         elif progress.words >= settings.num_words:
-            # A part of an interval; a longer run goes on with it and drops this line, see `resume`.
+            # The line of a partial interval; a longer run replaces it, see `resume`.
             self._write_line(bar)
         if progress.step % settings.valid_every == 0:
             self._validate(bar)
@@ -152,13 +174,13 @@ class Trainer:
         sums = self._interval.sums()
         seconds, passed, skipped = (sums.pop(name, 0.0) for name in ("seconds", "passed_words", "skipped"))
         steps, words, nats = (sums.pop(name, 0.0) for name in ("steps", "words", "nats"))
-        # Where every update was left out there is no loss to tell.
+        # An interval of skipped steps alone has no loss.
         means = {name: value / steps for name, value in sums.items()} if steps else {}
         loss = {"nats_per_word": nats / words} if steps else {}
-        self.log.write(
+        self.metrics.write(
             {
                 **self._position(),
-                "epoch": self.batches.epoch(self.progress.step),
+                "epoch": self.prefetcher.epoch(self.progress.step),
                 **loss,
                 "learning_rate": self.optimizer.param_groups[0]["lr"],
                 "words_per_second": passed / max(seconds, 1e-9),
@@ -167,11 +189,11 @@ class Trainer:
             }
         )
         best = f" best valid ppl {self.progress.best['perplexity']:.1f}" if self.progress.best else ""
-        # Sampled nats lie far below the true ones: only exact ones make a perplexity.
+        # Sampled nats lie far below the true ones: only exact nats give a perplexity.
         exact = self.model.softmax.exact_in_training and steps
         now = f" ppl {math.exp(min(nats / words, 700)):.1f}" if exact else ""
-        lost = f" dropped {means['dropped']:.1%}" if means.get("dropped") else ""
-        bar.set_postfix_str(f"loss {nats / max(words, 1):.3f}{now}{lost}{best}", refresh=False)
+        dropped = f" dropped {means['dropped_fraction']:.1%}" if means.get("dropped_fraction") else ""
+        bar.set_postfix_str(f"loss {nats / max(words, 1):.3f}{now}{dropped}{best}", refresh=False)
 
     def _validate(self, bar: tqdm) -> None:
         measured = self.validate()
@@ -180,7 +202,7 @@ class Trainer:
                 f"the validation perplexity is not finite at step {self.progress.step}: lower "
                 "optimizer.learning_rate and train under another name=..."
             )
-        self.log.write({**self._position(), "split": "valid", **measured.line()})
+        self.metrics.write({**self._position(), "split": "valid", **measured.metrics()})
         bar.set_postfix_str(f"valid ppl {measured.perplexity:.1f}", refresh=False)
         best = self.progress.best
         if best is None or measured.perplexity < best["perplexity"]:
@@ -197,21 +219,17 @@ class Trainer:
         }
 
     def _save(self, wait: bool = False) -> None:
-        if self._uncounted is not None:  # a GPU may still be at the update
-            started = time.perf_counter()
-            self._count()
-            self._spend(time.perf_counter() - started)
         self.progress.interval = self._interval.sums()
         state = {"data": self.fingerprint, "progress": asdict(self.progress)}
         best = {int(self.progress.best["step"])} if self.progress.best else set()
         self.saver.save(self.progress.step, self.model, self.optimizer, state, best, wait=wait)
         self._saved_at = time.monotonic()
 
-    def _bar(self) -> tqdm:
+    def _progress_bar(self) -> tqdm:
         return tqdm(
             total=self.settings.num_words,
             initial=self.progress.words,
-            desc=self.run.folder.name,
+            desc=self.saver.run_folder.name,
             unit="word",
             unit_scale=True,
             mininterval=0.5 if sys.stderr.isatty() else 2,

@@ -1,1 +1,1 @@
-"""The parts of scripts/fault_campaign.py: what is started, what is done to it, and what must hold afterwards."""
+"""The parts of scripts/fault_campaign.py: the faults, how they get into a training, and what is checked."""

@@ -1,4 +1,4 @@
-"""A training as a command line of its own, all its processes found and ended by a mark in their environment."""
+"""A command with all its processes, which are found by a mark in their environment."""
 
 import contextlib
 import os
@@ -13,11 +13,11 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 _INJECT = Path(__file__).resolve().parent / "inject"
 LONGEST = 600
-"""Seconds after which a training of this size counts as hanging."""
+"""Seconds after which a tiny training counts as hanging."""
 
 
 class Child:
-    """A command that was started; its output goes to a file."""
+    """A running command whose output goes to a file."""
 
     def __init__(self, command: list[str], folder: Path, log: Path, program: str, ranks: str, several: bool):
         self._mark = f"FAULTS_MARK={uuid.uuid4().hex}"
@@ -35,16 +35,21 @@ class Child:
 
     @property
     def code(self) -> int | None:
-        """The exit code of what was started, None while it runs."""
+        """Return the exit code of the command, None while it runs."""
         return self._process.poll()
 
     @property
     def text(self) -> str:
-        """What it has said so far."""
+        """Return the output so far."""
         return self.log.read_text(errors="replace")
 
-    def parallel(self) -> dict[int, str | None]:
-        """Return all its living processes with their rank, None for what has none."""
+    @property
+    def last_line(self) -> str:
+        """Return the last line of the output."""
+        return self.text.splitlines()[-1]
+
+    def processes(self) -> dict[int, str | None]:
+        """Return the rank of each living process by its id, None for a process without rank."""
         found = {}
         for folder in Path("/proc").iterdir():
             if folder.name.isdecimal():
@@ -58,23 +63,23 @@ class Child:
         return found
 
     def kill(self, rank: str | None = None, number: int = signal.SIGKILL) -> bool:
-        """Send a signal to the process of a rank, or to what was started; False where it is not there (any more)."""
-        pids = [pid for pid, found in self.parallel().items() if found == rank] if rank is not None else [self.pid]
+        """Send a signal to the process of a rank, or to the command; return False if it does not run (any more)."""
+        pids = [pid for pid, found in self.processes().items() if found == rank] if rank is not None else [self.pid]
         alive = [pid for pid in pids if pid != self.pid or self.code is None]
         for pid in alive:
             _send(pid, number)
         return bool(alive)
 
     def kill_all(self) -> None:
-        """End every process at once."""
-        for pid in self.parallel():
+        """Kill all processes."""
+        for pid in self.processes():
             _send(pid, signal.SIGKILL)
 
     def wait(self, seconds: float = LONGEST, until: Callable[[], bool] = bool) -> bool:
-        """Wait until all its processes have ended, or until a condition holds; False where time is up."""
+        """Wait until all processes have ended or a condition holds; return False when the time is up."""
         deadline = time.monotonic() + seconds
         while not until():
-            if self.code is not None and not self.parallel():
+            if self.code is not None and not self.processes():
                 return True
             if time.monotonic() > deadline:
                 return False
@@ -82,8 +87,8 @@ class Child:
         return True
 
     def end(self) -> None:
-        """Leave nothing running."""
-        while self.parallel():
+        """Kill all processes, and those that they start meanwhile."""
+        while self.processes():
             self.kill_all()
             time.sleep(0.02)
         self._process.wait()

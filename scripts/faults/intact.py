@@ -1,4 +1,4 @@
-"""What must hold of a run's directory at any moment, found without the product's own code."""
+"""What must be true of a run's directory at any moment, checked without moe_lm's own code."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ _RESULT = ("perplexity", "predicted_words", "steps", "words", "flops")
 
 
 def steps(run: Path) -> list[int]:
-    """Return the steps of the checkpoints that count, ascending."""
+    """Return the steps of the complete checkpoints, ascending."""
     try:
         return sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
     except FileNotFoundError:
@@ -27,7 +27,7 @@ def folder_of(run: Path, step: int) -> Path:
 
 
 def fault_of(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint, None where it is what was written."""
+    """Return what is wrong with a checkpoint, None if it is as it was written."""
     try:
         record = json.loads((checkpoint / "state.json").read_text())
         state = record["state"]
@@ -46,14 +46,14 @@ def fault_of(checkpoint: Path) -> str | None:
                 return f"{name} does not match its checksum"
             with safe_open(checkpoint / name, framework="pt") as file:
                 if not all(torch.isfinite(file.get_tensor(key)).all() for key in file.keys()):  # noqa: SIM118
-                    return f"{name} holds what is not finite"
+                    return f"{name} holds numbers that are not finite"
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         return f"{type(error).__name__} {error}"
     return None
 
 
 def best_of(checkpoint: Path) -> int | None:
-    """Return the step of the best checkpoint, as this one knows it."""
+    """Return the step of the best checkpoint, as this checkpoint records it."""
     best = json.loads((checkpoint / "state.json").read_text())["state"]["progress"]["best"]
     return int(best["step"]) if best else None
 
@@ -74,7 +74,7 @@ def metrics(run: Path) -> list[dict]:
 
 
 def outcome(run: Path) -> dict[str, object]:
-    """Return everything of a finished run that must not depend on what happened to it, in parts."""
+    """Return by name everything in a finished run that must not depend on interruptions."""
     last = folder_of(run, steps(run)[-1])
     result = json.loads((run / "result.json").read_text())
     progress = json.loads((last / "state.json").read_text())["state"]["progress"]
@@ -89,22 +89,22 @@ def outcome(run: Path) -> dict[str, object]:
 
 
 def _tensors(checkpoint: Path) -> dict[str, list[str]]:
-    """Of each tensor its bits, part by part; which file holds one that all processes have alike is no matter."""
+    """Return hashes of each tensor's shards; which file holds a tensor that is not sharded does not matter."""
     found: dict[str, list[str]] = {}
     for file in sorted(checkpoint.rglob("*.safetensors")):
         for name, tensor in load_file(file).items():
-            found.setdefault(f"{file.parent.name}/{name}", []).append(_bits(tensor))
+            found.setdefault(f"{file.parent.name}/{name}", []).append(_hash(tensor))
     return found
 
 
 def words_of_result(run: Path) -> int:
-    """Return after how many words a run ended, 0 where it did not."""
+    """Return the words of a finished run, 0 if it is not finished."""
     file = run / "result.json"
     return json.loads(file.read_text())["words"] if file.exists() else 0
 
 
 def resumed_at(text: str) -> int:
-    """Return the step at which a training says that it goes on, 0 where it begins anew."""
+    """Return the step at which a training logs that it resumed, 0 if it started from nothing."""
     found = re.findall(r": resumed at step (\d+),", text)
     return int(found[-1]) if found else 0
 
@@ -113,5 +113,5 @@ def _digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def _bits(tensor: torch.Tensor) -> str:
+def _hash(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()

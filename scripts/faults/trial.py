@@ -1,4 +1,4 @@
-"""One run that something happens to: started, disturbed, looked through, repeated to its end, compared."""
+"""One disturbed run: started, disturbed, inspected, repeated to its end, compared with an undisturbed one."""
 
 import random
 import shutil
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from faults import intact
 from faults.child import LONGEST, Child, train
@@ -18,36 +19,24 @@ BATCH = 200
 VALID_EVERY = 7
 KEEP_LAST = 3
 _SOON = 120
-"""Seconds after which the end of a run that lost a process counts as late: a busy machine takes a while."""
+"""Seconds within which a run must end after one of its processes was killed, on a busy machine."""
 
-_ARGUMENTS = {
-    "model": "moe_4",
-    "model.width": 8,
-    "model.expert_hidden": 8,
-    "model.num_experts": 4,
-    "model.k": 2,
-    "corpus": "text",
-    **{f"corpus.{split}": f"[text/{split}.txt]" for split in ("train", "valid", "test")},
-    "vocabulary.min_count": 1,
-    "softmax.num_sampled": 16,
-    "batch.words": BATCH,
-    "batch.micro_words": BATCH // 2,
-    "training.num_words": NUM_WORDS,
-    "training.log_every": 1,
-    "training.valid_every": VALID_EVERY,
-    "valid.max_sentences": 10,
-    "schedule.warmup_steps": 5,
-    "optimizer.learning_rate": 0.01,
-    "checkpoint.every_seconds": 0,
-    "checkpoint.keep_last": KEEP_LAST,
-    "machine.device": "cpu",
-    "machine.threads": 1,
-}
+_ARGUMENTS = dict(
+    pair.split("=")
+    for pair in (
+        "model=moe_4 model.width=8 model.expert_hidden=8 model.num_experts=4 model.k=2 corpus=text "
+        "corpus.train=[text/train.txt] corpus.valid=[text/valid.txt] corpus.test=[text/test.txt] "
+        "vocabulary.min_count=1 softmax.num_sampled=16 "
+        f"batch.words={BATCH} batch.micro_words={BATCH // 2} training.num_words={NUM_WORDS} training.log_every=1 "
+        f"training.valid_every={VALID_EVERY} valid.max_sentences=10 schedule.warmup_steps=5 "
+        "optimizer.learning_rate=0.01 checkpoint.every_seconds=0 "
+        f"checkpoint.keep_last={KEEP_LAST} machine.device=cpu machine.threads=1"
+    ).split()
+)
 
 
-@dataclass
-class Timeline:
-    """Seconds from the start of an undisturbed run to its first line, to the end of training, and to the end."""
+class Timeline(NamedTuple):
+    """Seconds from the start of an undisturbed run to its first step, its last step, and its end."""
 
     ready: float
     trained: float
@@ -56,16 +45,16 @@ class Timeline:
 
 @dataclass
 class Site:
-    """The folder of a campaign, and what undisturbed runs in it left."""
+    """The folder of a campaign and the outcomes of its undisturbed runs, by number of processes."""
 
     folder: Path
     program: str = ""
-    """Runs first in every process of the disturbed runs: a product broken on purpose, to see whether that is seen."""
+    """Runs first in every process of the disturbed runs: breaks moe_lm on purpose, to test the campaign."""
     outcomes: dict[int, dict] = field(default_factory=dict)
     timelines: dict[int, Timeline] = field(default_factory=dict)
 
     def prepare(self, sizes: list[int]) -> None:
-        """Write the corpus, and train undisturbed on each number of processes: to the end, and not as far."""
+        """Write the corpus, and train undisturbed with each number of processes: a whole run and a shorter one."""
         _write_corpus(self.folder / "text")
         with ThreadPoolExecutor(len(sizes)) as pool:
             list(pool.map(self._train_undisturbed, sizes))
@@ -89,7 +78,7 @@ class Site:
 
 
 class Trial:
-    """A run of a name of its own; what goes wrong with it is collected in `lost`, `wrong` and `unexpected`."""
+    """A run with its own name; its lists `lost`, `wrong` and `unexpected` collect the failures."""
 
     def __init__(self, site: Site, name: str, size: int, draw: random.Random, settings: dict | None = None):
         self.site, self.name, self.size, self.draw = site, name, size, draw
@@ -104,31 +93,30 @@ class Trial:
         self._children: list[Child] = []
 
     def start(self, program: str = "", ranks: str = "0,1", torchrun: bool = False, **settings: object) -> Child:
-        """Start the run's command, once more if need be."""
+        """Start the run's command, `program` first in the processes of these ranks; `a__b=1` sets the key a.b."""
         log = self.site.folder / "logs" / f"{self.name}-{len(self._children)}.txt"
         arguments = self.arguments | {key.replace("__", "."): value for key, value in settings.items()}
-        program, ranks = (self.site.program + program, ranks if program else "0,1")
+        program, ranks = f"{self.site.program}\n{program}".strip(), ranks if program else "0,1"
         child = train(arguments, self.site.folder, log, program=program, ranks=ranks, torchrun=torchrun)
         self._children.append(child)
         return child
 
     def at_step(self, step: int) -> bool:
-        """Note which checkpoints are there, and say whether metrics.jsonl has come to this step."""
+        """Note which checkpoints exist, and return whether metrics.jsonl has reached this step."""
         self._seen |= set(intact.steps(self.run))
         return intact.last_step(self.run) >= step
 
-    def wait_for_step(self, child: Child, step: int) -> bool:
-        """Wait until metrics.jsonl comes to a step; False where the run ended before."""
+    def wait_for_step(self, child: Child, step: int) -> None:
+        """Wait until metrics.jsonl reaches a step, or the run ends."""
         child.wait(until=lambda: self.at_step(step))
-        return child.code is None
 
     def expect(self, fulfilled: object, otherwise: str) -> None:
-        """Note what should have been."""
+        """Note a failure unless a promise was kept."""
         if not fulfilled:
             self.unexpected.append(otherwise)
 
     def ended(self, child: Child, codes: tuple[int, ...], seconds: float = LONGEST) -> None:
-        """Wait for the end of all processes, which should come soon and with one of these exit codes."""
+        """Wait for the end of all processes, expected within these seconds and with one of these exit codes."""
         if not child.wait(seconds, until=lambda: self.at_step(10**9)):
             self.unexpected.append(f"it did not end within {seconds:.0f} s")
             child.end()
@@ -136,13 +124,13 @@ class Trial:
         self.expect("Traceback" not in child.text, f"a traceback: {child.text[-1500:]}")
 
     def killed(self, child: Child) -> None:
-        """One of the processes was just killed: the others should end soon, and not with success."""
+        """Expect that, after a kill, the other processes end soon and not with success."""
         started = time.monotonic()
         self.ended(child, (-signal.SIGKILL, 1), seconds=_SOON)
         self.seconds_to_end = max(self.seconds_to_end, time.monotonic() - started)
 
     def look_through(self, child: Child | None = None) -> int:
-        """Check that no complete checkpoint is gone or damaged, once all has ended; return the newest one's step."""
+        """End all processes and check that no complete checkpoint is gone or damaged; return the newest step."""
         if child is not None:
             child.end()
         there = intact.steps(self.run)
@@ -157,24 +145,20 @@ class Trial:
         self._seen |= set(there)
         return there[-1] if there else 0
 
-    def forget(self) -> None:
-        """Take what is there now as all there ever was: a damage is about to be done on purpose."""
-        self._seen = set()
-
-    def finish(self, newest: int, reference: dict | None = None, says: tuple[str, ...] = ()) -> None:
-        """Repeat the command to its end: it must go on from this step and end as if nothing had happened."""
+    def finish(self, newest: int, logs: tuple[str, ...] = ()) -> None:
+        """Repeat the command: it must resume from this step and end with the undisturbed run's outcome."""
         finished = intact.words_of_result(self.run) >= NUM_WORDS
         child = self.start()
         self.ended(child, (0,))
         text = child.text
         if not finished and (at := intact.resumed_at(text)) != newest:
             self.wrong.append(f"resumed at step {at}, not at {newest}")
-        for words in says:
-            self.expect(words in text, f"it does not say {words!r}: {text[-600:]}")
-        self.compare(reference)
+        for words in logs:
+            self.expect(words in text, f"it does not log {words!r}: {text[-600:]}")
+        self.compare()
 
     def compare(self, reference: dict | None = None) -> None:
-        """Compare what the finished run left with the undisturbed one."""
+        """Compare the finished run with the undisturbed one."""
         self.look_through()
         reference = self.site.outcomes[self.size] if reference is None else reference
         try:
@@ -187,16 +171,16 @@ class Trial:
         self.expect(not left, f"left behind: {left}")
 
     def restart(self) -> None:
-        """Begin anew: the fault came too late."""
+        """Delete the run, to start again from nothing."""
         shutil.rmtree(self.run, ignore_errors=True)
-        self.forget()
+        self._seen = set()
 
     def copy_of_shorter(self) -> None:
-        """Begin with what the finished, shorter run left."""
+        """Begin with a copy of the finished, shorter run."""
         shutil.copytree(self.site.folder / "runs" / f"shorter-{self.size}", self.run)
 
     def close(self) -> None:
-        """End what still runs, and delete what went well."""
+        """End all processes, and delete the run unless something failed."""
         for child in self._children:
             child.end()
         if not (self.lost or self.wrong or self.unexpected):
@@ -204,11 +188,11 @@ class Trial:
 
 
 Work = Callable[[Trial], None]
-"""What is done to a run."""
+"""Disturbs a run and checks what follows."""
 
 
 def _write_corpus(folder: Path) -> None:
-    """Sentences in which each word is followed by one of four."""
+    """Write sentences in which each word is followed by one of four."""
     draw = random.Random(1)
     followers = {word: draw.sample(_WORDS, 4) for word in _WORDS}
     folder.mkdir(parents=True)

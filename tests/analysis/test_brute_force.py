@@ -1,4 +1,4 @@
-"""Every count against a loop over single tokens, sentence by sentence; and the parts that make it quick."""
+"""Every figure against a plain loop over tokens, and unit tests of the data structures."""
 
 import random
 from collections import Counter, defaultdict
@@ -9,13 +9,9 @@ import numpy as np
 import pytest
 from known_gates import random_model, reading_of, split_of, vocabulary_of
 
-from moe_lm.analysis.experts import counts
-from moe_lm.analysis.experts.characteristic import characteristic_words
-from moe_lm.analysis.experts.counts import SparseCounts
-from moe_lm.analysis.experts.reading import tokens_of
-from moe_lm.analysis.experts.strongest import UNITS, Strongest
-from moe_lm.analysis.experts.summary import summarized
-from moe_lm.analysis.experts.texts import Texts
+from moe_lm.analysis.experts import tally as tallying
+from moe_lm.analysis.experts.summary import Texts, characteristic_words, summarize
+from moe_lm.analysis.experts.tally import GATE_RESOLUTION, SparseCounts, StrongestContexts, input_tokens
 from moe_lm.data.batching import iter_eval_batches
 
 WORDS = " ".join(f"w{i}" for i in range(12))
@@ -60,7 +56,7 @@ def both(request, text):
     vocabulary, split = text
     model = random_model(vocabulary, **KINDS[kind])
     reading = reading_of(model, vocabulary, split, max_sentences=7)
-    layers = summarized(reading, Texts(vocabulary, split), most_words=4)
+    layers = summarize(reading, Texts(vocabulary, split), max_words=4)
     assert [layer.layer for layer in layers] == ["one", "two"]
     return layers[place], reading, list(loop(model, vocabulary, split, layers[place].layer))
 
@@ -75,7 +71,7 @@ def test_load_importance_and_tokens_without_experts(both):
     assert {expert.expert: expert.load for expert in layer.experts if expert.load} == load
     for expert in layer.experts:
         assert expert.importance == pytest.approx(importance[expert.expert], abs=1e-5)
-    assert layer.unserved == sum(not gates for *_, gates in tokens)
+    assert layer.unrouted == sum(not gates for *_, gates in tokens)
     assert layer.most_experts == max(len(gates) for *_, gates in tokens)
     assert layer.unused == layer.num_experts - len(load)
 
@@ -84,7 +80,7 @@ def test_load_importance_and_tokens_without_experts(both):
 def test_the_cases_are_what_they_are_meant_to_be(text, kind):
     vocabulary, split = text
     tallies = reading_of(random_model(vocabulary, **KINDS[kind]), vocabulary, split).tallies.values()
-    assert any(tally.served < tally.tokens for tally in tallies)
+    assert any(tally.routed < tally.tokens for tally in tallies)
     assert any(tally.most_experts > 2 for tally in tallies)
 
 
@@ -118,21 +114,21 @@ def test_pairs(both):
 
 def test_words(both):
     layer, _, tokens = both
-    global_stats, served = Counter(), defaultdict(Counter)
+    total, served = Counter(), defaultdict(Counter)
     for _, _, word, _, gates in tokens:
-        global_stats[word] += 1
+        total[word] += 1
         for expert in gates:
             served[expert][word] += 1
     for expert in layer.experts:
         rows = {}
         for word, count in served[expert.expert].items():
-            if count / global_stats[word] > expert.load / len(tokens):
-                rows[word] = ratio(count, expert.load, global_stats[word], len(tokens))
+            if count / total[word] > expert.load / len(tokens):
+                rows[word] = ratio(count, expert.load, total[word], len(tokens))
         best = sorted(rows, key=lambda word: (-round(rows[word], 6), word))[:4]
         assert [word.id for word in expert.words] == best
         for word in expert.words:
             assert word.count == served[expert.expert][word.id]
-            assert word.share == pytest.approx(word.count / global_stats[word.id], abs=1e-6)
+            assert word.share == pytest.approx(word.count / total[word.id], abs=1e-6)
             assert word.log_likelihood_ratio == pytest.approx(rows[word.id], abs=1e-5)
 
 
@@ -181,12 +177,12 @@ def test_the_record_is_the_same_for_any_batch(text):
     for sentences, words in ((1, 1), (7, 1000), (100, 30)):
         model = random_model(vocabulary, **KINDS["hierarchical, none or many"])
         reading = reading_of(model, vocabulary, split, max_sentences=sentences, max_words=words)
-        records.append(summarized(reading, Texts(vocabulary, split), most_words=4))
+        records.append(summarize(reading, Texts(vocabulary, split), max_words=4))
     assert records[0] == records[1] == records[2]
 
 
 def test_sparse_counts(monkeypatch):
-    monkeypatch.setattr(counts, "MOST_WAITING", 10)
+    monkeypatch.setattr(tallying, "MAX_PENDING", 10)
     draw, sparse, expected = np.random.default_rng(1), SparseCounts(), Counter()
     for _ in range(50):
         keys = draw.integers(0, 40, size=draw.integers(0, 30)) * 10**12
@@ -205,14 +201,14 @@ def test_strongest_in_any_order():
     offset = draw.permutation(size)
     expected = {e: {} for e in range(6)}
     for i in np.argsort(offset):
-        expected[expert[i]].setdefault(prefix[i], (-round(gate[i] * UNITS), offset[i]))
+        expected[expert[i]].setdefault(prefix[i], (-round(gate[i] * GATE_RESOLUTION), offset[i]))
     for order in (np.arange(size), np.argsort(offset), np.argsort(-offset), np.argsort(gate)):
-        strongest = Strongest(7, 9)
+        strongest = StrongestContexts(7, 9)
         for part in np.array_split(order, 13):
             strongest.add(expert[part], gate[part], offset[part], prefix[part])
         for e in range(6):
             best = sorted(expected[e].values())[:9]
-            assert [(-round(gate * UNITS), offset) for gate, offset in strongest.of(e)] == best
+            assert [(-round(gate * GATE_RESOLUTION), offset) for gate, offset in strongest.of(e)] == best
         assert strongest.of(6) == []
 
 
@@ -220,7 +216,7 @@ def test_prefixes_are_equal_where_the_same_was_read(text):
     vocabulary, split = text
     by_text, by_number, offsets = {}, {}, set()
     for chosen, batch in iter_eval_batches(split, start=vocabulary.start, max_sentences=9, max_words=1000):
-        tokens = tokens_of(batch, split.starts[chosen])
+        tokens = input_tokens(batch, split.starts[chosen])
         sentence = np.searchsorted(split.starts, tokens.offset_T, side="right") - 1
         for word, offset, prefix, i in zip(tokens.word_T, tokens.offset_T, tokens.prefix_T, sentence, strict=True):
             read = (vocabulary.start, *split.tokens[split.starts[i] : offset].tolist())
@@ -233,5 +229,5 @@ def test_prefixes_are_equal_where_the_same_was_read(text):
 
 def test_characteristic_words_are_at_most_so_many(both):
     layer, reading, _ = both
-    found = characteristic_words(reading.tallies[layer.layer], reading.count_V, most=2)
-    assert max(Counter(found.expert_N.tolist()).values()) == 2
+    found = characteristic_words(reading.tallies[layer.layer], reading.count_V, max_words=2)
+    assert max(Counter(expert for expert, *_ in found).values()) == 2

@@ -1,4 +1,4 @@
-"""A gate that knows the word alone: every figure can be worked out on paper."""
+"""Inspection of a gate that depends on the word alone, against figures worked out by hand."""
 
 from math import log, log2
 
@@ -6,7 +6,7 @@ import pytest
 from known_gates import inspection_of, split_of, table_model, vocabulary_of
 
 from moe_lm.analysis.experts import Inspection
-from moe_lm.analysis.experts.reading import first_sentences
+from moe_lm.analysis.experts.tally import first_sentences
 from moe_lm.errors import UserError
 
 # The inputs are <S> a b a, <S> b, <S> a b: nine tokens, three of each.
@@ -30,7 +30,7 @@ def test_counts_of_the_text(by_hand):
     assert (by_hand.sentences, by_hand.words, by_hand.tokens, by_hand.distinct_words) == (3, 9, 9, 3)
     [layer] = by_hand.layers
     assert (layer.layer, layer.num_experts, layer.num_groups, layer.groups) == ("middle", 5, None, ())
-    assert (layer.tokens, layer.assignments, layer.unserved, layer.unused, layer.most_experts) == (9, 18, 0, 1, 2)
+    assert (layer.tokens, layer.assignments, layer.unrouted, layer.unused, layer.most_experts) == (9, 18, 0, 1, 2)
 
 
 def test_shares_of_load_and_importance(by_hand):

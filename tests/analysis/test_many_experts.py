@@ -8,10 +8,8 @@ import torch
 from html_page import Page
 from known_gates import inspection_of, random_model, split_of, vocabulary_of
 
-from moe_lm.analysis.experts.page import to_html
-from moe_lm.analysis.experts.tables import busiest_table
-from moe_lm.analysis.experts.tally import Tally, Tokens
-from moe_lm.analysis.experts.write import write_inspection
+from moe_lm.analysis.experts.page import busiest, to_html, write_inspection
+from moe_lm.analysis.experts.tally import InputTokens, Tally
 from moe_lm.errors import UserError
 from moe_lm.gate import Gating
 
@@ -37,10 +35,10 @@ def gating_of(num_tokens: int, num_experts: int, k: int) -> Gating:
 
 def test_counting_takes_memory_for_what_occurs_only():
     num_tokens, num_experts = 8192, 50_000
-    tally = Tally(num_experts=num_experts, num_groups=100, vocabulary_size=800_000, contexts=4)
+    tally = Tally(num_experts=num_experts, num_groups=100, vocabulary_size=800_000, num_contexts=4)
     gating = gating_of(num_tokens, num_experts, k=4)
     word_T = np.random.default_rng(1).integers(0, 800_000, num_tokens)
-    tokens = Tokens(word_T, np.arange(num_tokens), np.arange(num_tokens, dtype=np.uint64))
+    tokens = InputTokens(word_T, np.arange(num_tokens), np.arange(num_tokens, dtype=np.uint64))
     tracemalloc.start()
     tally.add(gating, tokens)
     _, peak = tracemalloc.get_traced_memory()
@@ -83,16 +81,16 @@ def test_the_page_shows_those_with_most_load(inspection, tmp_path):
     for layer in inspection.layers:
         loads = sorted((expert.load for expert in layer.experts), reverse=True)
         assert f"{EXPERTS - layer.unused - 5:,} more with less load are in inspect.json" in page.text
-        assert [row.figures["load"] for row in busiest_table(layer, 3).rows] == loads[:3]
+        assert [expert.load for expert in busiest(layer, 3)] == loads[:3]
 
 
-def test_gate_values_that_are_no_numbers_are_a_mistake():
-    tally = Tally(num_experts=10, num_groups=None, vocabulary_size=5, contexts=1)
+def test_gate_values_that_are_not_finite_are_refused():
+    tally = Tally(num_experts=10, num_groups=None, vocabulary_size=5, num_contexts=1)
     gating = gating_of(3, 10, k=2)
     gating.gate_A[1] = torch.nan
     zeros = np.zeros(3, np.int64)
     with pytest.raises(UserError, match="the training diverged"):
-        tally.add(gating, Tokens(zeros, zeros, zeros.astype(np.uint64)))
+        tally.add(gating, InputTokens(zeros, zeros, zeros.astype(np.uint64)))
 
 
 def test_odd_words_and_names_are_escaped():

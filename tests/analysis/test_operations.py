@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_lm.analysis.cost.operations import (
+from moe_lm.analysis.cost import (
     flops_per_word,
     operations_per_timestep,
     parameters_total,
@@ -15,10 +15,10 @@ from moe_lm.analysis.cost.operations import (
 )
 from moe_lm.cli.config import composed, resolved
 from moe_lm.cli.machine import build_model
-from moe_lm.data.micro_batch import micro_batch
+from moe_lm.data.batch import collate
 from moe_lm.data.prepared import Split
 from moe_lm.gate.noisy_top_k import NoisyTopK
-from moe_lm.loss.softmax.full import FullSoftmax
+from moe_lm.loss.softmax import FullSoftmax
 from moe_lm.model.feed_forward import FeedForward
 from moe_lm.model.language_model import LanguageModel
 from moe_lm.model.lstm import Lstm
@@ -43,7 +43,7 @@ def make(*layers):
         vocabulary_size=SIZE,
         dropout=0.0,
         layers={str(number): layer for number, layer in enumerate(layers)},
-        softmax=partial(FullSoftmax, max_logits=100),
+        softmax=partial(FullSoftmax, chunk_logits=100),
     )
 
 
@@ -53,7 +53,7 @@ def batch():
         starts=np.array([0, 4, 8, 12]),
         words=np.array([4, 4, 4], dtype=np.uint32),
     )
-    return micro_batch(split, np.arange(3), 0)
+    return collate(split, np.arange(3), 0)
 
 
 def counted(run):

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from moe_lm.analysis.perplexity import Measured, measure
+from moe_lm.analysis.perplexity import EvalResult, evaluate
 from moe_lm.data.prepared import Split
 from moe_lm.gate.noisy_top_k import NoisyTopK
-from moe_lm.loss.softmax.full import FullSoftmax
-from moe_lm.loss.softmax.sampled import SampledSoftmax
+from moe_lm.loss.softmax import FullSoftmax, SampledSoftmax
 from moe_lm.model.language_model import LanguageModel
 from moe_lm.model.lstm import Lstm
 from moe_lm.model.moe import MoE
@@ -33,7 +32,7 @@ def make(softmax=FullSoftmax, **settings):
         vocabulary_size=SIZE,
         dropout=0.5,
         layers={"lower": Lstm(width=WIDTH), "middle": moe},
-        softmax=partial(softmax, **{"max_logits": 2000} | settings),
+        softmax=partial(softmax, **{"chunk_logits": 2000} | settings),
     )
 
 
@@ -51,7 +50,7 @@ MODEL, SPLIT = make(), make_split()
 
 
 def measured(model=MODEL, split=SPLIT, max_sentences=64, max_words=10**6, **more):
-    return measure(model, split, start=START, max_sentences=max_sentences, max_words=max_words, **more)
+    return evaluate(model, split, start=START, max_sentences=max_sentences, max_words=max_words, **more)
 
 
 def by_sentence(model, split, count):
@@ -60,7 +59,7 @@ def by_sentence(model, split, count):
     nats = 0.0
     for n in range(count):
         ids = split.tokens[split.starts[n] : split.starts[n + 1]].tolist()
-        x_TD = model.embedding_VD[torch.tensor([START, *ids[:-1]])]
+        x_TD = model.embedding.weight_VD[torch.tensor([START, *ids[:-1]])]
         cell, _ = model.layers["lower"].lstm(x_TD[:, None])
         x_TD = x_TD + cell[:, 0]
         x_TD = x_TD + model.layers["middle"](x_TD, None)[0]
@@ -75,7 +74,7 @@ def test_nats_are_the_sum_over_sentences():
     assert result.nats == pytest.approx(by_sentence(MODEL, SPLIT, 300), rel=1e-6)
     assert (result.words, result.sentences) == (2 * len(SPLIT.tokens), 300)
     assert result.perplexity == pytest.approx(math.exp(result.nats / result.words))
-    assert result.line() == {
+    assert result.metrics() == {
         "perplexity": result.perplexity,
         "nats": result.nats,
         "predicted_words": result.words,
@@ -128,7 +127,7 @@ def test_nats_add_up_in_float64():
     """2^24 nats and then ones, a sentence at a time: float32 would lose every one of them."""
 
     class Constant(torch.nn.Module):
-        embedding_VD = torch.zeros(1)
+        device = torch.device("cpu")
         sizes = iter([2.0**24] + [1.0] * 299)
 
         def token_nats(self, batch):
@@ -137,15 +136,15 @@ def test_nats_add_up_in_float64():
     assert measured(Constant(), max_sentences=1).nats == 2**24 + 299
 
 
-def test_watch_hears_every_word():
-    """The progress callback is told of all words, a micro-batch at a time."""
-    heard = []
-    result = measured(watch=heard.append, max_sentences=7)
-    assert sum(heard) == result.words
-    assert len(heard) == math.ceil(300 / 7)
+def test_progress_counts_every_word():
+    """The progress callback receives the words of each micro-batch."""
+    amounts = []
+    result = measured(on_progress=amounts.append, max_sentences=7)
+    assert sum(amounts) == result.words
+    assert len(amounts) == math.ceil(300 / 7)
 
 
 def test_perplexity_beyond_a_float_is_infinite():
     """A diverged model reports infinity and does not fail."""
-    assert Measured(nats=1e6, words=1, sentences=1).perplexity == math.inf
-    assert Measured(nats=math.log(35.7) * 8, words=8, sentences=1).perplexity == pytest.approx(35.7)
+    assert EvalResult(nats=1e6, words=1, sentences=1).perplexity == math.inf
+    assert EvalResult(nats=math.log(35.7) * 8, words=8, sentences=1).perplexity == pytest.approx(35.7)

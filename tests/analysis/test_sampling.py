@@ -12,8 +12,8 @@ from tiny_run import scored
 from tiny_training import assert_one_line
 
 from moe_lm import load
-from moe_lm.analysis.sample import Drawing, draw, next_log_probabilities, sample
-from moe_lm.data.micro_batch import micro_batch
+from moe_lm.analysis.sample import SamplingConfig, next_log_probabilities, sample, sample_token
+from moe_lm.data.batch import collate
 from moe_lm.data.prepared import Split
 from moe_lm.errors import UserError
 from moe_lm.inference import LoadedModel
@@ -24,12 +24,12 @@ DRAWS = 4000
 
 @torch.no_grad()
 def next_probabilities(lm: LoadedModel, ids: list[int]) -> np.ndarray:
-    """Of every token after these, by evaluation's own nats: a full pass over as many sentences as there are tokens."""
+    """Probability of every next token, from the nats that evaluation computes for each possible continuation."""
     size = lm.vocabulary.size
     tokens = np.array([[*ids, token] for token in range(size)], dtype=np.int32)
     starts = np.arange(size + 1) * (len(ids) + 1)
     split = Split(tokens=tokens.reshape(-1), starts=starts, words=np.full(size, len(ids) + 1))
-    batch = micro_batch(split, np.arange(size), lm.vocabulary.start)
+    batch = collate(split, np.arange(size), lm.vocabulary.start)
     return np.exp(-lm.model.token_nats(batch)[-size:].numpy())
 
 
@@ -114,15 +114,15 @@ def test_words_are_drawn_as_often_as_the_model_says(trained, monkeypatch):
         return np.where(probability_V >= np.sort(probability_V)[-5], probability_V, 0)
 
     rules = {
-        "all": (Drawing(max_words=2), bare),
-        "cold": (Drawing(max_words=2, temperature=0.5), lambda p: bare(p) ** 2),
-        "hot": (Drawing(max_words=2, temperature=2), lambda p: bare(p) ** 0.5),
-        "top": (Drawing(max_words=2, top=5), likeliest),
-        "unknown": (Drawing(max_words=2, unknown=True), without(lm, "start")),
+        "all": (SamplingConfig(max_words=2), bare),
+        "cold": (SamplingConfig(max_words=2, temperature=0.5), lambda p: bare(p) ** 2),
+        "hot": (SamplingConfig(max_words=2, temperature=2), lambda p: bare(p) ** 0.5),
+        "top": (SamplingConfig(max_words=2, top=5), likeliest),
+        "unknown": (SamplingConfig(max_words=2, unknown=True), without(lm, "start")),
     }
     expected = {name: expected_of(lm, ids, change) for name, (_, change) in rules.items()}
     for name, (how, _) in rules.items():
-        drawn = [sample(lm.model, lm.vocabulary, "w1", seed=1, number=i, how=how) for i in range(DRAWS)]
+        drawn = [sample(lm.model, lm.vocabulary, "w1", seed=1, number=i, config=how) for i in range(DRAWS)]
         counts = Counter(one.sentence.removeprefix("w1").strip() for one in drawn)
         for other, probability in expected.items():
             if other == name:
@@ -134,14 +134,20 @@ def test_words_are_drawn_as_often_as_the_model_says(trained, monkeypatch):
 
 
 def test_the_ends_of_the_unit_interval():
-    """No draw lands on what cannot be drawn, or beyond the last token."""
+    """No sample is a banned token or lies beyond the last one."""
     log_p_V = torch.tensor([-torch.inf, 0.3, 0.1, -torch.inf, 0.3, 0.0]).double().log_softmax(dim=0)
-    for how in (Drawing(), Drawing(top=2), Drawing(top=6), Drawing(temperature=1e-300), Drawing(temperature=1e300)):
-        assert draw(log_p_V, 0.0, [5], how) == 1
-        assert draw(log_p_V, 1 - 2.0**-53, [5], how) == (1 if how.top == 1 else 4)
-    assert draw(log_p_V, 1 - 2.0**-53, [5], Drawing(top=1)) == 1  # of equal ones the lower id
+    for how in (
+        SamplingConfig(),
+        SamplingConfig(top=2),
+        SamplingConfig(top=6),
+        SamplingConfig(temperature=1e-300),
+        SamplingConfig(temperature=1e300),
+    ):
+        assert sample_token(log_p_V, 0.0, [5], how) == 1
+        assert sample_token(log_p_V, 1 - 2.0**-53, [5], how) == (1 if how.top == 1 else 4)
+    assert sample_token(log_p_V, 1 - 2.0**-53, [5], SamplingConfig(top=1)) == 1  # of equal ones the lower id
     for last in torch.linspace(0.1, 3, 50, dtype=torch.float64):
-        assert draw(torch.tensor([0.0, last, -torch.inf]).double(), 1 - 2.0**-53, [], Drawing()) == 1
+        assert sample_token(torch.tensor([0.0, last, -torch.inf]).double(), 1 - 2.0**-53, [], SamplingConfig()) == 1
 
 
 def test_a_sentence_depends_on_its_seed_and_number_alone(either, moe_lm):
@@ -151,7 +157,7 @@ def test_a_sentence_depends_on_its_seed_and_number_alone(either, moe_lm):
     other = moe_lm("sample", RUN, "seed=2").out.splitlines()
     assert len({*five, *other}) == 10
     lm = load("runs/tiny")
-    assert sample(lm.model, lm.vocabulary, "", seed=1, number=4, how=Drawing()).sentence == five[4]
+    assert sample(lm.model, lm.vocabulary, "", seed=1, number=4, config=SamplingConfig()).sentence == five[4]
 
 
 def test_an_export_draws_what_its_run_does(either, moe_lm, tmp_path):
@@ -191,7 +197,7 @@ def test_markers_are_not_drawn(either, marker):
 def test_a_sentence_is_cut_at_its_most_words(either, prefix):
     lm = peaked(load("runs/tiny"), end=-50)
     for number, most in enumerate((4, 5, 9)):
-        drawn = sample(lm.model, lm.vocabulary, prefix, seed=1, number=number, how=Drawing(max_words=most))
+        drawn = sample(lm.model, lm.vocabulary, prefix, seed=1, number=number, config=SamplingConfig(max_words=most))
         assert not drawn.ended
         assert len(drawn.sentence.split()) == most
     # Where it is cut does not change what comes before.
@@ -201,7 +207,7 @@ def test_a_sentence_is_cut_at_its_most_words(either, prefix):
 
 def test_a_sentence_may_end_where_it_would_be_cut(either):
     lm = peaked(load("runs/tiny"), end=50)
-    drawn = sample(lm.model, lm.vocabulary, "w1 w2", seed=1, number=0, how=Drawing(max_words=3))
+    drawn = sample(lm.model, lm.vocabulary, "w1 w2", seed=1, number=0, config=SamplingConfig(max_words=3))
     assert (drawn.sentence, drawn.ended) == ("w1 w2", True)
     assert drawn.log10 == pytest.approx(0, abs=1e-6)
 
@@ -214,7 +220,7 @@ def test_log10_is_what_score_says_of_the_words_drawn(trained, moe_lm, tmp_path):
         (tmp_path / "one.txt").write_text(one["sentence"] + "\n")
         assert one["log10"] == pytest.approx(scored(moe_lm, str(tmp_path / "one.txt"))["log10"], abs=1e-4)
     lm = load("runs/tiny")
-    tries = (sample(lm.model, lm.vocabulary, "w1 w2", seed=1, number=n, how=Drawing()) for n in range(10))
+    tries = (sample(lm.model, lm.vocabulary, "w1 w2", seed=1, number=n, config=SamplingConfig()) for n in range(10))
     drawn = next(one for one in tries if one.ended)  # within the most words that a sample has
     assert drawn.log10 == pytest.approx(sum(lm.score(drawn.sentence).log10_of_words[2:]), abs=1e-4)
 
@@ -244,7 +250,7 @@ def test_pieces_that_never_end_a_word_are_cut(subwords_once, monkeypatch):
     piece = next(i for i in range(300) if lm.vocabulary.token(i).isalnum())
     with torch.no_grad():
         lm.model.softmax.bias_V[piece] += 1000
-    drawn = sample(lm.model, lm.vocabulary, "w1", seed=1, number=0, how=Drawing(max_words=3))
+    drawn = sample(lm.model, lm.vocabulary, "w1", seed=1, number=0, config=SamplingConfig(max_words=3))
     assert (len(drawn.sentence.split()), drawn.ended) == (1, False)
 
 

@@ -12,14 +12,15 @@ import torch
 import yaml
 from tiny_training import TRAINING, call, with_overrides, write_corpus
 
-from moe_lm.analysis.cost.operations import (
+from moe_lm.analysis.cost import (
     operations_per_timestep,
     parameters_total,
     parameters_without_embedding_and_softmax,
 )
-from moe_lm.cli.config import choices, composed, folder, resolved
+from moe_lm.cli.config import composed, resolved
 from moe_lm.cli.machine import build_model
-from moe_lm.report.paper import TABLE_6, TABLE_7, TABLE_8, printed
+from moe_lm.config_files import choices, folder
+from moe_lm.report.paper import TABLE_6, TABLE_7, TABLE_8, paper_result
 
 BENCHMARK, NEWS = 793_471, 100_000
 ROWS = [(preset, BENCHMARK) for preset in TABLE_7] + [(preset, NEWS) for preset in TABLE_8]
@@ -44,14 +45,14 @@ def figures_of(preset, vocabulary_size):
 def test_every_row_has_a_preset_and_every_preset_a_row():
     assert sorted(TABLE_7 | TABLE_8) == choices("model")
     assert not TABLE_7.keys() & TABLE_8.keys()
-    assert printed("moe_256").name == printed("news100b_moe_256_h").name.removesuffix("-h") == "MoE-256"
-    assert printed("moe_5") is None
+    assert paper_result("moe_256").name == paper_result("news100b_moe_256_h").name.removesuffix("-h") == "MoE-256"
+    assert paper_result("moe_5") is None
 
 
 @pytest.mark.parametrize(("preset", "vocabulary_size"), ROWS, ids=[preset for preset, _ in ROWS])
 def test_figures_are_the_printed_ones(preset, vocabulary_size):
     """To the last digit printed, but for the exceptions named above."""
-    ours, paper = figures_of(preset, vocabulary_size), printed(preset)
+    ours, paper = figures_of(preset, vocabulary_size), paper_result(preset)
     print(f"\n{preset:<24}", end="")
     for figure, value in ours.items():
         shown = getattr(paper, figure)
@@ -63,7 +64,7 @@ def test_figures_are_the_printed_ones(preset, vocabulary_size):
 def test_a_header_states_what_the_table_prints(preset):
     """The figures, the dropout, the perplexities, and a command that composes."""
     text = (folder() / "model" / f"{preset}.yaml").read_text()
-    row, table = printed(preset), 7 if preset in TABLE_7 else 8
+    row, table = paper_result(preset), 7 if preset in TABLE_7 else 8
     header = " ".join(re.findall(r"^# +(.*?)(?: \\)?$", text, re.MULTILINE))
     assert header.startswith(
         f"{row.name} of Table {table}: {row.operations} M ops/timestep, {row.parameters} M parameters "

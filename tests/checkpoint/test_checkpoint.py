@@ -1,4 +1,4 @@
-"""Checkpoints: tensors only, whole or not there, every damage found, written beside the training."""
+"""Checkpoints: tensors only, complete or absent, every damage found, written asynchronously."""
 
 import contextlib
 import json
@@ -21,8 +21,7 @@ import torch
 from shards import assert_safetensors_or_json, whole
 from tiny_training import TRAINING, with_overrides
 
-from moe_lm.checkpoint import checkpoint, saver
-from moe_lm.checkpoint import sharded_safetensors as tensors_on_disk
+from moe_lm.checkpoint import checkpoint, saver, sharded_safetensors
 from moe_lm.checkpoint.saver import Saver
 from moe_lm.cli import machine as make
 from moe_lm.cli.config import composed, resolved
@@ -85,9 +84,9 @@ def assert_same_bits(ours: dict, theirs: dict) -> None:
         assert torch.equal(ours[name], tensor), name
 
 
-def saver_in(folder: Path, said: list | None = None, *, keep_last: int = 9, asynchronous: bool = False) -> Saver:
-    said = [] if said is None else said
-    return Saver(folder, keep_last=keep_last, asynchronous=asynchronous, say=said.append)
+def saver_in(folder: Path, logged: list | None = None, *, keep_last: int = 9, asynchronous: bool = False) -> Saver:
+    logged = [] if logged is None else logged
+    return Saver(folder, keep_last=keep_last, asynchronous=asynchronous, log=logged.append)
 
 
 def save(folder: Path, step: int, model, optimizer, state: dict | None = None, keep=frozenset()) -> Path:
@@ -108,7 +107,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_every_file_is_safetensors_or_json(trained):
-    """Three checkpoints were kept and the best; each has its tensors in safetensors, its state in JSON."""
+    """The last three checkpoints and the best are kept, with tensors in safetensors and the state in JSON."""
     steps = checkpoint.steps(CHECKPOINTS)
     assert steps[-3:] == [10, 11, 12]
     for step in steps:
@@ -146,9 +145,9 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("file_bytes", [2**30, 700], ids=["one_file", "many_files"])
-def test_model_and_optimizer_come_back_bit_for_bit(tmp_path, monkeypatch, kind, file_bytes):
-    """By moe-lm's own reading, and by putting the files together by their headers."""
-    monkeypatch.setattr(tensors_on_disk, "FILE_BYTES", file_bytes)
+def test_model_and_optimizer_are_restored_bit_for_bit(tmp_path, monkeypatch, kind, file_bytes):
+    """Read by moe-lm, and by joining the files by their headers."""
+    monkeypatch.setattr(sharded_safetensors, "FILE_BYTES", file_bytes)
     overrides = list(KINDS[kind])
     config = (
         configuration(*overrides)
@@ -167,19 +166,19 @@ def test_model_and_optimizer_come_back_bit_for_bit(tmp_path, monkeypatch, kind, 
     assert ("last_step" in kinds) == (DENSE not in overrides)
 
     other, its_optimizer = built(config, seed=2, steps=3)
-    checkpoint.load_model(path, other)
-    checkpoint.load_optimizer(path, other, its_optimizer)
+    checkpoint.load_model(path, other, {})
+    its_optimizer.load(checkpoint.load_optimizer_state(path, other, {}))
     assert_same_bits(dict(other.state_dict()), dict(model.state_dict()))
     assert_same_bits(moments(other, its_optimizer), moments(model, optimizer))
     assert checkpoint.load_state(path)["progress"] == {"seconds": 0.1 + 0.2}
 
 
-def test_an_optimizer_that_made_no_step_comes_back(tmp_path, plain):
+def test_an_optimizer_before_its_first_step_is_restored(tmp_path, plain):
     model, optimizer = built(plain, steps=0)
     path = save(tmp_path, 0, model, optimizer)
     other, its_optimizer = built(plain, seed=2, steps=0)
-    checkpoint.load_model(path, other)
-    checkpoint.load_optimizer(path, other, its_optimizer)
+    checkpoint.load_model(path, other, {})
+    its_optimizer.load(checkpoint.load_optimizer_state(path, other, {}))
     assert_same_bits(dict(other.state_dict()), dict(model.state_dict()))
     assert moments(other, its_optimizer) == {}
 
@@ -187,8 +186,8 @@ def test_an_optimizer_that_made_no_step_comes_back(tmp_path, plain):
 def test_a_model_of_another_shape_is_refused(tmp_path, plain):
     path = save(tmp_path, 1, *built(plain))
     larger = make.build_model(plain, NUM_WORDS + 1)
-    with pytest.raises(UserError, match=rf"does not fit the model: embedding_VD is \({NUM_WORDS}, 8\), wanted"):
-        checkpoint.load_model(path, larger)
+    with pytest.raises(UserError, match=rf"does not fit the model: embedding\.weight_VD is \({NUM_WORDS}, 8\), wanted"):
+        checkpoint.load_model(path, larger, {})
 
 
 # Damage
@@ -212,7 +211,7 @@ def missing(path: Path) -> None:
 
 
 def swapped(path: Path) -> None:
-    """In place of the file of another checkpoint, as large and as sound; see which one before."""
+    """Replace the file by that of another checkpoint, which is intact and of the same size."""
     other = path.parents[2] / "0000000010" / path.relative_to(path.parents[1])
     mine, theirs = path.read_bytes(), other.read_bytes()
     assert mine != theirs
@@ -296,7 +295,7 @@ BOTH = DAMAGE | OPTIMIZER_DAMAGE
 
 
 def damage(name: str, path: Path = LAST) -> str:
-    """Do this damage to a checkpoint; return what must be said of it."""
+    """Damage a checkpoint; return a text that the warning must contain."""
     file, change, expected = BOTH[name]
     before = content(path)
     change(path / file)
@@ -319,11 +318,11 @@ def test_damage_is_named_by_evaluate_and_nothing_is_touched(own_trained, moe_lm,
 
 @pytest.mark.parametrize("name", BOTH)
 def test_damage_leads_to_the_checkpoint_before_it(own_trained, name):
-    """Set aside whole, not deleted, and said in one line; the one before is taken."""
-    expected, said = damage(name), []
+    """The damaged checkpoint is renamed, not deleted, with one warning, and the one before it is loaded."""
+    expected, logged = damage(name), []
     left = content(LAST)
-    assert checkpoint.newest(CHECKPOINTS, SINGLE_PROCESS, said.append) == checkpoint.path_of(CHECKPOINTS, 11)
-    [line] = said
+    assert checkpoint.newest(CHECKPOINTS, SINGLE_PROCESS, logged.append) == checkpoint.path_of(CHECKPOINTS, 11)
+    [line] = logged
     assert line.startswith(f"WARNING: checkpoint {LAST} is damaged (")
     assert line.endswith("; it is now damaged-0000000012, and the one before it is taken")
     assert expected in line
@@ -332,7 +331,7 @@ def test_damage_leads_to_the_checkpoint_before_it(own_trained, name):
     assert checkpoint.steps(CHECKPOINTS)[-1] == 11
 
 
-def test_a_run_with_a_damaged_checkpoint_ends_as_one_without(own_trained, moe_lm, tmp_path):
+def test_a_run_with_a_damaged_checkpoint_ends_like_an_intact_run(own_trained, moe_lm, tmp_path):
     shutil.copytree("runs/tiny", "runs/sound")
     sound = ("train", *with_overrides(list(TRAINING), "training.num_words=3000", "name=sound"))
     assert moe_lm(*sound).code == 0
@@ -355,7 +354,7 @@ def test_a_run_with_a_damaged_checkpoint_ends_as_one_without(own_trained, moe_lm
     assert moe_lm(*EVALUATE).code == 0
 
 
-def test_one_damaged_twice_does_not_replace_the_first(own_trained):
+def test_a_second_damaged_checkpoint_of_a_step_does_not_replace_the_first(own_trained):
     for number in (1, 2, 3):
         damage("model_bit")
         checkpoint.newest(CHECKPOINTS, SINGLE_PROCESS, lambda line: None)
@@ -366,8 +365,8 @@ def test_one_damaged_twice_does_not_replace_the_first(own_trained):
     assert damage_names == ["damaged-0000000012", "damaged-0000000012-2", "damaged-0000000012-3"]
 
 
-def test_without_an_intact_checkpoint_training_is_refused_however_often(own_trained, moe_lm):
-    """Not begun anew behind the user's back: the metrics and what is left of the checkpoints stay."""
+def test_without_an_intact_checkpoint_training_is_refused_every_time(own_trained, moe_lm):
+    """Training never restarts silently: the metrics and the damaged checkpoints stay."""
     steps = checkpoint.steps(CHECKPOINTS)
     for step in steps:
         damage("model_truncated", checkpoint.path_of(CHECKPOINTS, step))
@@ -390,12 +389,14 @@ def test_another_format_is_refused_and_left_alone(own_trained, moe_lm, command):
     left = content(CHECKPOINTS)
     outcome = moe_lm(*command)
     assert outcome.code == 2
-    assert outcome.err.splitlines()[-1] == (f"moe-lm: {LAST} has format 2, this version of moe-lm reads 3: train anew")
+    assert outcome.err.splitlines()[-1] == (
+        f"moe-lm: {LAST} has format 2, this version of moe-lm reads 3: train the model again"
+    )
     assert content(CHECKPOINTS) == left
 
 
 def forged(path: Path, **more: bytes) -> None:
-    """A checkpoint with other files, under a manifest that fits: what a stranger can make."""
+    """Forge a checkpoint: other files under a manifest that fits them."""
     for name, data in more.items():
         (path / name).write_bytes(data)
     state = checkpoint.load_state(path)
@@ -423,7 +424,7 @@ def test_a_pickle_with_a_manifest_that_fits_is_refused_and_never_opened(own_trai
         with (LAST / name).open("wb") as stream:
             torch.save(Canary(), stream)
     forged(LAST)
-    with pytest.raises(checkpoint.Damaged, match=re.escape(Path(name).name)):
+    with pytest.raises(checkpoint.CheckpointError, match=re.escape(Path(name).name)):
         checkpoint.verify(LAST)
     if name != OPTIMIZER:
         outcome = moe_lm(*EVALUATE)
@@ -435,17 +436,17 @@ def test_a_pickle_with_a_manifest_that_fits_is_refused_and_never_opened(own_trai
     assert not Path("canary").exists()
 
 
-def test_every_part_of_the_program_that_reads_a_checkpoint_reads_the_checksums(own_trained, plain):
-    """`load_model` and `load_optimizer` by themselves too."""
+def test_loading_verifies_the_checksums(own_trained, plain):
+    """`load_model` and `load_optimizer_state` verify their own part."""
     path = save(Path("own"), 3, *built(plain))
     model, optimizer = built(plain, seed=2)
     one_bit_flipped(path / MODEL)
-    with pytest.raises(checkpoint.Damaged):
-        checkpoint.load_model(path, model)
-    checkpoint.load_optimizer(path, model, optimizer)
+    with pytest.raises(checkpoint.CheckpointError):
+        checkpoint.load_model(path, model, {})
+    optimizer.load(checkpoint.load_optimizer_state(path, model, {}))
     one_bit_flipped(path / OPTIMIZER)
-    with pytest.raises(checkpoint.Damaged):
-        checkpoint.load_optimizer(path, model, optimizer)
+    with pytest.raises(checkpoint.CheckpointError):
+        optimizer.load(checkpoint.load_optimizer_state(path, model, {}))
 
 
 # What is kept
@@ -462,7 +463,7 @@ def test_half_written_folders_are_ignored_and_removed(tmp_path, plain):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0000000003", "damaged-0000000001", "notes"]
 
 
-def test_a_half_written_folder_of_the_same_step_is_begun_anew(tmp_path, plain):
+def test_a_half_written_folder_of_the_same_step_is_replaced(tmp_path, plain):
     leftover = tmp_path / ".0000000003.partial" / "model"
     leftover.mkdir(parents=True)
     (leftover / "shard-00007-model-00001-of-00001.safetensors").write_bytes(b"of a process that is no more")
@@ -517,49 +518,49 @@ def test_a_crash_while_pruning_leaves_no_half_checkpoint(tmp_path, plain, monkey
 # How it is written
 
 
-def test_it_counts_only_once_every_file_is_on_the_disk(tmp_path, plain, monkeypatch):
+def test_a_checkpoint_counts_only_after_every_file_is_synced(tmp_path, plain, monkeypatch):
     """Each file and folder is synced under the temporary name, then the folder that has the new name."""
-    path, synced, sync = checkpoint.path_of(tmp_path, 4), [], saver.sync
+    path, synced, sync = checkpoint.path_of(tmp_path, 4), [], checkpoint.sync
 
     def watched(file):
         synced.append((Path(file), path.exists()))
         sync(file)
 
-    monkeypatch.setattr(saver, "sync", watched)
+    monkeypatch.setattr(checkpoint, "sync", watched)
     save(tmp_path, 4, *built(plain))
-    partial = checkpoint.partial_of(path)
+    partial = checkpoint.partial_path(path)
     inside = {partial, *(partial / file.relative_to(path) for file in path.rglob("*"))}
     assert {file for file, there in synced if not there} == inside
     assert [file for file, there in synced if there] == [tmp_path]
 
 
-def test_a_disk_that_does_not_take_it_for_good_leaves_no_checkpoint(tmp_path, plain, monkeypatch):
+def test_a_failed_sync_leaves_no_checkpoint(tmp_path, plain, monkeypatch):
     model, optimizer = built(plain)
     save(tmp_path, 1, model, optimizer)
-    before, said = content(tmp_path), []
+    before, logged = content(tmp_path), []
 
     def broken(file):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(saver, "sync", broken)
-    saves = saver_in(tmp_path, said)
+    monkeypatch.setattr(checkpoint, "sync", broken)
+    saves = saver_in(tmp_path, logged)
     saves.save(2, model, optimizer, {}, set())
     assert content(tmp_path) == before
     assert "Input/output error" in saves.finish()
-    assert said[0].startswith(f"WARNING: cannot write checkpoint {checkpoint.path_of(tmp_path, 2)}: ")
+    assert logged[0].startswith(f"WARNING: cannot write checkpoint {checkpoint.path_of(tmp_path, 2)}: ")
 
 
 @contextlib.contextmanager
 def held_back(monkeypatch):
     """Let no tensor be written until the event is set."""
-    gate, write = threading.Event(), tensors_on_disk.write
+    gate, write = threading.Event(), sharded_safetensors.write
 
     def waiting(*arguments):
         assert gate.wait(60)
         write(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tensors_on_disk, "write", waiting)
+        patch.setattr(sharded_safetensors, "write", waiting)
         try:
             yield gate
         finally:
@@ -567,14 +568,14 @@ def held_back(monkeypatch):
 
 
 def change_all(model, optimizer) -> None:
-    """As the next update would, in place."""
+    """Change every tensor in place, as the next update does."""
     with torch.no_grad():
         for tensor in [*model.state_dict().values(), *moments(model, optimizer).values()]:
             tensor.add_(1)
 
 
 @pytest.mark.parametrize("overrides", [(), (FACTORED, DENSE, *LOSS_FREE)], ids=["lazy", "factored"])
-def test_what_changes_after_save_does_not_reach_the_file(tmp_path, monkeypatch, overrides):
+def test_changes_after_save_do_not_reach_the_file(tmp_path, monkeypatch, overrides):
     model, optimizer = built(configuration(*overrides))
     before = {name: x.clone() for name, x in model.state_dict().items()}
     its = {name: x.clone() for name, x in moments(model, optimizer).items()}
@@ -588,7 +589,7 @@ def test_what_changes_after_save_does_not_reach_the_file(tmp_path, monkeypatch, 
     path = checkpoint.path_of(tmp_path, 5)
     assert_same_bits(whole(path / "model"), before)
     assert_same_bits(whole(path / "optimizer"), its)
-    assert not torch.equal(model.embedding_VD, before["embedding_VD"])
+    assert not torch.equal(model.embedding.weight_VD, before["embedding.weight_VD"])
 
 
 def test_a_later_save_waits_for_the_one_before(tmp_path, plain, monkeypatch):
@@ -608,15 +609,15 @@ def test_a_later_save_waits_for_the_one_before(tmp_path, plain, monkeypatch):
 
 
 @pytest.mark.parametrize(("asynchronous", "wait"), [(False, False), (True, True)])
-def test_written_at_once_it_is_there_when_save_returns(tmp_path, plain, monkeypatch, asynchronous, wait):
-    write, copied = tensors_on_disk.write, []
+def test_a_synchronous_save_is_complete_when_it_returns(tmp_path, plain, monkeypatch, asynchronous, wait):
+    write, copied = sharded_safetensors.write, []
 
     def slow(*arguments):
         time.sleep(0.1)
         write(*arguments)
 
-    monkeypatch.setattr(tensors_on_disk, "write", slow)
-    monkeypatch.setattr(tensors_on_disk, "copied", copied.append)
+    monkeypatch.setattr(sharded_safetensors, "write", slow)
+    monkeypatch.setattr(sharded_safetensors, "copy_to_cpu", copied.append)
     saves = saver_in(tmp_path, asynchronous=asynchronous)
     saves.save(5, *built(plain), {}, set(), wait=wait)
     checkpoint.verify(checkpoint.path_of(tmp_path, 5))
@@ -631,91 +632,94 @@ def test_the_same_step_is_not_written_twice(tmp_path, plain):
 
 
 @pytest.mark.parametrize(("free", "fits"), [(None, True), (2**40, True), (1000, False)])
-def test_where_memory_has_no_room_for_a_copy_it_is_written_at_once(tmp_path, plain, monkeypatch, free, fits):
+def test_without_memory_for_a_copy_the_save_is_synchronous(tmp_path, plain, monkeypatch, free, fits):
     monkeypatch.setattr(saver, "free_memory", lambda: free)
-    copied, copies = tensors_on_disk.copied, []
-    monkeypatch.setattr(tensors_on_disk, "copied", lambda tensors: copies.append(1) or copied(tensors))
+    copied, copies = sharded_safetensors.copy_to_cpu, []
+    monkeypatch.setattr(sharded_safetensors, "copy_to_cpu", lambda tensors: copies.append(1) or copied(tensors))
     model, optimizer = built(plain)
-    said = []
-    saves = saver_in(tmp_path, said, asynchronous=True)
+    logged = []
+    saves = saver_in(tmp_path, logged, asynchronous=True)
     for step in (5, 6):
         saves.save(step, model, optimizer, {}, set())
         if not fits:
             checkpoint.verify(checkpoint.path_of(tmp_path, step))
     assert saves.finish() is None
     assert len(copies) == (4 if fits else 0)
-    assert said == (
+    assert logged == (
         [] if fits else ["memory has no room for a copy of the model: training waits while a checkpoint is written"]
     )
 
 
 def test_the_copies_of_all_processes_of_a_machine_must_fit(tmp_path, plain, monkeypatch):
-    """Four processes that each see the same free memory do not each take it."""
+    """Four processes that see the same free memory do not each take all of it."""
     model, optimizer = built(plain)
-    parts = {"model": checkpoint.of_model(model), "optimizer": checkpoint.of_optimizer(model, optimizer)}
-    one = 2 * sum(map(tensors_on_disk.num_bytes, parts.values()))  # the copy, and a file of it
+    parts = {
+        "model": checkpoint.model_tensors(model, {}),
+        "optimizer": checkpoint.optimizer_tensors(model, optimizer.state, {}),
+    }
+    one = 2 * sum(map(sharded_safetensors.local_bytes, parts.values()))  # the copy, and a file of it
     monkeypatch.setattr(saver, "free_memory", lambda: 2 * one)
     saves = saver_in(tmp_path, asynchronous=True)
     assert saves._fits_in_memory(parts)
     any_ = SimpleNamespace(any=lambda *flags: list(flags), is_first=True)
-    saves._processes = SimpleNamespace(each=lambda mine: [mine] * 4, **vars(any_))
+    saves._parallel = SimpleNamespace(each=lambda mine: [mine] * 4, **vars(any_))
     assert not saves._fits_in_memory(parts)
     elsewhere = ("another machine", 2**40)
-    saves._processes = SimpleNamespace(each=lambda mine: [mine, elsewhere], **vars(any_))
+    saves._parallel = SimpleNamespace(each=lambda mine: [mine, elsewhere], **vars(any_))
     assert saves._fits_in_memory(parts)
 
 
-def test_a_failure_beside_the_training_is_said_at_the_next_save(tmp_path, plain, monkeypatch):
+def test_a_background_failure_is_logged_at_the_next_save(tmp_path, plain, monkeypatch):
     model, optimizer = built(plain)
-    said = []
-    saves = saver_in(tmp_path, said, asynchronous=True)
+    logged = []
+    saves = saver_in(tmp_path, logged, asynchronous=True)
 
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tensors_on_disk, "write", full)
+        patch.setattr(sharded_safetensors, "write", full)
         saves.save(5, model, optimizer, {}, set())
         saves._thread.join()
-    assert said == []
+    assert logged == []
     saves.save(6, model, optimizer, {}, set())
     place = checkpoint.path_of(tmp_path, 5)
     line = f"cannot write checkpoint {place}: No space left on device"
-    assert said == [f"WARNING: {line}; earlier checkpoints are untouched"]
+    assert logged == [f"WARNING: {line}; earlier checkpoints are untouched"]
     assert saves.finish() is None
-    assert len(said) == 1
+    assert len(logged) == 1
     assert checkpoint.steps(tmp_path) == [6]
 
 
-@pytest.mark.parametrize("error", [MemoryError(), ValueError("what nobody thought of")], ids=repr)
+@pytest.mark.parametrize("error", [MemoryError(), ValueError("unexpected")], ids=repr)
 @pytest.mark.parametrize("where", ["checksum", "state_text"])
-def test_whatever_fails_beside_the_training_is_a_failure(tmp_path, plain, monkeypatch, error, where):
-    """A thread that dies must not look like one that wrote."""
+def test_any_error_in_the_background_is_reported(tmp_path, plain, monkeypatch, error, where):
+    """A dead thread must not look like one that has finished."""
 
     def fail(*arguments):
         raise error
 
-    said = []
-    saves = saver_in(tmp_path, said, asynchronous=True)
+    logged = []
+    saves = saver_in(tmp_path, logged, asynchronous=True)
     with monkeypatch.context() as patch:
-        patch.setattr(saver if where == "checksum" else checkpoint, where, fail)
+        patch.setattr(checkpoint, where, fail)
         saves.save(5, *built(plain), {}, set())
         assert (str(error) or type(error).__name__) in saves.finish()
-    assert len(said) == 1
+    assert len(logged) == 1
 
 
-def test_a_checkpoint_that_is_there_is_no_failure_because_an_old_one_cannot_go(tmp_path, plain, monkeypatch):
+def test_failing_to_delete_an_old_checkpoint_is_only_logged(tmp_path, plain, monkeypatch):
     def fail(*arguments):
         raise OSError(16, "Device or resource busy")
 
-    said = []
-    saves = saver_in(tmp_path, said, asynchronous=True)
+    logged = []
+    saves = saver_in(tmp_path, logged, asynchronous=True)
     monkeypatch.setattr(checkpoint, "prune", fail)
     saves.save(5, *built(plain), {}, set())
     assert saves.finish() is None
     assert checkpoint.steps(tmp_path) == [5]
-    assert len(said) == 1
-    assert "cannot delete old checkpoints" in said[0]
+    assert len(logged) == 1
+    assert "cannot delete old checkpoints" in logged[0]
 
 
 # A disk that is full
@@ -723,7 +727,7 @@ def test_a_checkpoint_that_is_there_is_no_failure_because_an_old_one_cannot_go(t
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A function that mounts a real file system of so many KiB on runs/tiny/checkpoints, or makes it that large."""
+    """A function that mounts or resizes a file system of the given KiB on runs/tiny/checkpoints."""
     folder = tmp_path / CHECKPOINTS
     mounted = []
 
@@ -745,7 +749,7 @@ def small_disk(tmp_path):
 
 @contextlib.contextmanager
 def files_no_larger_than(num_bytes: int):
-    """A real refusal by the system in the middle of a file, for any user."""
+    """Let the system refuse to write in the middle of a file, which needs no privileges."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
@@ -757,17 +761,17 @@ def files_no_larger_than(num_bytes: int):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_file_that_the_system_cuts_off_leaves_the_earlier_checkpoint(tmp_path, plain, asynchronous):
+def test_a_truncated_write_leaves_the_earlier_checkpoint(tmp_path, plain, asynchronous):
     model, optimizer = built(plain)
     save(tmp_path, 1, model, optimizer)
-    before, said = content(tmp_path), []
-    saves = saver_in(tmp_path, said, asynchronous=asynchronous)
+    before, logged = content(tmp_path), []
+    saves = saver_in(tmp_path, logged, asynchronous=asynchronous)
     with files_no_larger_than(3000):
         saves.save(2, model, optimizer, {}, set())
         error = saves.finish()
     assert "File too large" in error
     assert error.startswith(f"cannot write checkpoint {checkpoint.path_of(tmp_path, 2)}: ")
-    assert said == [f"WARNING: {error}; earlier checkpoints are untouched"]
+    assert logged == [f"WARNING: {error}; earlier checkpoints are untouched"]
     assert content(tmp_path) == before
     saves.save(2, model, optimizer, {}, set())
     assert saves.finish() is None
@@ -776,21 +780,21 @@ def test_a_file_that_the_system_cuts_off_leaves_the_earlier_checkpoint(tmp_path,
 
 @pytest.mark.parametrize("checked", [True, False], ids=["checked_first", "while_writing"])
 def test_a_full_disk_leaves_the_earlier_checkpoint(small_disk, plain, monkeypatch, checked):
-    """The free space is looked at first; where others take it meanwhile the writing fails."""
+    """Free space is checked first; if others take it meanwhile, the write fails."""
     model, optimizer = built(plain)
     folder = small_disk(4096)
     save(folder, 1, model, optimizer)
     used = shutil.disk_usage(folder).used // 1024
     small_disk(used + 12)
-    before, said = content(folder), []
+    before, logged = content(folder), []
     if not checked:
         monkeypatch.setattr(saver, "free_disk", lambda folder: 2**40)
-    saves = saver_in(folder, said)
+    saves = saver_in(folder, logged)
     saves.save(2, model, optimizer, {}, set())
     error = saves.finish()
     assert ("it needs 1 MiB and the disk has 0" if checked else "No space left on device") in error
     assert "\n" not in error
-    assert len(said) == 1
+    assert len(logged) == 1
     assert content(folder) == before
     assert [path.name for path in folder.iterdir()] == ["0000000001"]
     small_disk(4096)
@@ -840,11 +844,11 @@ def test_training_over_a_disk_that_is_full_for_a_while_is_undisturbed(workspace,
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_folder_that_cannot_be_made_is_a_failure(tmp_path, plain, asynchronous):
     (tmp_path / "file").write_text("no folder")
-    said = []
-    saves = saver_in(tmp_path / "file" / "checkpoints", said, asynchronous=asynchronous)
+    logged = []
+    saves = saver_in(tmp_path / "file" / "checkpoints", logged, asynchronous=asynchronous)
     saves.save(1, *built(plain), {}, set())
     assert "Not a directory" in saves.finish()
-    assert len(said) == 1
+    assert len(logged) == 1
 
 
 def test_a_folder_that_may_only_be_read_is_a_failure(small_disk, plain):
@@ -852,9 +856,9 @@ def test_a_folder_that_may_only_be_read_is_a_failure(small_disk, plain):
     folder = small_disk(4096)
     save(folder, 1, model, optimizer)
     small_disk(4096, "ro")
-    before, said = content(folder), []
-    saves = saver_in(folder, said)
+    before, logged = content(folder), []
+    saves = saver_in(folder, logged)
     saves.save(2, model, optimizer, {}, set())
     assert "Read-only file system" in saves.finish()
-    assert len(said) == 1
+    assert len(logged) == 1
     assert content(folder) == before

@@ -18,7 +18,7 @@ from tiny_run import PROGRAM, evaluated
 from tiny_training import TRAINING, assert_one_line, with_overrides
 
 from moe_lm import load
-from moe_lm.checkpoint import export_io as exported
+from moe_lm.checkpoint import export as exports
 from moe_lm.cli.config import composed
 from moe_lm.construction import build_model
 
@@ -45,7 +45,7 @@ def card_of(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("limit", [2**32, 2000])
-def test_the_commands_say_of_an_export_what_they_say_of_the_run(either, moe_lm, tmp_path, limit):
+def test_the_commands_print_the_same_for_an_export_and_its_run(either, moe_lm, tmp_path, limit):
     to = export(moe_lm, tmp_path / "deep" / "exported", f"max_file_bytes={limit}")
     for split in ("valid", "test"):
         figures = json.loads(moe_lm("evaluate", f"run={to}", f"split={split}", "json=true").out)
@@ -56,7 +56,7 @@ def test_the_commands_say_of_an_export_what_they_say_of_the_run(either, moe_lm, 
         ours, theirs = (moe_lm(command, f"run={run}", "json=true") for run in (to, copy))
         assert (ours.code, theirs.code) == (0, 0), ours.err
         assert json.loads(ours.out) == json.loads(theirs.out)
-    # What they wrote lies beside it: the export itself is as it was.
+    # Their output lies beside the export, which is unchanged.
     assert (to.parent / "exported-inspect/index.html").is_file()
     assert (to.parent / "exported-audit.json").is_file()
     assert moe_lm("evaluate", f"run={to}").code == 0
@@ -108,11 +108,11 @@ def test_an_export_needs_nothing_of_its_run(own_trained, moe_lm, tmp_path):
     assert figures["nats"] == expected["nats"]
 
 
-def test_export_json_tells_what_the_run_knows(trained, moe_lm, tmp_path):
+def test_export_json_holds_the_figures_of_the_run(trained, moe_lm, tmp_path):
     to = export(moe_lm, tmp_path / "exported")
     record, result = json.loads((to / "export.json").read_text()), json.loads(Path("runs/tiny/result.json").read_text())
-    told = ("perplexity", "predicted_words", "unigram_perplexity", "words", "preset", "name", "parameters_total")
-    assert {key: record[key] for key in told} == {key: result[key] for key in told}
+    kept = ("perplexity", "predicted_words", "unigram_perplexity", "words", "preset", "name", "parameters_total")
+    assert {key: record[key] for key in kept} == {key: result[key] for key in kept}
     assert record["operations_per_timestep"] == result["operations_per_timestep"]
     assert record["step"] == result["steps"]
     [data] = [json.loads(path.read_text()) for path in Path("data").glob("*/data.json")]
@@ -139,7 +139,7 @@ def test_the_card_has_the_figures_and_its_commands_are_real(either, moe_lm, tmp_
     assert done.returncode == 0, done.stderr
 
 
-def test_figures_of_another_step_are_not_told(trained, moe_lm, tmp_path):
+def test_figures_of_another_step_are_left_out(trained, moe_lm, tmp_path):
     outcome = moe_lm("export", RUN, f"to={tmp_path / 'ten'}", "checkpoint=10")
     assert "no result.json" in outcome.err
     record = json.loads((tmp_path / "ten/export.json").read_text())
@@ -157,7 +157,7 @@ def test_equal_exports_have_equal_bytes(trained, moe_lm, tmp_path):
     assert contents(export(moe_lm, tmp_path / "a")) == contents(export(moe_lm, tmp_path / "b"))
 
 
-def test_everyone_may_read_what_the_user_lets_them(trained, moe_lm, tmp_path):
+def test_file_modes_follow_the_umask(trained, moe_lm, tmp_path):
     before = os.umask(0o022)
     try:
         to = export(moe_lm, tmp_path / "exported")
@@ -166,7 +166,7 @@ def test_everyone_may_read_what_the_user_lets_them(trained, moe_lm, tmp_path):
     assert {path.stat().st_mode & 0o777 for path in to.rglob("*") if path.is_file()} == {0o644}
 
 
-def test_the_same_again_is_there_already(trained, moe_lm, tmp_path):
+def test_exporting_the_same_model_again_changes_nothing(trained, moe_lm, tmp_path):
     to = export(moe_lm, tmp_path / "exported")
     times = {path: path.stat().st_mtime_ns for path in to.rglob("*")}
     outcome = moe_lm("export", RUN, f"to={to}")
@@ -186,7 +186,7 @@ def assert_refused(moe_lm, to: Path, *expected: str, overrides: tuple[str, ...] 
     assert before == (contents(to) if to.is_dir() else to.read_bytes())
 
 
-def test_what_holds_anything_else_is_refused(trained, moe_lm, tmp_path):
+def test_a_folder_with_anything_else_is_refused(trained, moe_lm, tmp_path):
     to = export(moe_lm, tmp_path / "exported", "checkpoint=11")
     assert_refused(moe_lm, to, "something else than step 12", "to=...")
     (tmp_path / "other").mkdir()
@@ -242,7 +242,7 @@ def test_an_exports_own_step_may_be_named(trained, moe_lm, tmp_path):
 
 @pytest.mark.parametrize("call", range(1, 9))
 def test_a_full_disk_leaves_nothing(trained, moe_lm, tmp_path, monkeypatch, call):
-    real, calls = exported.sync, []
+    real, calls = exports.sync, []
 
     def sync(path):
         calls.append(path)
@@ -250,7 +250,7 @@ def test_a_full_disk_leaves_nothing(trained, moe_lm, tmp_path, monkeypatch, call
             raise OSError(28, "No space left on device")
         real(path)
 
-    monkeypatch.setattr("moe_lm.checkpoint.export_io.sync", sync)
+    monkeypatch.setattr("moe_lm.checkpoint.export.sync", sync)
     to = tmp_path / "exports/tiny"
     outcome = moe_lm("export", RUN, f"to={to}")
     if len(calls) < call or calls[-1] == to.parent:  # the last one comes after the folder is in its place
@@ -263,8 +263,8 @@ def test_a_full_disk_leaves_nothing(trained, moe_lm, tmp_path, monkeypatch, call
 def test_a_killed_export_is_not_there_and_the_next_one_is_whole(trained, moe_lm, tmp_path):
     to = tmp_path / "tiny"
     program = (
-        "import os\nfrom moe_lm.checkpoint import exported\nfrom moe_lm.__main__ import main\n"
-        "exported.sync = lambda path: os._exit(9) if path.name == 'README.md' else None\n"
+        "import os\nfrom moe_lm.checkpoint import export\nfrom moe_lm.__main__ import main\n"
+        "export.sync = lambda path: os._exit(9) if path.name == 'README.md' else None\n"
         f"main(['export', 'run=runs/tiny', 'to={to}'])"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 9

@@ -1,4 +1,4 @@
-"""Nothing opens that is not the export as it was written: no missing, altered or additional file, never a pickle."""
+"""An export with a missing, altered or additional file, or with a pickle, does not open."""
 
 import io
 import json
@@ -80,7 +80,7 @@ def pickles() -> dict[str, bytes]:
     return {f"protocol {i}": pickle.dumps(Canary(), i) for i in range(6)} | {"torch": archive.getvalue()}
 
 
-def test_both_are_sound(there, moe_lm):
+def test_both_are_intact(there, moe_lm):
     assert sorted(p.relative_to("several").as_posix() for p in Path("several").rglob("*") if p.is_file()) == sorted(
         [*FILES, "model-00002-of-00003.safetensors"]
     )
@@ -124,7 +124,7 @@ def test_an_additional_file(there, name):
 
 
 @pytest.mark.parametrize("command", ["evaluate", "score file=text/test.txt", "inspect", "audit", "export to=x"])
-def test_every_command_says_so_in_one_line(there, moe_lm, command):
+def test_every_command_reports_it_in_one_line(there, moe_lm, command):
     Path("several/README.md").write_bytes(b"altered")
     expected = "is an export already" if "export" in command else "several/README.md was altered"
     assert_one_line(moe_lm(*command.split(), "run=several"), expected)
@@ -251,7 +251,7 @@ def test_forged_numbers(there, value):
 
 
 def test_a_forged_vocabulary(there, moe_lm):
-    """Of the same size, in another order: the token ids of the training's data would mean other words."""
+    """Two words are swapped, so that the token ids of the training data mean other words."""
     file = Path("one/vocabulary/vocabulary.txt")
     first, second, *rest = file.read_text().splitlines(keepends=True)
     file.write_text("".join([first, rest[0], second, *rest[1:]]))
@@ -259,7 +259,7 @@ def test_a_forged_vocabulary(there, moe_lm):
     assert_one_line(moe_lm("evaluate", "run=one"), "one has another vocabulary than the data")
 
 
-def test_a_forged_configuration_does_not_say_where_data_go(there, moe_lm):
+def test_a_forged_configuration_does_not_choose_the_data_folder(there, moe_lm):
     change("data", value="elsewhere", file=Path("one/config.yaml"))
     sign("one")
     assert moe_lm("evaluate", "run=one").code == 0
@@ -287,7 +287,7 @@ def test_a_forged_index(there, change):
 
 
 def test_links_to_the_very_files_are_read(there, moe_lm):
-    """As the cache of a hub lays a repository out; what a link leads to is checked like a file."""
+    """The cache of a model hub links files; the target of a link is checked like a file."""
     expected = moe_lm("evaluate", "run=one", "json=true").out
     shutil.copytree("one", "blobs")
     for name in ("README.md", "model.safetensors", "config.yaml", "vocabulary/vocabulary.txt"):

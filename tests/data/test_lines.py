@@ -1,4 +1,4 @@
-"""Files cut into blocks: every line once, whole, and with its number, wherever the cuts fall."""
+"""Files read in blocks: every line once, whole and with its number, wherever the blocks begin."""
 
 import gzip
 
@@ -12,15 +12,15 @@ TEXT = "\ufeffone two\n\nthree\r\nfür vier \u2028 x\n\n\na long line, longer th
 LINES = ["one two", "", "three\r", "für vier \u2028 x", "", "", "a long line, longer than many a block is", "last"]
 
 
-@pytest.mark.parametrize("size", range(1, len(TEXT) + 2))
 @pytest.mark.parametrize("end", [b"", b"\n"])
-def test_wherever_a_file_is_cut_its_lines_stay_whole(tmp_path, monkeypatch, size, end):
+def test_wherever_a_file_is_cut_its_lines_stay_whole(tmp_path, monkeypatch, end):
     (tmp_path / "text").write_bytes(TEXT + end)
-    monkeypatch.setattr(moe_lm.data.corpus.lines, "BLOCK", size)
-    parts = blocks(tmp_path / "text")
-    assert [line for part in parts for line in part.sentences()] == LINES
-    assert sum(part.size for part in parts) == len(TEXT + end)
-    assert len({part.name for part in parts}) == len(parts) == -(-len(TEXT + end) // size)
+    for size in range(1, len(TEXT) + 2):
+        monkeypatch.setattr(moe_lm.data.corpus.lines, "BLOCK", size)
+        parts = blocks(tmp_path / "text")
+        assert [line for part in parts for line in part.sentences()] == LINES, size
+        assert sum(part.size for part in parts) == len(TEXT + end)
+        assert len({part.name for part in parts}) == len(parts) == -(-len(TEXT + end) // size)
 
 
 @pytest.mark.parametrize("begin", [0, 10, 20, 29])

@@ -1,4 +1,4 @@
-"""The benchmark's forms: made-up shards in its folders, and the same sentences as tables, give the same arrays."""
+"""The benchmark's forms: synthetic shards in its folders, and the same sentences in tables, give the same arrays."""
 
 import lzma
 import random
@@ -10,7 +10,7 @@ from training_text import sentences
 
 import moe_lm.data.corpus.lm1b
 from moe_lm.data.corpus.lm1b import Lm1b
-from moe_lm.data.prepared import prepare
+from moe_lm.data.prepare import prepare
 from moe_lm.data.vocabulary.words import Words
 from moe_lm.errors import UserError
 
@@ -39,11 +39,11 @@ TRAIN = [line for name in NAMES[:4] for line in SHARDS[name]]
 
 
 @pytest.fixture(autouse=True)
-def figures(monkeypatch):
-    """The published figures are those of the made-up shards."""
+def reference_counts(monkeypatch):
+    """The published counts are those of the synthetic shards."""
     counts = {"train.sentences": 240, "train.words": sum(len(line.split()) + 1 for line in TRAIN)}
     counts |= {"test.sentences": 25, "test.words": TEST_WORDS}
-    monkeypatch.setattr(moe_lm.data.corpus.lm1b, "FIGURES", counts)
+    monkeypatch.setattr(moe_lm.data.corpus.lm1b, "REFERENCE_COUNTS", counts)
     monkeypatch.setattr(moe_lm.data.corpus.lm1b, "NUM_SHARDS", {"train": 4, "held-out": 3})
     return counts
 
@@ -68,9 +68,9 @@ def lm1b(folder=None, path=None, revision=None, subset=None, streaming=True, max
     )
 
 
-def make(corpus, folder, say=lambda line: None):
+def make(corpus, folder, log=lambda line: None):
     recipe = Words(file=None, min_count=3, max_size=None)
-    return prepare(corpus=corpus, recipe=recipe, folder=folder, settings={}, say=say, progress=False)
+    return prepare(corpus=corpus, recipe=recipe, folder=folder, settings={}, log=log, progress=False)
 
 
 def arrays(folder):
@@ -100,18 +100,18 @@ def test_inputs_name_every_shard_and_change_with_it(archive):
     assert lm1b(archive).inputs() != before
 
 
-def test_a_part_of_the_benchmark_is_loudly_called_so(archive):
+def test_a_part_of_the_benchmark_logs_a_warning(archive):
     (archive / NAMES[2]).unlink()
     (archive / NAMES[6]).unlink()
     (note,) = lm1b(archive).notes()
     assert "WARNING" in note
     assert "3 of 4 train shards and 2 of 3 held-out shards: perplexities cannot be set beside" in note
-    assert lm1b(archive).figures(3).keys() == {"test.sentences", "test.words"}
-    said = []
-    make(lm1b(archive), archive.parent / "data", said.append)
-    assert note in said
+    assert lm1b(archive).reference_counts(3).keys() == {"test.sentences", "test.words"}
+    logged = []
+    make(lm1b(archive), archive.parent / "data", logged.append)
+    assert note in logged
     agreed = "the test split, all that was compared, agrees with the published figures: "
-    assert said[-1] == f"{agreed}test sentences 25, test words with </S> {TEST_WORDS}"
+    assert logged[-1] == f"{agreed}test sentences 25, test words with </S> {TEST_WORDS}"
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_what_is_missing_is_named(archive, gone, message):
         lm1b(archive).inputs()
 
 
-def test_a_folder_that_is_none_and_a_shard_twice_are_refused(archive):
+def test_a_missing_folder_and_a_repeated_shard_are_refused(archive):
     with pytest.raises(UserError, match="is no folder; name the one that the archive unpacks to"):
         lm1b(archive / "nothing").inputs()
     (archive / f"{NAMES[1]}.gz").write_bytes(b"")
@@ -172,7 +172,7 @@ def test_what_held_out_shards_were_cut_from_may_be_empty(archive):
 
 @pytest.mark.parametrize("key", ["path", "revision", "subset"])
 def test_what_does_not_apply_to_the_archive_is_refused(archive, key):
-    with pytest.raises(UserError, match=rf"corpus\.{key}=other does not apply to corpus\.folder"):
+    with pytest.raises(ValueError, match=rf"corpus\.{key}=other does not apply to corpus\.folder"):
         lm1b(archive, **{key: "other"})
 
 
@@ -190,30 +190,31 @@ def test_nothing_published_is_left_out_by_default():
     from moe_lm.cli.config import composed, resolved
 
     assert resolved(composed("prepare", ["corpus=lm1b"]))["corpus"]["max_words"] == 100_000
-    with pytest.raises(UserError, match=r"corpus\.max_words=0"):
+    with pytest.raises(ValueError, match=r"corpus\.max_words=0"):
         lm1b(max_words=0)
 
 
-def test_the_whole_is_compared_with_what_is_published(archive, figures, monkeypatch):
+def test_the_whole_is_compared_with_what_is_published(archive, reference_counts, monkeypatch):
     monkeypatch.setattr(moe_lm.data.corpus.lm1b, "VOCABULARY", {3: 48})
-    said = []
-    prepared = make(lm1b(archive), archive.parent / "data", said.append)
+    logged = []
+    prepared = make(lm1b(archive), archive.parent / "data", logged.append)
     assert prepared.vocabulary.size == 47  # 45 words but <UNK>, and three markers
-    assert prepared.figures["train.words"] == {"expected": figures["train.words"], "found": figures["train.words"]}
-    assert any("<UNK>: 47, published 48 (-1)" in line for line in said)
-    assert any("may be the markers'" in line for line in said)
-    assert not any("NOT the text" in line for line in said)
+    count = reference_counts["train.words"]
+    assert prepared.reference_counts["train.words"] == {"expected": count, "found": count}
+    assert any("<UNK>: 47, published 48 (-1)" in line for line in logged)
+    assert any("may come from counting the markers" in line for line in logged)
+    assert not any("NOT the published text" in line for line in logged)
     monkeypatch.setattr(moe_lm.data.corpus.lm1b, "VOCABULARY", {3: 47})
-    said.clear()
-    make(lm1b(archive), archive.parent / "again", said.append)
-    assert said[-1].startswith("agrees with the published figures: train sentences 240, ")
-    assert said[-1].endswith("vocabulary with <S>, </S> and <UNK> 47")
+    logged.clear()
+    make(lm1b(archive), archive.parent / "again", logged.append)
+    assert logged[-1].startswith("agrees with the published figures: train sentences 240, ")
+    assert logged[-1].endswith("vocabulary with <S>, </S> and <UNK> 47")
 
 
 def test_a_vocabulary_by_another_rule_has_no_published_size(archive):
-    assert "vocabulary" in lm1b(archive).figures(3)
-    assert "vocabulary" not in lm1b(archive).figures(2)
-    assert "vocabulary" not in lm1b(archive).figures(None)
+    assert "vocabulary" in lm1b(archive).reference_counts(3)
+    assert "vocabulary" not in lm1b(archive).reference_counts(2)
+    assert "vocabulary" not in lm1b(archive).reference_counts(None)
 
 
 @pytest.fixture
@@ -282,7 +283,7 @@ def test_too_few_held_out_sentences_are_refused(tables):
             lm1b(path=root).parts(split)
 
 
-def test_no_held_out_sentence_after_the_test_shard_is_told(tables):
+def test_no_held_out_sentence_after_the_test_shard_is_refused(tables):
     root = tables("parquet", held_out=NAMES[5:6])
     assert len(list(lm1b(path=root).parts("test")[0].sentences())) == 25
     with pytest.raises(
@@ -372,7 +373,7 @@ def error_of(name):
 def test_the_hub_is_not_asked_before_text_is_wanted(hub):
     asked = hub(RuntimeError("asked"))
     assert lm1b().inputs() == {"path": HUB, "revision": "refs/convert/parquet", "subset": "plain_text"}
-    assert lm1b().figures(3)["vocabulary"] == 793_471
+    assert lm1b().reference_counts(3)["vocabulary"] == 793_471
     assert lm1b().notes() == []
     assert not asked
 

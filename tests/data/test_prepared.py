@@ -1,4 +1,4 @@
-"""Token ids on disk: every number worked out by hand, one folder whole or none, and each kind of damage mended."""
+"""Prepared folders: numbers worked out by hand, a whole folder or none, and repair of every kind of damage."""
 
 import errno
 import json
@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+import moe_lm.data.parts
 import moe_lm.data.prepare
-import moe_lm.data.prepared
-import moe_lm.data.split_writer
-from moe_lm.data.prepared import open_prepared, prepare
+from moe_lm.data.prepare import Preparation, prepare
+from moe_lm.data.prepared import open_prepared
 from moe_lm.data.vocabulary.subwords import Subwords
 from moe_lm.data.vocabulary.words import Words
 from moe_lm.errors import UserError
@@ -32,7 +32,7 @@ TEXT = {
 
 
 class Lines:
-    """A corpus in memory that counts how often it is read; `None` among the lines stands for a crash."""
+    """A corpus in memory that counts how often it is read; `None` among the lines stands for an error."""
 
     max_words = 4
 
@@ -48,7 +48,7 @@ class Lines:
     def notes(self):
         return []
 
-    def figures(self, min_count):
+    def reference_counts(self, min_count):
         return {}
 
 
@@ -71,9 +71,9 @@ class Whole:
 WORDS = Words(file=None, min_count=1, max_size=None)
 
 
-def make(folder, corpus=None, recipe=WORDS, say=lambda line: None, settings=None):
+def make(folder, corpus=None, recipe=WORDS, log=lambda line: None, settings=None):
     return prepare(
-        corpus=corpus or Lines(), recipe=recipe, folder=folder, settings=settings or {}, say=say, progress=False
+        corpus=corpus or Lines(), recipe=recipe, folder=folder, settings=settings or {}, log=log, progress=False
     )
 
 
@@ -81,7 +81,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
 
 
-def test_arrays_hold_what_a_hand_writes_down(tmp_path):
+def test_arrays_worked_out_by_hand(tmp_path):
     prepared = make(tmp_path / "data")
     vocabulary = prepared.vocabulary
     # Kept for training: "b a a", "a b", "a"; so a 4, </S> 3, b 2, <UNK> 0, <S> last.
@@ -98,7 +98,7 @@ def test_arrays_hold_what_a_hand_writes_down(tmp_path):
     assert all(isinstance(values, np.memmap) for values in (train.tokens, train.starts, train.words))
 
 
-def test_statistics_are_those_worked_out_by_hand(tmp_path):
+def test_statistics_worked_out_by_hand(tmp_path):
     statistics = make(tmp_path / "data").statistics
     assert statistics["train"] == {
         "sentences": 3,
@@ -118,7 +118,7 @@ def test_statistics_are_those_worked_out_by_hand(tmp_path):
 
 def test_lines_for_the_console_name_what_was_left_out(tmp_path):
     lines = []
-    make(tmp_path / "data", say=lines.append)
+    make(tmp_path / "data", log=lines.append)
     assert lines == [
         "vocabulary: 5 tokens",
         "train: 3 sentences, 9 words with </S>, 9 tokens, 0.00 % unknown"
@@ -137,7 +137,7 @@ def long_text():
 
 @pytest.mark.parametrize("buffer", [1, 7, 1 << 20])
 def test_the_size_of_the_buffer_changes_nothing(tmp_path, monkeypatch, buffer):
-    monkeypatch.setattr(moe_lm.data.split_writer, "BUFFER", buffer)
+    monkeypatch.setattr(moe_lm.data.parts, "BUFFER", buffer)
     corpus = Lines(long_text())
     prepared = make(tmp_path / "data", corpus)
     train = prepared.splits["train"]
@@ -174,7 +174,7 @@ def test_a_repeat_reads_no_text(tmp_path):
     assert again.statistics == first.statistics
 
 
-def test_other_inputs_prepare_anew(tmp_path):
+def test_other_inputs_prepare_the_text_again(tmp_path):
     make(tmp_path / "data")
     for corpus, settings in ((Lines(stamp=1), {}), (Lines(stamp=1), {"min_count": 2})):
         make(tmp_path / "data", corpus, settings=settings)
@@ -185,7 +185,7 @@ def test_other_inputs_prepare_anew(tmp_path):
     assert names(tmp_path) == ["data"]
 
 
-def test_another_max_words_prepares_anew(tmp_path):
+def test_another_max_words_prepares_the_text_again(tmp_path):
     make(tmp_path / "data")
     longer = Lines()
     longer.max_words = 5
@@ -214,7 +214,7 @@ def test_a_damaged_folder_is_reported_and_mended(tmp_path, file, damage):
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"format": 1}', '{"format": 1, "files": 3}', "\udcff"])
-def test_a_strange_record_is_reported(tmp_path, content):
+def test_a_damaged_record_is_reported(tmp_path, content):
     make(tmp_path / "data")
     (tmp_path / "data" / "data.json").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=r"data\.json cannot be read"):
@@ -247,13 +247,13 @@ def test_training_text_of_long_sentences_only_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("error", [UserError("line 3: not UTF-8"), RuntimeError("bug"), ConnectionError("offline")])
-def test_an_error_in_the_text_passes_through_and_leaves_nothing(tmp_path, error):
+def test_an_error_in_the_text_is_raised_and_leaves_no_files(tmp_path, error):
     with pytest.raises(type(error), match=str(error)):
         make(tmp_path / "data", Lines(TEXT | {"valid": ["a", None]}, error=error))
     assert names(tmp_path) == []
 
 
-def test_a_full_disk_is_a_mistake_and_keeps_what_stood_there(tmp_path, monkeypatch):
+def test_a_full_disk_is_a_user_error_and_keeps_the_old_folder(tmp_path, monkeypatch):
     before = make(tmp_path / "data").fingerprint
 
     def full(descriptor):
@@ -266,7 +266,7 @@ def test_a_full_disk_is_a_mistake_and_keeps_what_stood_there(tmp_path, monkeypat
     assert open_prepared(tmp_path / "data", WORDS).fingerprint == before
 
 
-def test_a_place_where_no_folder_can_be_made_is_a_mistake(tmp_path):
+def test_a_folder_that_cannot_be_created_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write .*file/data: "):
         make(tmp_path / "file" / "data")
@@ -280,7 +280,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
     assert (tmp_path / "data" / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_process_killed_in_the_middle_leaves_nothing_that_counts(tmp_path):
+def test_a_process_killed_in_the_middle_leaves_no_prepared_folder(tmp_path):
     code = f"""
         import os, signal, sys
         sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:2]]!r}
@@ -312,27 +312,27 @@ def test_a_process_killed_in_the_middle_leaves_nothing_that_counts(tmp_path):
 
 def test_two_processes_do_not_prepare_at_once(tmp_path):
     """The second waits for the lock, says so, and then finds the work done."""
-    corpus, said = Lines(), []
+    corpus, logged = Lines(), []
     lock = FileLock(tmp_path / ".data.lock")
     lock.acquire()
 
-    def say(line):
-        said.append(line)
+    def log(line):
+        logged.append(line)
         if line.startswith("waiting"):
             # What the other process does meanwhile: it prepares, then lets go.
-            quiet = {"say": lambda line: None, "progress": False, "num_processes": 1}
-            moe_lm.data.prepared._make(Lines(), WORDS, tmp_path / "data", stamp, **quiet)
+            quiet = {"log": lambda line: None, "progress": False, "num_processes": 1}
+            Preparation(Lines(), WORDS, tmp_path / "data", **quiet).run(inputs)
             lock.release()
 
-    stamp = {"settings": {}, "corpus": {"stamp": 0, "tuple": [1, 2]}, "vocabulary": {"file": None}, "max_words": 4}
-    make(tmp_path / "data", corpus, say=say)
-    assert said == [f"waiting: another process prepares {tmp_path / 'data'}"]
+    inputs = {"settings": {}, "corpus": {"stamp": 0, "tuple": [1, 2]}, "vocabulary": {"file": None}, "max_words": 4}
+    make(tmp_path / "data", corpus, log=log)
+    assert logged == [f"waiting: another process prepares {tmp_path / 'data'}"]
     assert not corpus.passes
 
 
 def test_a_finished_folder_opens_where_no_lock_can_be_had(tmp_path, monkeypatch):
     make(tmp_path / "data")
-    monkeypatch.setattr(moe_lm.data.prepared, "FileLock", lambda path: pytest.fail("a read-only place has no lock"))
+    monkeypatch.setattr(moe_lm.data.prepare, "FileLock", lambda path: pytest.fail("a read-only place has no lock"))
     make(tmp_path / "data")
 
 
@@ -340,7 +340,7 @@ def test_progress_goes_to_standard_error_only_when_asked(tmp_path, capsys):
     make(tmp_path / "quiet")
     assert capsys.readouterr() == ("", "")
     with suppress(UserError):
-        prepare(corpus=Lines(), recipe=WORDS, folder=tmp_path / "bars", settings={}, say=print, progress=True)
+        prepare(corpus=Lines(), recipe=WORDS, folder=tmp_path / "bars", settings={}, log=print, progress=True)
     output = capsys.readouterr()
     assert "vocabulary: 5 tokens" in output.out
     assert "counting" in output.err

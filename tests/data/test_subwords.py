@@ -131,12 +131,12 @@ def test_a_size_too_large_names_the_largest_that_works(sentences):
     assert build(sentences, size=largest).size == largest
 
 
-def test_a_size_below_the_letters_names_the_smallest(sentences):
-    with pytest.raises(UserError, match=r"size=262 is less than the letters of this text; give \d+ or more"):
+def test_a_size_below_the_number_of_characters_names_the_smallest(sentences):
+    with pytest.raises(UserError, match=r"size=262 is less than the characters of this text; give \d+ or more"):
         build(sentences, size=262)
 
 
 @pytest.mark.parametrize(("size", "max_sentences", "key"), [(259, 10, "size=259"), (400, 0, "max_sentences=0")])
 def test_impossible_settings_are_refused(size, max_sentences, key):
-    with pytest.raises(UserError, match=rf"vocabulary\.{key}"):
+    with pytest.raises(ValueError, match=rf"vocabulary\.{key}"):
         Subwords(size=size, max_sentences=max_sentences)

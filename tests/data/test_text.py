@@ -1,4 +1,4 @@
-"""Text files as a corpus: order, lines, compression, and a clear word for every way they can be bad."""
+"""Text files as a corpus: order, lines, compression, and a clear error for every way they can be damaged."""
 
 import gzip
 import lzma
@@ -60,7 +60,7 @@ def test_files_come_in_sorted_order_and_a_file_matched_twice_is_read_once(tmp_pa
     assert train_lines(globs, held_out) == ["from a.txt", "from b.txt", "from c.txt"]
 
 
-def test_a_path_with_a_bracket_in_it_is_meant_literally(tmp_path, held_out):
+def test_an_existing_path_with_brackets_is_taken_literally(tmp_path, held_out):
     (tmp_path / "part[1].txt").write_text("literal\n")
     assert train_lines(str(tmp_path / "part[1].txt"), held_out) == ["literal"]
 
@@ -145,5 +145,5 @@ def test_a_file_that_vanishes_is_reported(tmp_path, held_out, monkeypatch):
 
 
 def test_max_words_below_one_is_refused():
-    with pytest.raises(UserError, match=r"corpus\.max_words=0"):
+    with pytest.raises(ValueError, match=r"corpus\.max_words=0"):
         Text(train=[], valid=[], test=[], max_words=0)

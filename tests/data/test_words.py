@@ -62,7 +62,7 @@ def test_counts_agree_with_counting_by_hand_on_random_text():
     assert counts == sorted(counts, reverse=True)
 
 
-def test_encode_takes_any_white_space_and_marks_strangers_and_markers_unknown():
+def test_encode_splits_at_any_white_space_and_other_words_and_markers_are_unknown():
     vocabulary = build(TEXT)
     a, b, unknown = 1, 3, 2
     assert vocabulary.encode(" a \u2028b\tzebra  <S> </S> <UNK>\r\n") == [a, b, *[unknown] * 4]
@@ -95,19 +95,19 @@ def test_the_forms_of_the_published_file(tmp_path):
     assert tokens(from_file(tmp_path, without)) == ["</S>", "<S>", "<UNK>", "the", ","]
 
 
-def test_what_a_file_lacks_is_said(tmp_path):
+def test_what_a_file_lacks_is_logged(tmp_path):
     path = tmp_path / "words.txt"
     bare, full = "the\n", "<S>\n</S>\n<UNK>\nthe\n"
     for content, expected in ((bare, "1 tokens, <S>, </S>, <UNK> added"), (full, "4 tokens, the markers among them")):
         path.write_text(content)
         text = Unread()
         words(file=str(path), min_count=5).build(text)
-        (said,) = text.said
-        assert expected in said
-        assert said.endswith("vocabulary.min_count does not apply to a file")
+        (logged,) = text.logged
+        assert expected in logged
+        assert logged.endswith("vocabulary.min_count does not apply to a file")
 
 
-def test_the_least_count_is_told_only_where_it_alone_decides(tmp_path):
+def test_min_count_is_given_only_where_it_alone_decides(tmp_path):
     assert words(min_count=3).min_count == 3
     assert words(min_count=3, max_size=9).min_count is None
     assert words(file=str(tmp_path / "words.txt"), min_count=3).min_count is None
@@ -160,7 +160,7 @@ def test_a_damaged_saved_vocabulary_is_reported(tmp_path):
     ],
 )
 def test_impossible_settings_are_refused(options, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         words(**options)
 
 

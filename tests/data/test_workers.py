@@ -1,4 +1,4 @@
-"""Work in several processes: every result once, errors and deaths reported, and nobody left behind."""
+"""Tasks in several processes: every result once, errors and killed workers reported, and no process left behind."""
 
 import os
 import signal
@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from moe_lm.data.workers import each
+from moe_lm.data.workers import map_unordered
 from moe_lm.errors import UserError
 
 
-def square(task, watch):
-    watch(1)
-    watch(task)
+def square(task, report):
+    report(1)
+    report(task)
     return task * task, os.getpid()
 
 
-def refuse(task, watch):
+def refuse(task, report):
     if task == 3:
         raise UserError("task 3 is no good")
     return task
@@ -33,60 +33,60 @@ class ForeignError(Exception):
         super().__init__(f"needed {needed}")
 
 
-def fail(task, watch):
+def fail(task, report):
     if task == "foreign":
         raise ForeignError(needed=1)
     return 1 // task
 
 
-def die(task, watch):
+def die(task, report):
     if task == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
 
 
-def wait_long(folder, watch):
+def wait_long(folder, report):
     Path(folder, str(os.getpid())).write_text("")
     time.sleep(60)
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 5])
-def test_every_task_is_done_once_and_its_progress_told(num_processes):
+def test_every_task_is_done_once_and_its_progress_reported(num_processes):
     amounts = []
-    results = dict(each([5, 6, 7], square, num_processes=num_processes, watch=amounts.append))
+    results = dict(map_unordered(square, [5, 6, 7], num_processes=num_processes, report=amounts.append))
     assert {index: value for index, (value, _) in results.items()} == {0: 25, 1: 36, 2: 49}
     assert sorted(amounts) == [1, 1, 1, 5, 6, 7]
     pids = {pid for _, pid in results.values()}
     assert pids == {os.getpid()} if num_processes == 1 else os.getpid() not in pids
 
 
-def test_no_task_is_no_work():
-    assert list(each([], square, num_processes=3, watch=print)) == []
+def test_no_tasks_give_no_results():
+    assert list(map_unordered(square, [], num_processes=3, report=print)) == []
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_a_mistake_reaches_the_user(num_processes):
+def test_a_user_error_is_raised_as_it_is(num_processes):
     with pytest.raises(UserError, match=r"^task 3 is no good$"):
-        list(each([1, 2, 3, 4], refuse, num_processes=num_processes, watch=print))
+        list(map_unordered(refuse, [1, 2, 3, 4], num_processes=num_processes, report=print))
 
 
-def test_other_errors_come_with_what_happened():
+def test_other_errors_come_with_their_traceback():
     with pytest.raises(ZeroDivisionError) as caught:
-        list(each([1, 0], fail, num_processes=2, watch=print))
+        list(map_unordered(fail, [1, 0], num_processes=2, report=print))
     assert "1 // task" in caught.value.__notes__[0]
     with pytest.raises(RuntimeError, match=r"needed 1"):
-        list(each([1, "foreign"], fail, num_processes=2, watch=print))
+        list(map_unordered(fail, [1, "foreign"], num_processes=2, report=print))
 
 
-def test_a_killed_worker_is_one_line_and_no_waiting():
+def test_a_killed_worker_ends_with_one_line_at_once():
     began = time.monotonic()
     with pytest.raises(UserError, match=r"a worker process was killed.*processes=1"):
-        list(each([0, 1], die, num_processes=2, watch=print))
+        list(map_unordered(die, [0, 1], num_processes=2, report=print))
     assert time.monotonic() - began < 50
 
 
-def test_what_is_not_asked_for_any_more_ends(tmp_path):
-    results = each([2, 3, 4], square, num_processes=2, watch=print)
+def test_workers_end_with_an_iterator_that_is_closed(tmp_path):
+    results = map_unordered(square, [2, 3, 4], num_processes=2, report=print)
     (_, (_, pid)) = next(results)
     results.close()
     assert gone(pid)
@@ -97,9 +97,9 @@ def test_workers_end_with_their_parent(tmp_path, number):
     code = f"""
         import sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from test_workers import each, wait_long
+        from test_workers import map_unordered, wait_long
         if __name__ == "__main__":
-            list(each([{str(tmp_path)!r}] * 2, wait_long, num_processes=2, watch=print))
+            list(map_unordered(wait_long, [{str(tmp_path)!r}] * 2, num_processes=2, report=print))
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
     # A group of its own, as a terminal gives one to a command: Ctrl-C reaches every process in it.

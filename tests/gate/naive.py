@@ -5,13 +5,54 @@ References are written out as loops over tokens and experts, without any of the 
 Shape suffixes: T tokens, D width, E experts (of a group), A assignments, G groups.
 """
 
+import functools
+import inspect
+from contextlib import nullcontext
+
 import torch
+from omegaconf import OmegaConf
+
+from moe_lm.cli.machine import build
+from moe_lm.config_files import folder
 
 ZERO = torch.zeros((), dtype=torch.float64)
 SUMS = ("requested_E", "first_choice_E", "probability_E", "log_z_squared", "num_tokens")
 """The sums of a gate whose tokens choose experts."""
 CONSTANT = ("requested_E", "first_choice_E", "above_E", "share_E", "num_tokens")
 """Sums without a gradient."""
+
+
+def each(names, values):
+    """Run a test for each of these values inside one test; like `pytest.mark.parametrize`, without a test for each.
+
+    A failure names its values. What a case sets by `monkeypatch` is undone after the case.
+    """
+    names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+
+    def decorated(test):
+        @functools.wraps(test)
+        def looped(**given):
+            for value in values:
+                case = dict(zip(names, value if len(names) > 1 else [value], strict=True))
+                patch = given.get("monkeypatch")
+                with patch.context() if patch else nullcontext() as own:
+                    try:
+                        test(**given | ({"monkeypatch": own} if patch else {}) | case)
+                    except Exception as error:
+                        error.add_note(f"in the case {case}")
+                        raise
+
+        signature = inspect.signature(test)
+        left = [parameter for name, parameter in signature.parameters.items() if name not in names]
+        looped.__signature__ = signature.replace(parameters=left)
+        return looped
+
+    return decorated
+
+
+def partial_of(name):
+    """The gate as its YAML describes it, for the layer to complete."""
+    return build(OmegaConf.to_container(OmegaConf.load(folder() / "gate" / f"{name}.yaml")))
 
 
 def randomized(gate, seed=0, deviation=1.0):

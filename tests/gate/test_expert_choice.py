@@ -59,8 +59,8 @@ def reference(gate, x_TD, c, train, grouped):
     return by_hand(x_TD, gate.gate_DE, gate.threshold_E, c, train)
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize(("num_tokens", "num_experts", "k", "factor"), SIZES)
+@naive.each("train", [True, False])
+@naive.each(("num_tokens", "num_experts", "k", "factor"), SIZES)
 def test_gating_follows_the_equations(num_tokens, num_experts, k, factor, train):
     """Gates, importance, load, cuts and sums are those of the loops."""
     gate, x_TD = make(num_experts, k, factor, train=train), naive.tokens(num_tokens)
@@ -68,8 +68,8 @@ def test_gating_follows_the_equations(num_tokens, num_experts, k, factor, train)
     naive.check(gate(x_TD), table_TE, sums, int((table_TE > 0).sum()), train)
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize(("num_experts", "k", "factor"), [(5, 2, None), (4, 4, None), (1, 1, None), (6, 1, 1.5)])
+@naive.each("train", [True, False])
+@naive.each(("num_experts", "k", "factor"), [(5, 2, None), (4, 4, None), (1, 1, None), (6, 1, 1.5)])
 def test_groups_follow_the_equations_each_by_itself(num_experts, k, factor, train):
     """Each group's experts take m of its own rows, in evaluation those above their own thresholds."""
     gate, x_TD = make(num_experts, k, factor, num_groups=4, train=train), naive.tokens(sum(ROWS))
@@ -77,9 +77,9 @@ def test_groups_follow_the_equations_each_by_itself(num_experts, k, factor, trai
     naive.check(gate(x_TD, GROUP), table_TE, sums, int((table_TE > 0).sum()), train)
 
 
-@pytest.mark.parametrize("what", ["gate", "importance", "log_z_squared"])
-@pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("k", [1, 2, 5])
+@naive.each("what", ["gate", "importance", "log_z_squared"])
+@naive.each("grouped", [False, True])
+@naive.each("k", [1, 2, 5])
 def test_gradients_are_those_of_the_equations(what, grouped, k):
     """Gradients to x and W_g equal those of the loops, where the choice is a constant."""
     gate, x_TD = make(5, k, num_groups=4 if grouped else None), naive.tokens(sum(ROWS)).requires_grad_()
@@ -117,7 +117,7 @@ def test_thresholds_follow_the_load_of_their_own_rule():
     gate.adapt({"above_E": above_E, "share_E": share_E, "load_E": torch.zeros(4)})
     want = [0.5 * math.exp(x) for x in (0.2 * 0.5, -0.2 * 0.5, 0, 0.5)]
     assert gate.threshold_E.tolist() == pytest.approx(want)
-    # Of three micro-batches the sums: the same step.
+    # The sums of three micro-batches: the same step.
     gate.adapt({"above_E": 3 * share_E, "share_E": 3 * share_E})
     assert gate.threshold_E.tolist() == pytest.approx(want)
     other = ExpertChoice(width=3, num_experts=2, k=1, threshold_rate=0.2, num_groups=2).double()
@@ -125,7 +125,7 @@ def test_thresholds_follow_the_load_of_their_own_rule():
     assert torch.equal(other.threshold_E, gate.threshold_E)
 
 
-@pytest.mark.parametrize("most", [None, 3])
+@naive.each("most", [None, 3])
 def test_learnt_thresholds_let_k_experts_through(most):
     """After 300 batches new tokens get k experts on average, and each expert k / E of them; also with a limit."""
     gate = ExpertChoice(width=5, num_experts=8, k=2, max_experts=most, max_iterations=2)

@@ -76,9 +76,9 @@ def reference(gate, x_TD, draw_T, factor, train, grouped):
     return by_hand(x_TD, gate.gate_DE, draw_T, factor, train)
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("factor", [0.25, 0.5, 1.0, 1.25, 8.0])
-@pytest.mark.parametrize(("num_tokens", "num_experts"), [(0, 4), (1, 1), (9, 1), (1, 4), (40, 6), (13, 2), (3, 16)])
+@naive.each("train", [True, False])
+@naive.each("factor", [0.25, 0.5, 1.0, 1.25, 8.0])
+@naive.each(("num_tokens", "num_experts"), [(0, 4), (1, 1), (9, 1), (1, 4), (40, 6), (13, 2), (3, 16)])
 def test_gating_follows_the_algorithm(monkeypatch, num_tokens, num_experts, factor, train):
     """Gates, counts and sums are those of the two passes; evaluation draws nothing and drops nothing."""
     gate, x_TD, draw_T = make(num_experts, factor, train=train), naive.tokens(num_tokens), uniform(num_tokens)
@@ -92,9 +92,9 @@ def test_gating_follows_the_algorithm(monkeypatch, num_tokens, num_experts, fact
         assert not left
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("num_experts", [1, 2, 5, 14])
+@naive.each("train", [True, False])
+@naive.each("factor", [0.5, 1.0, 2.0])
+@naive.each("num_experts", [1, 2, 5, 14])
 def test_groups_follow_the_algorithm_each_with_its_own_capacity(monkeypatch, num_experts, factor, train):
     """A row chooses among its group's experts, whose places are counted from the rows of that group."""
     gate, x_TD = make(num_experts, factor, num_groups=4, train=train), naive.tokens(sum(ROWS))
@@ -104,9 +104,9 @@ def test_groups_follow_the_algorithm_each_with_its_own_capacity(monkeypatch, num
     naive.check(gate(x_TD, GROUP), *want, min(2, num_experts) * len(x_TD), train)
 
 
-@pytest.mark.parametrize("what", ["gate", "importance", "probability_E", "log_z_squared"])
-@pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("factor", [0.5, 4.0])
+@naive.each("what", ["gate", "importance", "probability_E", "log_z_squared"])
+@naive.each("grouped", [False, True])
+@naive.each("factor", [0.5, 4.0])
 def test_gradients_are_those_of_the_algorithm(monkeypatch, what, grouped, factor):
     """Gradients to x and W_g equal those of the loops, also of a gate value whose partner was dropped."""
     gate, x_TD = make(5, factor, num_groups=4 if grouped else None), naive.tokens(sum(ROWS)).requires_grad_()
@@ -117,7 +117,7 @@ def test_gradients_are_those_of_the_algorithm(monkeypatch, what, grouped, factor
     naive.check_gradients(what, gating, *want, (x_TD, gate.gate_DE))
 
 
-@pytest.mark.parametrize(
+@naive.each(
     ("first_draw", "want"),
     [
         (0.5, [(0, 0, 0.8), (0, 1, 0.6), (1, 1, 0.4), (1, 3, 0.6)]),
@@ -127,8 +127,8 @@ def test_gradients_are_those_of_the_algorithm(monkeypatch, what, grouped, factor
 def test_by_hand_on_paper(monkeypatch, first_draw, want):
     """Four tokens, two experts of two places: token 0's second choice takes a place only if 0.4 is above the draw.
 
-    Expert 0 is the first choice of tokens 0, 1 and 2 and so full; token 3 leaves one place of expert 1. Of the
-    second choices for it, token 0's has 2 x 0.2, token 1's 2 x 0.4, and token 2's 2 x 0.25, which comes too late.
+    Expert 0 is the first choice of tokens 0, 1 and 2 and so full; token 3 leaves one place of expert 1. The
+    second choices for it have 2 x 0.2 (token 0), 2 x 0.4 (token 1) and 2 x 0.25 (token 2, which comes too late).
     """
     shares = torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.75, 0.25], [0.4, 0.6]], dtype=torch.float64)
     drawing(monkeypatch, torch.tensor([first_draw, 0.3, 0.1, 0.0]))
@@ -143,7 +143,7 @@ def test_by_hand_on_paper(monkeypatch, first_draw, want):
 
 
 def test_equal_tokens_are_served_in_order(monkeypatch):
-    """Of six equal tokens the first ceil(2 x 6 / 4) = 3 get both experts, the others none."""
+    """The first ceil(2 x 6 / 4) = 3 of six equal tokens get both experts, the others none."""
     drawing(monkeypatch, torch.zeros(6))
     gating = naive.reading_logits(make(4, 1.0, width=4))(torch.tensor([[0.0, 2.0, 0.0, 1.0]]).double().repeat(6, 1))
     assert gating.token_A.tolist() == [0, 1, 2] * 2

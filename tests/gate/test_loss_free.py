@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moe_lm.gate.loss_free import LossFree
-from moe_lm.loss.balance.switch import Switch
+from moe_lm.loss.objective import SwitchLoss as Switch
 
 RATE = 0.125
 SIZES = [(0, 4, 2), (1, 1, 1), (1, 4, 2), (30, 6, 2), (9, 5, 1), (9, 5, 4), (9, 3, 3), (3, 16, 2)]
@@ -52,25 +52,25 @@ def reference(gate, x_TD, k, grouped):
     return by_hand(x_TD, gate.gate_DE, gate.bias_E, k)
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize(("num_tokens", "num_experts", "k"), SIZES)
+@naive.each("train", [True, False])
+@naive.each(("num_tokens", "num_experts", "k"), SIZES)
 def test_gating_follows_the_equations(num_tokens, num_experts, k, train):
     """Gates, importance, load and sums are those of the loops; evaluation makes the same choice."""
     gate, x_TD = make(num_experts, k, train=train), naive.tokens(num_tokens)
     naive.check(gate(x_TD), *reference(gate, x_TD, k, False), k * num_tokens, train)
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize(("num_experts", "k"), [(5, 1), (5, 2), (4, 4), (1, 1), (12, 3)])
+@naive.each("train", [True, False])
+@naive.each(("num_experts", "k"), [(5, 1), (5, 2), (4, 4), (1, 1), (12, 3)])
 def test_groups_follow_the_equations_each_with_its_own_biases(num_experts, k, train):
     """A row chooses among its group's experts alone, with their biases."""
     gate, x_TD = make(num_experts, k, num_groups=4, train=train), naive.tokens(sum(ROWS))
     naive.check(gate(x_TD, GROUP), *reference(gate, x_TD, k, True), k * len(x_TD), train)
 
 
-@pytest.mark.parametrize("what", ["gate", "importance", "probability_E", "log_z_squared"])
-@pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize(("num_experts", "k"), [(5, 2), (5, 1), (3, 3)])
+@naive.each("what", ["gate", "importance", "probability_E", "log_z_squared"])
+@naive.each("grouped", [False, True])
+@naive.each(("num_experts", "k"), [(5, 2), (5, 1), (3, 3)])
 def test_gradients_are_those_of_the_equations(what, grouped, num_experts, k):
     """Gradients to x and W_g equal those of the loops."""
     gate, x_TD = make(num_experts, k, num_groups=4 if grouped else None), naive.tokens(sum(ROWS)).requires_grad_()
@@ -149,7 +149,7 @@ def test_adapting_balances_the_load():
 
 
 def test_scores_that_underflow_leave_no_probability():
-    """Of logits -120 every sigmoid is 0 in float32: no expert has a share, and no loss becomes NaN."""
+    """The sigmoid of -120 is 0 in float32: no expert has a share, and no loss becomes NaN."""
     gate = LossFree(width=4, num_experts=4, k=2, bias_update_rate=0.001)
     torch.nn.init.constant_(gate.gate_DE, -30.0)
     gating = gate(torch.ones(3, 4))

@@ -72,9 +72,9 @@ def reference(gate, x_TD, grouped, *options):
     return by_hand(x_TD, gate.gate_DE, *options)
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("rounds", ROUNDS, ids=str)
-@pytest.mark.parametrize(("num_tokens", "num_experts", "k"), SIZES)
+@naive.each("train", [True, False])
+@naive.each("rounds", ROUNDS)
+@naive.each(("num_tokens", "num_experts", "k"), SIZES)
 def test_gating_follows_the_equations(num_tokens, num_experts, k, rounds, train):
     """Choice, gates, importance, load and sums are those of the loops; evaluation takes the k largest logits."""
     gate, x_TD = make(num_experts, k, *rounds, train=train), lopsided(num_tokens)
@@ -95,18 +95,18 @@ def test_the_rounds_of_the_tests_differ():
     assert len(set(map(tuple, choices))) == 4
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("rounds", ROUNDS, ids=str)
-@pytest.mark.parametrize(("num_experts", "k"), [(5, 1), (5, 2), (4, 4), (1, 1), (16, 3)])
+@naive.each("train", [True, False])
+@naive.each("rounds", ROUNDS)
+@naive.each(("num_experts", "k"), [(5, 1), (5, 2), (4, 4), (1, 1), (16, 3)])
 def test_groups_follow_the_equations_each_by_itself(num_experts, k, rounds, train):
     """Each group's rows and experts are balanced by themselves, and stop by themselves."""
     gate, x_TD = make(num_experts, k, *rounds, num_groups=4, train=train), lopsided(sum(ROWS))
     naive.check(gate(x_TD, GROUP), *reference(gate, x_TD, True, k, *rounds, train), k * len(x_TD), train)
 
 
-@pytest.mark.parametrize("what", ["gate", "importance", "log_z_squared"])
-@pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize(("num_experts", "k"), [(5, 2), (5, 1), (3, 3)])
+@naive.each("what", ["gate", "importance", "log_z_squared"])
+@naive.each("grouped", [False, True])
+@naive.each(("num_experts", "k"), [(5, 2), (5, 1), (3, 3)])
 def test_gradients_are_those_of_the_equations(what, grouped, num_experts, k):
     """Gradients to x and W_g equal those of the loops, where the choice is a constant."""
     gate, x_TD = make(num_experts, k, num_groups=4 if grouped else None), lopsided(sum(ROWS)).requires_grad_()
@@ -131,7 +131,7 @@ def test_by_hand_on_paper():
     assert plain.gate_A.tolist() == pytest.approx([4 / 5, 3 / 4, 3 / 4, 2 / 3])
 
 
-@pytest.mark.parametrize("k", [1, 2])
+@naive.each("k", [1, 2])
 def test_training_spreads_what_evaluation_crowds(k):
     """Plain top-k gives one expert more than 1.7 times its share, training none more than 1.35 times."""
     gate, x_TD = make(8, k, 1e-6, 500), lopsided(2000)
@@ -140,8 +140,8 @@ def test_training_spreads_what_evaluation_crowds(k):
     assert gate.eval()(x_TD).load_E.max() > 1.7 * share
 
 
-@pytest.mark.parametrize("rounds", ROUNDS, ids=str)
-@pytest.mark.parametrize("k", [1, 2])
+@naive.each("rounds", ROUNDS)
+@naive.each("k", [1, 2])
 def test_a_token_alone_gets_k_experts(k, rounds):
     """Balance over one token makes all experts equal, d1 K d0 = 1/E, so any k will do, with the gates of theirs."""
     gate, x_TD = make(4, k, *rounds), lopsided(1)
@@ -151,8 +151,8 @@ def test_a_token_alone_gets_k_experts(k, rounds):
     torch.testing.assert_close(gating.gate_A, gate_E[gating.expert_A])
 
 
-@pytest.mark.parametrize("scale", [300, 3000])
-@pytest.mark.parametrize("k", [1, 2])
+@naive.each("scale", [300, 3000])
+@naive.each("k", [1, 2])
 def test_large_logits_leave_a_choice(scale, k):
     """Logits whose exponentials overflow still give k experts a token, and finite gates and gradients."""
     gate, x_TD = make(6, k, dtype=torch.float32), (lopsided(30, dtype=torch.float32) * scale).requires_grad_()

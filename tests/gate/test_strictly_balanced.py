@@ -3,13 +3,11 @@
 Shape suffixes: T tokens, D width, E experts, A assignments, G groups.
 """
 
-import hashlib
 import json
 import math
 from pathlib import Path
 
 import naive
-import pytest
 import torch
 from tiny_training import TRAINING, call, with_overrides
 
@@ -55,8 +53,8 @@ def by_hand(x_TD, w_DE, threshold_E, k, train):
     return g_TE, loss
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize(("num_tokens", "num_experts", "k"), SIZES)
+@naive.each("train", [True, False])
+@naive.each(("num_tokens", "num_experts", "k"), SIZES)
 def test_gating_follows_the_equations(num_tokens, num_experts, k, train):
     """Gates, importance, load and the loss's sum are those of the loops, for either mask."""
     gate, x_TD = make(num_experts, k, train=train), naive.tokens(num_tokens)
@@ -76,8 +74,8 @@ def test_gating_follows_the_equations(num_tokens, num_experts, k, train):
         assert gating.sums["threshold_tokens"].item() == num_tokens
 
 
-@pytest.mark.parametrize("what", ["gate", "importance", "loss"])
-@pytest.mark.parametrize(("num_tokens", "num_experts", "k"), [(1, 4, 2), (8, 5, 2), (3, 6, 1), (5, 3, 3)])
+@naive.each("what", ["gate", "importance", "loss"])
+@naive.each(("num_tokens", "num_experts", "k"), [(1, 4, 2), (8, 5, 2), (3, 6, 1), (5, 3, 3)])
 def test_gradients_are_those_of_the_equations(what, num_tokens, num_experts, k):
     """Gradients to x, W_g and T through gates, importance and loss equal those of the loops."""
     gate, x_TD = make(num_experts, k), naive.tokens(num_tokens).requires_grad_()
@@ -93,7 +91,7 @@ def test_gradients_are_those_of_the_equations(what, num_tokens, num_experts, k):
     naive.same_gradients(got, want, inputs)
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@naive.each("train", [True, False])
 def test_one_group_is_the_flat_gate(train):
     """With one group everything is that of the flat gate with the same matrix and thresholds."""
     flat, grouped, x_TD = make(6, 2, train=train), make(6, 2, num_groups=1, train=train), naive.tokens(25)
@@ -105,8 +103,8 @@ def test_one_group_is_the_flat_gate(train):
     torch.testing.assert_close(one.statistics(), other.statistics())
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("sizes", [[7, 0, 12, 1], [0, 5], [20]], ids=str)
+@naive.each("train", [True, False])
+@naive.each("sizes", [[7, 0, 12, 1], [0, 5], [20]])
 def test_groups_are_flat_gates_on_their_own_rows(sizes, train):
     """Each group's part is what a flat gate gives on the group's rows; rows and experts are counted over all."""
     num_experts, k, num_groups = 5, 2, len(sizes)
@@ -193,33 +191,15 @@ def test_a_new_gate_spreads_the_tokens():
     assert 0 < gating.sums["threshold_gap"].item() / 400 < 0.05
 
 
-def left(name: str) -> dict:
-    """What a run leaves that does not depend on interruptions."""
-    folder = Path("runs") / name
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    last = sorted((folder / "checkpoints").iterdir())[-1]
-    return {
-        "metrics": [{k: v for k, v in line.items() if k not in ("seconds", "words_per_second")} for line in lines],
-        "perplexity": json.loads((folder / "result.json").read_text())["perplexity"],
-        "tensors": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in last.glob("*.safetensors")},
-    }
-
-
-def test_the_command_trains_evaluates_and_resumes(workspace, moe_lm):
-    """Balanced from the first step, better and better, resumed as if undisturbed, evaluated as its result says."""
-    arguments = with_overrides(TRAINING, *BALANCED)
-    assert call("train", *arguments, "name=whole") == 0
-    assert call("train", *with_overrides(arguments, "training.num_words=1100"), "name=halves") == 0
-    assert call("train", *arguments, "name=halves") == 0
-    whole, halves = left("whole"), left("halves")
-    assert whole["tensors"] == halves["tensors"]
-    assert whole["perplexity"] == halves["perplexity"]
-    assert whole["metrics"][-1] == halves["metrics"][-1]
-    training = [line for line in whole["metrics"] if "balance_batchwise" in line]
+def test_the_command_trains_and_evaluates(workspace, moe_lm):
+    """Balanced from the first step, better and better, and evaluated as its result says; resuming: test_routing.py."""
+    assert call("train", *with_overrides(TRAINING, *BALANCED)) == 0
+    lines = [json.loads(line) for line in Path("runs/tiny/metrics.jsonl").read_text().splitlines()]
+    training = [line for line in lines if "balance_batchwise" in line]
     assert training
     assert all(line["balance_batchwise"] >= 0 and line["max_over_mean_load"] == 1 for line in training)
-    validation = [line["perplexity"] for line in whole["metrics"] if "perplexity" in line]
-    assert whole["perplexity"]["valid"] < validation[0] - 3
-    outcome = moe_lm("evaluate", "run=runs/whole", "split=test")
+    perplexity = json.loads(Path("runs/tiny/result.json").read_text())["perplexity"]
+    assert perplexity["valid"] < next(line["perplexity"] for line in lines if "perplexity" in line) - 3
+    outcome = moe_lm("evaluate", "run=runs/tiny", "split=test")
     assert outcome.code == 0
-    assert f"{whole['perplexity']['test']:.4f}" in outcome.out
+    assert f"{perplexity['test']:.4f}" in outcome.out

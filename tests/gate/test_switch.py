@@ -69,9 +69,9 @@ def reference(gate, x_TD, draw_TD, factor, train, grouped):
     return by_hand(x_TD, gate.gate_DE, draw_TD, factor, train)
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("factor", [0.25, 1.0, 1.25, 8.0])
-@pytest.mark.parametrize(("num_tokens", "num_experts"), [(0, 4), (1, 1), (9, 1), (1, 4), (40, 6), (13, 2), (3, 16)])
+@naive.each("train", [True, False])
+@naive.each("factor", [0.25, 1.0, 1.25, 8.0])
+@naive.each(("num_tokens", "num_experts"), [(0, 4), (1, 1), (9, 1), (1, 4), (40, 6), (13, 2), (3, 16)])
 def test_gating_follows_the_equations(monkeypatch, num_tokens, num_experts, factor, train):
     """Gates, counts and sums are those of the loops; evaluation has no jitter and drops nothing."""
     gate, x_TD = make(num_experts, factor, train=train), naive.tokens(num_tokens)
@@ -84,9 +84,9 @@ def test_gating_follows_the_equations(monkeypatch, num_tokens, num_experts, fact
     assert torch.equal(x_TD, before)  # the jitter is for the gate only
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("num_experts", [1, 2, 5, 14])
+@naive.each("train", [True, False])
+@naive.each("factor", [0.5, 1.0, 2.0])
+@naive.each("num_experts", [1, 2, 5, 14])
 def test_groups_follow_the_equations_each_with_its_own_capacity(monkeypatch, num_experts, factor, train):
     """A row chooses among its group's experts, whose places are counted from the rows of that group."""
     gate, x_TD = make(num_experts, factor, num_groups=4, train=train), naive.tokens(sum(ROWS))
@@ -94,9 +94,9 @@ def test_groups_follow_the_equations_each_with_its_own_capacity(monkeypatch, num
     naive.check(gate(x_TD, GROUP), *reference(gate, x_TD, draw_TD, factor, train, True), len(x_TD), train)
 
 
-@pytest.mark.parametrize("what", ["gate", "importance", "probability_E", "log_z_squared"])
-@pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("factor", [0.5, 8.0])
+@naive.each("what", ["gate", "importance", "probability_E", "log_z_squared"])
+@naive.each("grouped", [False, True])
+@naive.each("factor", [0.5, 8.0])
 def test_gradients_are_those_of_the_equations(monkeypatch, what, grouped, factor):
     """Gradients to x and W_g equal those of the loops, with the jitter that was drawn."""
     gate, x_TD = make(5, factor, num_groups=4 if grouped else None), naive.tokens(sum(ROWS)).requires_grad_()
@@ -129,7 +129,7 @@ def test_by_hand_on_paper():
 
 
 def test_equal_tokens_are_served_in_order():
-    """Of seven equal tokens the first ceil(7 / 4) = 2 get the expert that all want."""
+    """The first ceil(7 / 4) = 2 of seven equal tokens get the expert that all want."""
     gating = of_logits(4, 1.0)(torch.tensor([[0.0, 2.0, 0.0, 1.0]]).double().repeat(7, 1))
     assert (gating.token_A.tolist(), gating.expert_A.tolist()) == ([0, 1], [1, 1])
     assert gating.num_dropped == 5
@@ -141,7 +141,7 @@ def test_jitter_is_uniform_and_multiplies_each_element():
     gate = of_logits(2, 2.0)
     gate.jitter = JITTER
     torch.manual_seed(0)
-    # Of logits (3 u, 0): log(p / (1 - p)) = 3 u. Of (3 u, -3 v): 3 (u + v), of twice the variance, as each has its own.
+    # Logits (3 u, 0) have log(p / (1 - p)) = 3 u. Logits (3 u, -3 v) have 3 (u + v), with twice the variance.
     for second, variance in ((0.0, 1.0), (-3.0, 2.0)):
         p_T = naive.dense(gate(torch.tensor([[3.0, second]]).double().repeat(num_tokens, 1)))[:, 0]
         u_T = (p_T / (1 - p_T)).log().detach() / 3

@@ -50,25 +50,25 @@ def reference(gate, x_TD, k, grouped):
     return by_hand(x_TD, gate.gate_DE, k)
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize(("num_tokens", "num_experts", "k"), SIZES)
+@naive.each("train", [True, False])
+@naive.each(("num_tokens", "num_experts", "k"), SIZES)
 def test_gating_follows_the_equations(num_tokens, num_experts, k, train):
     """Gates, importance, load and sums are those of the loops, in evaluation without the sums."""
     gate, x_TD = make(num_experts, k, train=train), naive.tokens(num_tokens)
     naive.check(gate(x_TD), *reference(gate, x_TD, k, False), k * num_tokens, train)
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize(("num_experts", "k"), [(5, 2), (4, 4), (1, 1), (12, 3)])
+@naive.each("train", [True, False])
+@naive.each(("num_experts", "k"), [(5, 2), (4, 4), (1, 1), (12, 3)])
 def test_groups_follow_the_equations_each_with_its_own_matrix(num_experts, k, train):
     """A row chooses among its group's experts alone; sums are over all groups' experts and rows."""
     gate, x_TD = make(num_experts, k, num_groups=4, train=train), naive.tokens(sum(ROWS))
     naive.check(gate(x_TD, GROUP), *reference(gate, x_TD, k, True), k * len(x_TD), train)
 
 
-@pytest.mark.parametrize("what", ["gate", "importance", "probability_E", "log_z_squared"])
-@pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize(("num_experts", "k"), [(5, 2), (3, 3)])
+@naive.each("what", ["gate", "importance", "probability_E", "log_z_squared"])
+@naive.each("grouped", [False, True])
+@naive.each(("num_experts", "k"), [(5, 2), (3, 3)])
 def test_gradients_are_those_of_the_equations(what, grouped, num_experts, k):
     """Gradients to x and W_g through gates, importance and both sums that have one equal those of the loops."""
     gate, x_TD = make(num_experts, k, num_groups=4 if grouped else None), naive.tokens(sum(ROWS)).requires_grad_()
@@ -93,7 +93,17 @@ def test_by_hand_on_paper():
     assert gating.sums["num_tokens"].item() == 2
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@naive.each("num_experts", [2, 4])
+def test_one_of_several_experts_is_refused(num_experts):
+    """Its gate value would be the constant 1, and the gate would never learn; the only expert there is may be one."""
+    with pytest.raises(ValueError, match="learns nothing") as caught:
+        TopK(width=3, num_experts=num_experts, k=1)
+    assert "model.k=2" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    TopK(width=3, num_experts=1, k=1)
+
+
+@naive.each("train", [True, False])
 def test_no_random_number_is_ever_drawn(train):
     """The generator stands where it stood, so there is no noise."""
     gate, x_TD = make(6, 2, train=train), naive.tokens(30)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_lm.model import lstm
+from moe_lm.ops import lstm_mixed
 from moe_lm.ops.sparse_rows import row_grad
 
 CPU = torch.device("cpu")
@@ -36,16 +36,15 @@ def updates(trainer) -> dict[str, torch.Tensor]:
                 whole.index_add_(0, touched.row_U, touched.value_UD)
             found[f"{trainer.progress.step} {name}"] = whole.cpu()
 
-    for name in ("clip", "clip_on_device"):  # the one or the other is what an update does next
-        before = getattr(optimizer, name)
-        setattr(optimizer, name, lambda *arguments, before=before: [note(), before(*arguments)])
+    clip = optimizer.clip  # what an update does next
+    optimizer.clip = lambda *arguments: [note(), clip(*arguments)]
     trainer.model.train()
     for step in range(STEPS):
         trainer.progress.step = step
-        done = trainer.update(trainer.batches.step(step), step, 1e-3)
-        assert done.made
-        found |= {f"{step} nats": done.nats.cpu(), f"{step} norm": done.norm.cpu()}
-        found |= {f"{step} {name}": term.detach().cpu() for name, term in done.terms.items()}
+        done = trainer.train_step(trainer.prefetcher.batches.step(step), step, 1e-3)
+        assert done.updated
+        found |= {f"{step} nats": done.nats.cpu(), f"{step} norm": done.grad_norm.cpu()}
+        found |= {f"{step} {name}": term.detach().cpu() for name, term in done.balance.items()}
     return found | {name: tensor.detach().cpu() for name, tensor in trainer.model.state_dict().items()}
 
 
@@ -63,7 +62,7 @@ def test_the_same_updates(trainer, gpu, same_noise, overrides):
 @pytest.mark.parametrize("overrides", [CASES["noisy_top_k"], CASES["recompute"]], ids=["kept", "recomputed"])
 def test_bfloat16_is_near_float32(trainer, gpu, same_noise, monkeypatch, overrides):
     """The loss to a hundredth; gradients point where those of float32 point. With the LSTM of large batches."""
-    monkeypatch.setattr(lstm, "_WORTH_OWN", 1)
+    monkeypatch.setattr(lstm_mixed, "_MIN_SENTENCES_MIXED", 1)
     want, got = updates(trainer(CPU, *overrides)), updates(trainer(gpu, *overrides, precision="bfloat16"))
     assert float(got["0 nats"]) == pytest.approx(float(want["0 nats"]), rel=0.01)
     for name, ours in got.items():

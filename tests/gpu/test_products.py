@@ -3,29 +3,25 @@
 Shape suffixes: A assignments, D width, H hidden, E experts, T tokens, C candidates.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
-from choices_of_kernels import SIZES, chosen
-from experts_trained import Training
-from lstm_of_torch import ours_and_theirs
-from mixture_by_hand import make
-from optimizers_in_kernels import MATRICES, VOCABULARIES, factored_steps, lazy_steps
-from products_in_kernels import SIZES as PRODUCTS
-from products_in_kernels import made
-from rows_of_tokens import RUNS, run_of
+from grouped_gemm_cases import SIZES as PRODUCTS
+from grouped_gemm_cases import products
+from lstm_cases import ours_and_theirs
+from naive_experts import by_assignment, by_row, gradients, make, results
+from noisy_top_k_cases import SIZES, chosen
+from optimizer_cases import MATRICES, VOCABULARIES, factored_steps, lazy_steps
+from row_cases import SEGMENTS, segment_case
 
-from moe_lm.gate import Gating
-from moe_lm.model.experts import Experts, set_recompute
-from moe_lm.ops import backend as available
 from moe_lm.ops import grouped_gemm
-from moe_lm.ops.cross_entropy import exact_nats, summed_nats
-from moe_lm.ops.grouped_linear import grouped_product
-from moe_lm.ops.noisy_top_k import _ChoiceInAKernel, _NoisyChoice
-from moe_lm.ops.rounded import kept_rounded
+from moe_lm.ops.cross_entropy import candidate_nats, token_nats
+from moe_lm.ops.experts import grouped_mlp, moe_mlp
+from moe_lm.ops.grouped_gemm import ExpertRows
+from moe_lm.ops.grouped_linear import grouped_linear
+from moe_lm.ops.operation import reference_only, triton_runs
+from moe_lm.ops.routing import noisy_top_k
 from moe_lm.ops.sparse_rows import SparseRowGrad, set_row_grad
-from moe_lm.ops.token_rows import places
+from moe_lm.ops.token_dispatch import row_order
 from moe_lm.optim.factored_adam import FactoredAdam
 from moe_lm.optim.lazy_adam import LazyAdam
 from moe_lm.train.step import _float32_as_tf32
@@ -33,76 +29,47 @@ from moe_lm.train.step import _float32_as_tf32
 COUNTS = [[3, 0, 5, 1], [0, 0, 7, 0], [200, 17, 0, 64], [0, 4, 0, 9]]
 
 
-def one_each(expert_A):
-    """Every row is a token of its own, whose one answer counts 1."""
-    return Gating(
-        token_A=torch.arange(len(expert_A), device=expert_A.device),
-        expert_A=expert_A,
-        gate_A=torch.ones(len(expert_A), device=expert_A.device),
-        num_tokens=len(expert_A),
-        importance_E=torch.zeros(1),
-        load_E=torch.zeros(1),
-        num_requested=len(expert_A),
-    )
-
-
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_experts_in_bfloat16(gpu, counts, recompute):
     """Outputs and gradients to bfloat16's rounding; an expert without tokens has gradients of zero."""
-    torch.manual_seed(0)
-    experts = Experts(width=32, hidden=64, num_experts=len(counts)).to(gpu)
-    set_recompute(torch.nn.ModuleList([experts]), recompute)
-    expert_A = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     # Exact in bfloat16, or hidden units near 0 would change sides.
-    x_AD, grad_AD = (torch.randn(len(expert_A), 32).bfloat16().float() for _ in range(2))
-    for weight in experts.parameters():
-        weight.data = weight.data.bfloat16().float()
-    ours = x_AD.to(gpu, copy=True).requires_grad_()
+    case = make(counts, torch.bfloat16, width=32, hidden=64).to(torch.float32)
+    here, there = case.to(torch.float64), case.to(device=gpu)
+    rows_here, rows_there = here.rows, there.rows
     with torch.autocast("cuda", torch.bfloat16):
-        y_AD = experts(ours, one_each(expert_A.to(gpu)))
-    y_AD.backward(grad_AD.to(gpu, y_AD.dtype))
-    w1, w2 = (w.detach().cpu().double().requires_grad_() for w in (experts.w1_EDH, experts.w2_EHD))
-    theirs = x_AD.double().requires_grad_()
-    rows = [(theirs[i] @ w1[e]).relu() @ w2[e] for i, e in enumerate(expert_A.tolist())]
-    torch.stack(rows).backward(grad_AD.double())
-    for got, want in (
-        (y_AD, torch.stack(rows)),
-        (ours.grad, theirs.grad),
-        (experts.w1_EDH.grad, w1.grad),
-        (experts.w2_EHD.grad, w2.grad),
-    ):
-        got, want = got.detach().cpu().double(), want.detach()
-        assert got.isfinite().all()
-        assert (got - want).norm() <= 0.02 * want.norm() + 1e-6
-    assert (experts.w1_EDH.grad[[count == 0 for count in counts]] == 0).all()
+        got = results(moe_mlp, there, recompute=recompute)
+        y_AD = grouped_mlp(*rows_there, recompute=recompute)
+        got += [y_AD, *gradients(y_AD, (rows_there[0], *rows_there[2:]))]
+    y_AD = by_row(*rows_here)
+    want = [*results(by_assignment, here), y_AD, *gradients(y_AD, (rows_here[0], *rows_here[2:]))]
+    for mine, theirs in zip(got, want, strict=True):
+        mine, theirs = mine.detach().cpu().double(), theirs.detach()
+        assert mine.isfinite().all()
+        assert (mine - theirs).norm() <= 0.02 * theirs.norm() + 1e-6
+    for grad in got[3:5]:
+        assert (grad[[count == 0 for count in counts]] == 0).all()
 
 
-@pytest.mark.parametrize(("most_in_torch", "most_rows_of_outer"), [(0, 0), (1023, 0), (1023, 1536)])
-def test_kernels_are_torchs_operators(gpu, monkeypatch, most_in_torch, most_rows_of_outer):
-    """With our kernels, for some products or all, mixture and gradients are those without, to bfloat16's rounding."""
-    monkeypatch.setattr(grouped_gemm, "most_in_torch", most_in_torch)
-    monkeypatch.setattr(grouped_gemm, "most_rows_of_outer", most_rows_of_outer)
-    experts, x_TD, gating = make([30, 0, 50, 9], torch.float32, width=32, hidden=64)
-    experts, x_TD = experts.to(gpu), x_TD.detach().to(gpu).requires_grad_()
-    on_gpu = {name: getattr(gating, name).detach().to(gpu) for name in ("token_A", "expert_A", "gate_A")}
-    gating = replace(gating, **on_gpu | {"gate_A": on_gpu["gate_A"].requires_grad_()})
-    results = []
-    for plain in (False, True):
-        monkeypatch.setattr(available, "plain", plain)
-        with torch.autocast("cuda", torch.bfloat16):
-            y_TD = experts(x_TD, gating)
-        inputs = (x_TD, gating.gate_A, experts.w1_EDH, experts.w2_EHD)
-        results.append([y_TD, *torch.autograd.grad(y_TD.square().sum(), inputs)])
-    for ours, theirs in zip(*results, strict=True):
-        assert (ours - theirs).norm() <= 0.01 * theirs.norm()
+@pytest.mark.parametrize(("max_torch_experts", "max_outer_rows"), [(0, 0), (1023, 0), (1023, 1536)])
+def test_versions_equal_the_references(gpu, monkeypatch, max_torch_experts, max_outer_rows):
+    """With Triton for some products or all, outputs and gradients are the references' to bfloat16's rounding."""
+    monkeypatch.setattr(grouped_gemm, "max_torch_experts", max_torch_experts)
+    monkeypatch.setattr(grouped_gemm, "max_outer_rows", max_outer_rows)
+    case = make([30, 0, 50, 9], torch.bfloat16, width=32, hidden=64).to(torch.float32).to(device=gpu)
+    with torch.autocast("cuda", torch.bfloat16):
+        ours = results(moe_mlp, case)
+        with reference_only():
+            theirs = results(moe_mlp, case)
+    for mine, want in zip(ours, theirs, strict=True):
+        assert (mine - want).norm() <= 0.01 * want.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("sizes", [*PRODUCTS, ([300, 0, 77, 900] * 64, 512, 1024), ([40000, 9], 512, 32)], ids=str)
 def test_products_of_any_number_of_experts(gpu, sizes, dtype):
-    """By our kernels, of factors that all types hold: sums in float32, rounded once."""
-    for got, want in made(*sizes, dtype, taken=True, on="cuda"):
+    """By Triton, of factors that all types hold: sums in float32, rounded once."""
+    for got, want in products(*sizes, dtype, gather=True, device="cuda"):
         precision = {torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float32: 1e-5}[got.dtype]
         torch.testing.assert_close(got.cpu().double(), want, rtol=precision, atol=precision)
 
@@ -116,21 +83,21 @@ def test_products_in_tf32(gpu):
     for found, on, dtype in ((ours, gpu, torch.float32), (theirs, "cpu", torch.float64)):
         leaves = [x.to(on, dtype, copy=True).requires_grad_() for x in (x_AD, weight_GDE)]
         with _float32_as_tf32(found is ours):
-            y_AE = grouped_product(*leaves, group_A.to(on))
+            y_AE = grouped_linear(*leaves, group_A.to(on))
             found += [y_AE, *torch.autograd.grad(y_AE, leaves, grad_AE.to(on, dtype))]
     for got, want, precision in zip(ours, theirs, (1e-3, 1e-3, 2e-5), strict=True):
         assert (got.detach().cpu().double() - want.detach()).norm() <= precision * want.detach().norm()
 
 
 @pytest.mark.parametrize("width", [1, 20, 512])
-@pytest.mark.parametrize("counts", [*RUNS, [20_000, *[1] * 3000, 900]], ids=lambda counts: str(counts[:5]))
+@pytest.mark.parametrize("counts", [*SEGMENTS, [20_000, *[1] * 3000, 900]], ids=lambda counts: str(counts[:5]))
 def test_sums_of_many_rows(gpu, counts, width):
     """As additions in float64 make them; twice the same bits."""
-    from moe_lm.ops import triton_rows  # not everywhere
+    from moe_lm.ops.triton.rows import sum_segments  # Triton is not installed everywhere
 
-    place_T, y_TD, want_UD = run_of(counts, width)
-    arguments = y_TD.to(gpu), *places(place_T.to(gpu), len(counts))
-    got, again = (triton_rows.summed_runs(*arguments) for _ in range(2))
+    segment_A, y_AD, want_UD = segment_case(counts, width)
+    arguments = y_AD.to(gpu), *row_order(segment_A.to(gpu), len(counts))
+    got, again = (sum_segments(*arguments) for _ in range(2))
     torch.testing.assert_close(got.cpu().double(), want_UD, rtol=1e-5, atol=1e-4)
     assert torch.equal(got, again)
 
@@ -146,21 +113,22 @@ def test_cross_entropy(gpu, max_logits):
     apart = torch.full((40,), -1e9, device=gpu)
     hit = target.to(gpu)
     true = (leaves[0] * leaves[1][hit]).sum(dim=1) + leaves[2][hit]
-    total = summed_nats(*leaves, true, hit, max_logits)
+    total = candidate_nats(*leaves, true, hit, max_logits)
     wanted = [x.double().requires_grad_() for x in (hidden, weight, bias)]
     nats = torch.nn.functional.cross_entropy(wanted[0] @ wanted[1].t() + wanted[2], target, reduction="none")
     assert total.item() == pytest.approx(nats.sum().item(), rel=1e-5)
     for got, want in zip(torch.autograd.grad(total, leaves), torch.autograd.grad(nats.sum(), wanted), strict=True):
         torch.testing.assert_close(got.cpu().double(), want, rtol=1e-3, atol=1e-4)
-    exact = exact_nats(leaves[0].detach(), leaves[1].detach(), leaves[2].detach(), hit, max_logits)
+    exact = token_nats(leaves[0].detach(), leaves[1].detach(), leaves[2].detach(), hit, max_logits)
     torch.testing.assert_close(exact.cpu(), nats.detach(), rtol=1e-4, atol=1e-4)
-    assert summed_nats(*(x.detach() for x in leaves), apart, none, max_logits).item() > 1e9
+    assert candidate_nats(*(x.detach() for x in leaves), apart, none, max_logits).item() > 1e9
 
 
 @pytest.mark.parametrize("sizes", [*SIZES, (5000, 4, 3), (5000, 32, 4), (5000, 256, 4), (700, 4096, 4)], ids=str)
 def test_choice(gpu, sizes):
     """What is chosen, all noisy logits, chances and the logits' gradient, of all results together."""
-    ours, theirs = chosen(_ChoiceInAKernel, *sizes, "all", on="cuda"), chosen(_NoisyChoice, *sizes, "all")
+    ours = chosen(noisy_top_k, *sizes, "all", torch.float32, "cuda")
+    theirs = chosen(noisy_top_k.reference, *sizes, "all", torch.float64)
     for got, want in zip(ours, theirs, strict=True):
         torch.testing.assert_close(got.cpu().double(), want.double(), rtol=1e-3, atol=1e-4)
 
@@ -168,13 +136,13 @@ def test_choice(gpu, sizes):
 @pytest.mark.parametrize("sizes", [(3, 4, 8, 8), (7, 2, 16, 600), (30, 64, 512, 512), (1, 100, 32, 24)], ids=str)
 def test_lstm(gpu, sizes):
     """Outputs and all gradients, to bfloat16's rounding."""
-    for got, want in ours_and_theirs(sizes, torch.bfloat16, on="cuda"):
+    for got, want in ours_and_theirs(sizes, torch.bfloat16, device="cuda"):
         assert (got - want).norm() <= 0.02 * want.norm() + 1e-6
 
 
 def test_kernels_are_there(gpu):
-    """All that is tested here is tested with them."""
-    assert available.by_triton(torch.ones(1, device=gpu))
+    """Triton compiles here, so that these tests test its kernels."""
+    assert triton_runs(torch.ones(1, device=gpu))
 
 
 @pytest.mark.parametrize("shape", [*MATRICES, (300, 512, 1024)], ids=str)
@@ -191,22 +159,6 @@ def test_lazy(gpu, shape):
     """Rows, moments and last steps after six steps."""
     for got, want in zip(lazy_steps(shape, torch.float32, "cuda"), lazy_steps(shape, torch.float64), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("by", ["mixture", "products"])
-@pytest.mark.parametrize("most_in_torch", [0, 1023])
-def test_copies_that_the_optimizer_keeps(gpu, monkeypatch, most_in_torch, by):
-    """They are the matrices, rounded; weights after three steps are near those of matrices that are cast each time."""
-    monkeypatch.setattr(grouped_gemm, "most_in_torch", most_in_torch)
-    sparing, keeping = (Training(by, torch.bfloat16, on="cuda") for _ in range(2))
-    for _ in range(3):
-        sparing.step(recompute=True)
-        keeping.step()
-    for weight, other in zip(keeping.weights, sparing.weights, strict=True):
-        assert (weight - other).norm() < 0.01 * other.norm()
-        assert kept_rounded(other) is None
-        if by == "mixture" or most_in_torch == 0:
-            assert torch.equal(kept_rounded(weight), weight.bfloat16())
 
 
 @pytest.fixture
@@ -235,13 +187,13 @@ def test_products_beyond_32_bits(large_gpu):
     """The last of 4,100 experts has 5 rows, all others none."""
     ends_E = torch.zeros(4100, dtype=torch.int64, device=large_gpu)
     ends_E[-1] = 5
-    by = grouped_gemm.InKernels(ends_E, 5, torch.bfloat16)
+    rows = ExpertRows(ends_E, 5)
     weight_EDH = torch.zeros(4100, 512, 1024, device=large_gpu)
     weight_EDH[-1].normal_()
     x_AD = torch.randn(5, 512, device=large_gpu).bfloat16()
-    y_AH = by.products(x_AD, None, weight_EDH)
+    y_AH = grouped_gemm.grouped_mm(x_AD, None, weight_EDH, rows)
     torch.testing.assert_close(y_AH, x_AD @ weight_EDH[-1].bfloat16(), rtol=0.02, atol=0.1)
-    outer_EDH = by.outer_products(x_AD, None, y_AH, weight_EDH)
+    outer_EDH = grouped_gemm.grouped_outer(x_AD, None, y_AH, rows, weight_EDH.dtype)
     torch.testing.assert_close(outer_EDH[-1], x_AD.float().t() @ y_AH.float(), rtol=1e-3, atol=1e-2)
     assert not outer_EDH[:-1].any()
 

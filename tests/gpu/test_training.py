@@ -41,40 +41,39 @@ def test_goes_on_where_it_stopped(workspace, moe_lm):
     assert parts == pytest.approx(whole, rel=0.02)
 
 
-@pytest.mark.parametrize("most_in_torch", [0, 1023])
+@pytest.mark.parametrize("max_torch_experts", [0, 1023])
 @pytest.mark.parametrize("layer", ["moe", "hierarchical_moe", "feed_forward"])
-def test_an_update_waits_for_nothing(trainer, gpu, monkeypatch, layer, most_in_torch):
-    """CUDA itself would say so; tests/training/test_waits.py says it of what runs without a GPU."""
-    monkeypatch.setattr(grouped_gemm, "most_in_torch", most_in_torch)
+def test_forward_and_backward_wait_for_nothing(trainer, gpu, monkeypatch, layer, max_torch_experts):
+    """CUDA itself would say so; tests/train/test_waits.py says it of what runs without a GPU."""
+    monkeypatch.setattr(grouped_gemm, "max_torch_experts", max_torch_experts)
     sizes = ["model.num_experts=16", *(["model.num_groups=4"] if layer == "hierarchical_moe" else [])]
     overrides = [f"layer@model.layers.middle={layer}", *sizes, "optimizer.experts=factored"]
     made = trainer(gpu, *overrides, precision="bfloat16")
     made.model.train()
     for step in range(2):
-        assert made.update(made.batches.step(step), step, 1e-3).made
-    batch = made.batches.step(2)
+        assert made.train_step(made.prefetcher.batches.step(step), step, 1e-3).updated
+    batch = made.prefetcher.batches.step(2)
     try:
         torch.cuda.set_sync_debug_mode("error")
-        done = made.update(batch, 2, 1e-3)
+        made.train_step._forward_backward(batch, 2)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert done.made
 
 
-def test_the_device_leaves_out_what_is_not_finite(trainer, gpu):
-    """Nothing changes, and the next update is made."""
+def test_a_step_whose_gradient_is_not_finite_changes_nothing(trainer, gpu):
+    """And the next step updates."""
     made = trainer(gpu, "optimizer.experts=factored", precision="bfloat16")
     made.model.train()
-    assert made.update(made.batches.step(0), 0, 1e-3).made
+    assert made.train_step(made.prefetcher.batches.step(0), 0, 1e-3).updated
     state = [x for kept in made.optimizer.state.values() for x in kept.values()]
     before = [x.detach().clone() for x in (*made.model.state_dict().values(), *state)]
     hook = made.model.layers["middle"].experts.w1_EDH.register_hook(lambda grad: grad * float("nan"))
-    assert not made.update(made.batches.step(1), 1, 1e-3).made
+    assert not made.train_step(made.prefetcher.batches.step(1), 1, 1e-3).updated
     hook.remove()
     state = [x for kept in made.optimizer.state.values() for x in kept.values()]
     for now, then in zip((*made.model.state_dict().values(), *state), before, strict=True):
         assert torch.equal(now, then)
-    assert made.update(made.batches.step(2), 2, 1e-3).made
+    assert made.train_step(made.prefetcher.batches.step(2), 2, 1e-3).updated
 
 
 def test_torchrun_of_one(workspace):

@@ -7,9 +7,7 @@ import pytest
 import torch
 
 from moe_lm.gate import Gating
-from moe_lm.loss.balance import squared_coefficient_of_variation
-from moe_lm.loss.balance.importance import Importance
-from moe_lm.loss.balance.load import Load
+from moe_lm.loss.objective import Importance, Load, squared_coefficient_of_variation
 
 
 def gating_of(importance, load):

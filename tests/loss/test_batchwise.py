@@ -6,11 +6,9 @@ Shape suffixes: T tokens, D width, E experts.
 import pytest
 import torch
 
-from moe_lm.errors import UserError
 from moe_lm.gate.noisy_top_k import NoisyTopK
 from moe_lm.gate.strictly_balanced import StrictlyBalanced
-from moe_lm.loss.balance.batchwise import Batchwise
-from moe_lm.loss.objective import Objective, add, statistics
+from moe_lm.loss.objective import Batchwise, Objective, add_statistics, statistics_of
 
 BATCHWISE = Batchwise(weight=1.0)
 
@@ -102,7 +100,7 @@ def test_micro_batches_add_up():
     want = torch.autograd.grad(weight * gap / 30, [gate.gate_DE, gate.threshold_E])
     objective, global_stats = Objective({"batchwise": Batchwise(weight=weight)}), None
     for part in parts:
-        global_stats = add(global_stats, statistics({"middle": gate(part)}))
+        global_stats = add_statistics(global_stats, statistics_of({"middle": gate(part)}))
     for part in parts:
         total, terms = objective(torch.zeros(()), 1, {"middle": gate(part)}, global_stats)
         total.backward()
@@ -129,5 +127,5 @@ def test_of_another_gate_it_is_nothing():
 def test_a_negative_weight_is_a_mistake():
     """The loss is unweighted, the objective multiplies; a weight below 0 is refused."""
     assert Batchwise(weight=0.3).weight == 0.3
-    with pytest.raises(UserError, match="at least 0"):
+    with pytest.raises(ValueError, match="at least 0"):
         Batchwise(weight=-1.0)

@@ -8,12 +8,10 @@ from functools import partial
 import pytest
 import torch
 
-from moe_lm.data.sentences import Sentences
+from moe_lm.data.batch import PaddedLayout
 from moe_lm.gate import Gating
 from moe_lm.gate.noisy_top_k import NoisyTopK
-from moe_lm.loss.balance.importance import Importance
-from moe_lm.loss.balance.load import Load
-from moe_lm.loss.objective import Objective, add, statistics
+from moe_lm.loss.objective import Importance, Load, Objective, add_statistics, statistics_of
 from moe_lm.model.hierarchical_moe import HierarchicalMoE
 
 WIDTH, NUM_EXPERTS, NUM_WORDS = 4, 6, 50
@@ -72,7 +70,7 @@ def in_pieces(gates, x_TD, fixed_noise, exact):
         for rows in CUTS:
             fixed_noise(rows)
             with torch.no_grad():
-                global_stats = add(global_stats, statistics(passed(gates, x_TD[rows])[1]))
+                global_stats = add_statistics(global_stats, statistics_of(passed(gates, x_TD[rows])[1]))
     all_terms = []
     for rows in CUTS:
         fixed_noise(rows)
@@ -97,7 +95,7 @@ def test_micro_batches_add_up_to_the_batch(fixed_noise):
 
 
 def test_micro_batches_alone_are_something_else(fixed_noise):
-    """Without them (balance.exact=false) the gradients differ widely: the exact sum above is no accident."""
+    """Without them (balance.global_batch=false) the gradients differ widely: the exact sum above is no accident."""
     gates, x_TD = make()
     *_, want = whole_batch(gates, x_TD, fixed_noise)
     in_pieces(gates, x_TD, fixed_noise, exact=False)
@@ -111,7 +109,7 @@ def test_a_micro_batch_alone_counts_by_its_share(fixed_noise):
     gates, x_TD = make()
     fixed_noise(slice(None))
     nats, gatings = passed(gates, x_TD)
-    global_stats = statistics(gatings)
+    global_stats = statistics_of(gatings)
     full, quarter = (OBJECTIVE(nats, NUM_WORDS, gatings, share=share)[0].item() for share in (1.0, 0.25))
     per_word = nats.item() / NUM_WORDS
     assert quarter - per_word == pytest.approx((full - per_word) / 4, rel=1e-12)
@@ -155,7 +153,7 @@ def test_statistics_are_detached_and_add_by_layer_and_name():
     """Importance, load and further sums are collected without gradients and added up layer by layer."""
     x_E = torch.tensor([1.0, 2.0], requires_grad=True)
     one, two = ({"a": gating_with(x_E, log_z=x_E.sum())}, {"a": gating_with(10 * x_E, log_z=x_E.sum() + 1)})
-    total = add(add(None, statistics(one)), statistics(two))
+    total = add_statistics(add_statistics(None, statistics_of(one)), statistics_of(two))
     assert set(total) == {"a"}
     assert {name: value.tolist() for name, value in total["a"].items()} == {
         "importance_E": [11.0, 22.0],
@@ -208,7 +206,7 @@ def hierarchical(monkeypatch):
             lambda module, given, primary: draws.append(noise_TGE[rows][primary.token_A, primary.expert_A])
         )
         part_TD = x_TD[rows]
-        y_TD, gating = layer(part_TD, Sentences(len(part_TD), 1, None))
+        y_TD, gating = layer(part_TD, PaddedLayout(len(part_TD), 1, None))
         hook.remove()
         return (y_TD * part_TD).square().sum(), {"middle": gating}
 
@@ -220,7 +218,7 @@ def collected(passed_over, cuts):
     global_stats = None
     for rows in cuts:
         with torch.no_grad():
-            global_stats = add(global_stats, statistics(passed_over(rows)[1]))
+            global_stats = add_statistics(global_stats, statistics_of(passed_over(rows)[1]))
     return global_stats
 
 

@@ -6,7 +6,6 @@ Shape suffixes: T tokens, D width, E experts (of a group), G groups.
 import pytest
 import torch
 
-from moe_lm.errors import UserError
 from moe_lm.gate import Gating
 from moe_lm.gate.expert_choice import ExpertChoice
 from moe_lm.gate.gshard import GShard as GShardGate
@@ -16,10 +15,9 @@ from moe_lm.gate.sinkhorn import Sinkhorn
 from moe_lm.gate.strictly_balanced import StrictlyBalanced
 from moe_lm.gate.switch import Switch as SwitchGate
 from moe_lm.gate.top_k import TopK
-from moe_lm.loss.balance.gshard import GShard
-from moe_lm.loss.balance.switch import Switch
-from moe_lm.loss.balance.z_loss import ZLoss
-from moe_lm.loss.objective import Objective, add, statistics
+from moe_lm.loss.objective import GShardLoss as GShard
+from moe_lm.loss.objective import Objective, ZLoss, add_statistics, statistics_of
+from moe_lm.loss.objective import SwitchLoss as Switch
 
 SWITCH, GSHARD, Z_LOSS = Switch(weight=1.0), GShard(weight=1.0), ZLoss(weight=1.0)
 ALL_FIVE = {"requested_E", "first_choice_E", "probability_E", "log_z_squared", "num_tokens"}
@@ -232,7 +230,7 @@ def test_micro_batches_add_up(loss, name):
     (gradient,) = torch.autograd.grad(weight * want, [gate.gate_DE])
     objective, global_stats = Objective({"balance": loss(weight=weight)}), None
     for part in parts:
-        global_stats = add(global_stats, statistics({"middle": gate(part)}))
+        global_stats = add_statistics(global_stats, statistics_of({"middle": gate(part)}))
     for part in parts:
         total, terms = objective(torch.zeros(()), 1, {"middle": gate(part)}, global_stats)
         total.backward()
@@ -246,5 +244,5 @@ def test_the_weight_is_kept_and_not_applied(loss):
     gating = gating_of(2, requested_E=[1, 1], first_choice_E=[1, 1], probability_E=[1.0, 1.0], log_z_squared=2.0)
     assert loss(weight=0.3).weight == 0.3
     assert loss(weight=0.3)(gating).item() == pytest.approx(1)
-    with pytest.raises(UserError, match="at least 0"):
+    with pytest.raises(ValueError, match="at least 0"):
         loss(weight=-1.0)

@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from moe_lm.data.micro_batch import micro_batch
+from moe_lm.data.batch import collate
 from moe_lm.data.prepared import Split
-from moe_lm.errors import UserError
 from moe_lm.gate.noisy_top_k import NoisyTopK
-from moe_lm.loss.softmax.full import FullSoftmax
+from moe_lm.loss.softmax import FullSoftmax
 from moe_lm.model.feed_forward import FeedForward
 from moe_lm.model.language_model import LanguageModel
 from moe_lm.model.lstm import Lstm
@@ -27,7 +26,7 @@ SPLIT = Split(
     starts=np.array([0, 4, 6, 9]),
     words=np.array([4, 2, 3], dtype=np.uint32),
 )
-BATCH = micro_batch(SPLIT, np.arange(3), START)
+BATCH = collate(SPLIT, np.arange(3), START)
 
 
 class Affine(nn.Module):
@@ -38,7 +37,7 @@ class Affine(nn.Module):
         self.a, self.b, self.gating = a, b, gating
 
     def forward(self, x_TD, sentences):
-        assert sentences is BATCH.sentences
+        assert sentences is BATCH.layout
         return self.a * x_TD + self.b, self.gating
 
 
@@ -49,7 +48,7 @@ def make(layers, dropout=0.0, width=WIDTH, size=SIZE):
         vocabulary_size=size,
         dropout=dropout,
         layers=layers,
-        softmax=partial(FullSoftmax, max_logits=20),
+        softmax=partial(FullSoftmax, chunk_logits=20),
     )
 
 
@@ -63,7 +62,7 @@ def test_stack_is_residual_sums_in_order():
     model = make({"z": Affine(2.0, 1.0), "a": Affine(0.0, -3.0, "chosen"), "m": Affine(1.0, 0.0)}).double()
     hidden_TD, gatings = model.hidden(BATCH)
     for row, word in zip(hidden_TD, BATCH.input_T.tolist(), strict=True):
-        want = [2 * (3 * e + 1 - 3) for e in model.embedding_VD[word].tolist()]
+        want = [2 * (3 * e + 1 - 3) for e in model.embedding.weight_VD[word].tolist()]
         assert row.tolist() == pytest.approx(want, rel=1e-12)
     assert gatings == {"a": "chosen"}
 
@@ -73,9 +72,9 @@ def test_nats_are_those_of_the_layers_put_together_by_hand():
     model = make({"l": Lstm(width=WIDTH), "m": mixture(), "f": FeedForward(width=WIDTH, hidden=3, num_hidden=2)})
     model = model.double().eval()
     nats, gatings = model(BATCH)
-    x_TD = torch.stack([model.embedding_VD[word] for word in BATCH.input_T.tolist()])
+    x_TD = torch.stack([model.embedding.weight_VD[word] for word in BATCH.input_T.tolist()])
     for name in ("l", "m", "f"):
-        x_TD = x_TD + model.layers[name](x_TD, BATCH.sentences)[0]
+        x_TD = x_TD + model.layers[name](x_TD, BATCH.layout)[0]
     logits_TV = x_TD @ model.softmax.weight_VD.t() + model.softmax.bias_V
     want = sum(logits_TV[t].exp().sum().log() - logits_TV[t, word] for t, word in enumerate(BATCH.target_T.tolist()))
     assert list(gatings) == ["m"]
@@ -93,7 +92,7 @@ def test_no_word_sees_itself_or_what_follows():
     model = make({"l": Lstm(width=WIDTH), "m": mixture(), "u": Lstm(width=WIDTH)}).eval()
     tokens = SPLIT.tokens.copy()
     tokens[2] = 4  # the third word of sentence 0
-    other = micro_batch(Split(tokens, SPLIT.starts, SPLIT.words), np.arange(3), START)
+    other = collate(Split(tokens, SPLIT.starts, SPLIT.words), np.arange(3), START)
     gap_T = (model.token_nats(other) - model.token_nats(BATCH)).abs().tolist()
     # By timestep: 5 7 8 | 6 . 8 | 3 . (2) | . : sentence 0 stands at places 0, 3, 6 and 8.
     assert [t for t, gap in enumerate(gap_T) if gap > 1e-7] == [6, 8]
@@ -104,7 +103,7 @@ def test_training_drops_and_scales_up_the_rest():
     width = 20_000
     model = make({"one": Affine(0.0, 1.0)}, dropout=0.3, width=width, size=SIZE).train()
     with torch.no_grad():
-        model.embedding_VD.fill_(7.0)
+        model.embedding.weight_VD.fill_(7.0)
     values, counts = (x.tolist() for x in model.hidden(BATCH)[0].double().mul(0.7).round().unique(return_counts=True))
     assert values == [0.0, 1.0, 7.0, 8.0]  # (7 + 1), 7, 1 or nothing kept
     total = len(BATCH.input_T) * width
@@ -129,15 +128,16 @@ def test_seed_reaches_the_softmax():
     seen = []
 
     class Spy(nn.Module):
-        def forward(self, hidden_TD, target_T, seed, host_T):
-            seen.append((seed, target_T, host_T))
+        def forward(self, hidden_TD, targets, seed):
+            seen.append((seed, targets.row_T))
             return hidden_TD.sum().double()
 
     model = make({})
     model.softmax = Spy()
     model(BATCH, 17)
-    assert seen[0][0] == 17
-    assert seen[0][1] is seen[0][2] is BATCH.target_T
+    [(seed, target_T)] = seen
+    assert seed == 17
+    assert target_T is BATCH.target_T
 
 
 def test_bfloat16_autocast_trains_every_parameter():
@@ -157,5 +157,5 @@ def test_bfloat16_autocast_trains_every_parameter():
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, math.nan])
 def test_wrong_dropout_is_a_mistake(dropout):
     """Dropout outside [0, 1) is refused with its key."""
-    with pytest.raises(UserError, match=r"model\.dropout"):
+    with pytest.raises(ValueError, match=r"model\.dropout"):
         make({}, dropout=dropout)

@@ -6,8 +6,7 @@ Shape suffixes: T tokens, D width, U units, L timesteps.
 import pytest
 import torch
 
-from moe_lm.data.sentences import Sentences
-from moe_lm.errors import UserError
+from moe_lm.data.batch import PaddedLayout
 from moe_lm.model.lstm import Lstm, ProjectedLstm
 
 WIDTH = 4
@@ -20,7 +19,7 @@ def sentences_of(lengths):
     where = [(b, t) for t in range(max(lengths)) for b in range(len(lengths)) if t < lengths[b]]
     position_T = torch.tensor([t * len(lengths) + b for b, t in where])
     padded = len(where) < max(lengths) * len(lengths)
-    return Sentences(max(lengths), len(lengths), position_T if padded else None), where
+    return PaddedLayout(max(lengths), len(lengths), position_T if padded else None), where
 
 
 def make(units=None):
@@ -153,9 +152,9 @@ def test_bfloat16_autocast_trains_a_projected_layer(units):
 
 def test_sizes_below_one_are_a_mistake():
     """A width or a number of units of 0 is refused with the key to change."""
-    with pytest.raises(UserError, match=r"model\.width=0"):
+    with pytest.raises(ValueError, match=r"model\.width=0"):
         Lstm(width=0)
-    with pytest.raises(UserError, match=r"model\.width=0"):
+    with pytest.raises(ValueError, match=r"model\.width=0"):
         ProjectedLstm(width=0, units=3)
-    with pytest.raises(UserError, match=r"model\.lstm_units=0"):
+    with pytest.raises(ValueError, match=r"model\.lstm_units=0"):
         ProjectedLstm(width=3, units=0)

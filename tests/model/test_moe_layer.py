@@ -9,8 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from moe_lm.data.sentences import Sentences
-from moe_lm.errors import UserError
+from moe_lm.data.batch import PaddedLayout
 from moe_lm.gate.noisy_top_k import NoisyTopK
 from moe_lm.model.feed_forward import FeedForward
 from moe_lm.model.moe import MoE
@@ -20,7 +19,7 @@ GATE = partial(NoisyTopK, noise_epsilon=0.01)
 
 
 def sentences(num_tokens):
-    return Sentences(num_tokens, 1, None)
+    return PaddedLayout(num_tokens, 1, None)
 
 
 def make(num_experts, k, train, dtype=torch.float64):
@@ -38,7 +37,7 @@ def by_hand(layer, x_TD, noise_TE):
     noisy_TE = clean_TE + noise_TE * ((1 + (x_TD @ layer.gate.noise_DE).exp()).log() + 0.01)
     rows, gates = [], []
     for x_D, logit_E in zip(x_TD, noisy_TE, strict=True):
-        kept = sorted(range(len(logit_E)), key=lambda i: -logit_E[i])[: layer.k]
+        kept = sorted(range(len(logit_E)), key=lambda i: -logit_E[i])[: layer.gate.k]
         exps = [logit_E[i].exp() if i in kept else logit_E[i] * 0 for i in range(len(logit_E))]
         total = x_D * 0
         for i, e in enumerate(exps):
@@ -162,6 +161,6 @@ def test_operations_are_k_experts_and_the_gate():
 @pytest.mark.parametrize("sizes", [{"width": 0}, {"hidden": 0}, {"num_experts": 0}, {"k": 9}])
 def test_wrong_sizes_are_mistakes(sizes):
     """A size below one, or k above the number of experts, is refused in one line."""
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(ValueError, match=r"must be|k=|experts") as caught:
         MoE(**{"width": 4, "hidden": 4, "num_experts": 4, "k": 2, "gate": GATE} | sizes)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The GPU's kernel of the cross-entropy, run by Triton's interpreter on the CPU, against a softmax in float64.
+"""The cross-entropy's Triton kernel, run by Triton's interpreter on the CPU, against a softmax in float64.
 
 Shape suffixes: T tokens, C candidate words.
 """
@@ -19,7 +19,7 @@ from moe_lm.ops.triton import softmax as triton_softmax
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(5, 7), (3, 64), (4, 5000), (2, 1), (0, 9)], ids=str)
 def test_probabilities(shape, dtype):
-    """A true word among the candidates, none, one far above and one far below all of them."""
+    """The true word is a candidate or none, its logit far above or far below all candidates'."""
     generator = torch.Generator().manual_seed(0)
     num_tokens, num_candidates = shape
     logits_TC = (3 * torch.randn(shape, generator=generator)).to(dtype)
@@ -37,24 +37,24 @@ def test_probabilities(shape, dtype):
     of_type = tolerance if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-6}
     torch.testing.assert_close(got.double(), want[:, :-1], **of_type)
     assert (got[hit_T >= 0, hit_T[hit_T >= 0]] == 0).all()
-    as_products, room = (logits_TC, torch.eye(num_candidates, dtype=dtype)), torch.empty(num_tokens, num_candidates + 1)
-    by_torch = cross_entropy._probabilities(*as_products, bias_C, true_T, hit_T, room)
+    by_torch = cross_entropy._TorchSoftmax(num_tokens, bias_C, 10**6)
+    by_torch = by_torch(logits_TC, torch.eye(num_candidates, dtype=dtype), bias_C, true_T, hit_T)
     for mine, theirs in zip((got, true_probability_T, nats_T), by_torch, strict=True):
         torch.testing.assert_close(mine.float(), theirs.float(), rtol=1e-2, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_loss_and_its_gradients(monkeypatch, dtype):
-    """The blocked cross-entropy by the kernel is that by torch's operators, gradients too."""
+    """Value and gradients by the kernel are those by PyTorch's operators."""
     generator = torch.Generator().manual_seed(1)
     shapes = (30, 8), (50, 8), (50,), (30,)
     hidden, weight, bias, true = (torch.randn(shape, generator=generator).requires_grad_() for shape in shapes)
     hit_T = torch.arange(30) % 51 - 1
     results = []
     for kernel in (False, True):
-        monkeypatch.setattr(cross_entropy, "by_triton", lambda _, on=kernel: on)
+        monkeypatch.setattr(cross_entropy, "triton_runs", lambda _, on=kernel: on)
         with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
-            total = cross_entropy.summed_nats(hidden, weight, bias, true, hit_T, 50 * 7)
+            total = cross_entropy.candidate_nats(hidden, weight, bias, true, hit_T, 50 * 7)
         results.append([total, *torch.autograd.grad(total, (hidden, weight, bias, true))])
     for mine, theirs in zip(*results, strict=True):
         tolerance = 1e-5 if dtype == torch.float32 else 2e-2

@@ -2,7 +2,6 @@
 
 import pytest
 
-from moe_lm.errors import UserError
 from moe_lm.optim.schedule import InverseSquareRoot
 
 
@@ -19,5 +18,5 @@ def test_schedule_warms_up_to_one_and_falls_with_the_root():
 
 def test_a_warm_up_below_one_step_is_a_mistake():
     """Warm-up of 0 steps is refused with its key."""
-    with pytest.raises(UserError, match=r"schedule\.warmup_steps=0"):
+    with pytest.raises(ValueError, match=r"schedule\.warmup_steps=0"):
         InverseSquareRoot(warmup_steps=0)

@@ -5,9 +5,8 @@ from collections import Counter
 import torch
 from updating import trainer_for
 
-from moe_lm.optim import kind_of
+from moe_lm.optim import parameter_groups
 from moe_lm.parallel import grad_reduce as gradients
-from moe_lm.parallel.grad_reduce import shares_of
 
 
 def sent_in_a_step(parallel, cases) -> dict:
@@ -16,7 +15,7 @@ def sent_in_a_step(parallel, cases) -> dict:
 
 
 def _counted(trainer, parallel) -> dict:
-    model, shares = trainer.model, shares_of(trainer.model)
+    model, shares = trainer.model, trainer.parallel.shards
     expected: Counter = Counter()
     for layer in model.layers.values():
         if hasattr(layer, "experts"):
@@ -34,11 +33,12 @@ def _counted(trainer, parallel) -> dict:
     gradients.merged = merging
     try:
         parallel.sent.clear()
-        trainer.update(trainer.batches.step(0), 0, 1e-3)
+        trainer.train_step(trainer.prefetcher.batches.step(0), 0, 1e-3)
     finally:
         gradients.merged = merge
+    groups = parameter_groups(model)
     for name, parameter in model.named_parameters():
-        if kind_of(name) != "vocabulary" and name not in shares:
+        if groups[name] != "vocabulary" and name not in shares:
             ring = 2 * (parallel.size - 1) / parallel.size
             expected["gradients"] += ring * parameter.numel() * parameter.element_size()
     return {"sent": dict(parallel.sent), "expected": dict(expected)}
@@ -46,6 +46,6 @@ def _counted(trainer, parallel) -> dict:
 
 def _away(layer, gating) -> int:
     """Bytes of this process's assignments that leave it, there and back; twice where a backward pass follows."""
-    rows = torch.tensor(list(layer.experts.share.rows))
+    rows = torch.tensor(list(layer.experts.held))
     away = int((~torch.isin(gating.expert_A, rows)).sum())
     return away * layer.experts.w1_EDH.shape[1] * 4 * (4 if torch.is_grad_enabled() else 2)

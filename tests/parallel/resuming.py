@@ -15,7 +15,7 @@ def run_commands(size: int, commands: list[list[str]], folder: Path, timeout: fl
     children = []
     for rank in range(size):
         ranks = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
-        paths = os.pathsep.join([str(TESTS), str(TESTS / "distributed"), str(TESTS.parent)])
+        paths = os.pathsep.join([str(TESTS), str(TESTS / "parallel"), str(TESTS.parent)])
         env = os.environ | ranks | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
         program = [sys.executable, "-W", "error", __file__, repr(commands)]
         children.append(
@@ -29,7 +29,7 @@ def _main(commands: list[list[str]]) -> int:
     from tiny_training import call
 
     from moe_lm.cli import train
-    from moe_lm.parallel.context import begin
+    from moe_lm.parallel.context import init_parallel
 
     size, first = os.environ["WORLD_SIZE"], os.environ["RANK"] == "0"
     for number, (name, *arguments) in enumerate(commands):
@@ -37,7 +37,7 @@ def _main(commands: list[list[str]]) -> int:
             if first:  # the others wait for it where they meet
                 shutil.copytree(*arguments)
             continue
-        train.begin = partial(begin, meeting=f"file://{Path.cwd()}/meeting-{size}-{number}")
+        train.init_parallel = partial(init_parallel, init_method=f"file://{Path.cwd()}/meeting-{size}-{number}")
         if code := call(name, *arguments):
             return code
     return 0

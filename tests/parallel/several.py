@@ -16,7 +16,7 @@ def run_several(size: int, function: str, argument: object, folder: Path, timeou
     meeting = folder / f"meeting-{size}"
     meeting.unlink(missing_ok=True)
     children, logs = [], [folder / f"log-{rank}" for rank in range(size)]
-    paths = os.pathsep.join([str(TESTS), str(TESTS / "distributed"), str(TESTS.parent)])
+    paths = os.pathsep.join([str(TESTS), str(TESTS / "parallel"), str(TESTS.parent)])
     for rank, path in enumerate(logs):
         ranks = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "MEETING": str(meeting)}
         env = os.environ | ranks | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
@@ -45,16 +45,16 @@ def _main(function: str, folder: Path) -> None:
 
     import torch
 
-    from moe_lm.parallel.context import SINGLE_PROCESS, begin, end
+    from moe_lm.parallel.context import SINGLE_PROCESS, destroy_parallel, init_parallel
 
     torch.set_num_threads(1)
     module, name = function.split(":")
     argument = pickle.loads((folder / "argument").read_bytes())
     size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    parallel = begin(torch.device("cpu"), f"file://{os.environ['MEETING']}") if size > 1 else SINGLE_PROCESS
+    parallel = init_parallel(torch.device("cpu"), f"file://{os.environ['MEETING']}") if size > 1 else SINGLE_PROCESS
     result = getattr(importlib.import_module(module), name)(parallel, argument)
     (folder / f"result-{rank}").write_bytes(pickle.dumps(result))
-    end()
+    destroy_parallel()
 
 
 if __name__ == "__main__":

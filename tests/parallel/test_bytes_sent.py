@@ -7,8 +7,8 @@ from several import run_several
 from tiny_training import TRAINING, call, with_overrides, working_in, write_corpus
 from updating import HIERARCHY, SIZES, Case, configuration
 
-from moe_lm.analysis.cost.sizes import Step
-from moe_lm.analysis.cost.traffic import bytes_sent
+from moe_lm.analysis.memory import StepSizes
+from moe_lm.analysis.traffic import bytes_sent
 from moe_lm.construction import build, build_model
 
 BATCH = ("batch.words=960", "model.num_experts=12", "model.k=3", "model.width=16", "model.expert_hidden=16")
@@ -19,7 +19,7 @@ CASES = [
     Case("dense", (*BATCH, "model=moe_1_wide", "batch.micro_words=240"), torch.float32),
 ]
 DIVIDED = [
-    Case(name, (*BATCH, "machine.divide_vocabulary=true", "batch.micro_words=240", *more), torch.float32)
+    Case(name, (*BATCH, "parallel.vocab=true", "batch.micro_words=240", *more), torch.float32)
     for name, more in {"divided": ["softmax.num_sampled=8"], "divided_full": ["softmax=full"]}.items()
 ]
 
@@ -54,8 +54,8 @@ def test_predicted(found, case, size):
     with torch.device("meta"):
         model = build_model(config, 53)
     sizes = {"words": config["batch"]["words"], "micro_words": config["batch"]["micro_words"]}
-    sizes["divide_vocabulary"] = config["machine"]["divide_vocabulary"]
-    predicted = bytes_sent(model, build(config["optimizer"]), Step(**sizes, num_processes=size))
+    sizes["vocab_parallel"] = config["parallel"]["vocab"]
+    predicted = bytes_sent(model, build(config["optimizer"]), StepSizes(**sizes, num_processes=size))
     mean = {key: sum(rank[case.name]["sent"].get(key, 0) for rank in found[size]) / size for key in KEYS}
     assert mean["tokens"] == pytest.approx(predicted["tokens"], rel=0.12)
     assert mean["gradients"] == pytest.approx(predicted["gradients"])

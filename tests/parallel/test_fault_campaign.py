@@ -1,4 +1,4 @@
-"""scripts/fault_campaign.py in small: it passes, and it sees what is broken."""
+"""scripts/fault_campaign.py with few cases: it passes, and it finds what is broken."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from faults import cases, intact  # noqa: E402
+from faults import corruptions, intact  # noqa: E402
 from faults.child import Child  # noqa: E402
 
 
@@ -35,7 +35,7 @@ def test_some_of_each_kind(tmp_path):
     assert {**record["sums"], "runs": 0, "times disturbed": 0} == dict.fromkeys(record["sums"], 0)
 
 
-def test_a_product_that_checks_nothing_is_seen(tmp_path):
+def test_finds_a_product_that_checks_nothing(tmp_path):
     program = tmp_path / "broken.py"
     program.write_text("from moe_lm.checkpoint import checkpoint\ncheckpoint._check_file = lambda *a: None\n")
     code, record, text = campaign(tmp_path, "--only", "damaged checkpoint, bit of the model, 1", "--program", program)
@@ -44,21 +44,21 @@ def test_a_product_that_checks_nothing_is_seen(tmp_path):
     assert "resumed at step 19, not at 18" in text
 
 
-@pytest.mark.parametrize("name", cases.CORRUPTIONS)
-def test_every_damage_is_seen_without_the_product(name, own_trained):
+@pytest.mark.parametrize("name", corruptions.CORRUPTIONS)
+def test_every_damage_is_found_without_the_product(name, own_trained):
     run = own_trained / "runs/tiny"
     newest, before = (intact.folder_of(run, step) for step in reversed(intact.steps(run)[-2:]))
     assert intact.fault_of(newest) is None
-    cases.CORRUPTIONS[name](random.Random(1), newest, before)
+    corruptions.corrupt(name, random.Random(1), newest, before)
     assert intact.fault_of(newest) is not None
     assert intact.fault_of(before) is None
 
 
 def test_a_rank_is_found_by_its_mark(tmp_path):
-    """Of another command's processes none is taken for its own."""
+    """The processes of another command are not taken for its own."""
     sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
     one, other = (Child(sleep, tmp_path, tmp_path / name, "", "", False) for name in "ab")
-    assert one.wait(20, until=lambda: set(one.parallel()) == {one.pid})
+    assert one.wait(20, until=lambda: set(one.processes()) == {one.pid})
     one.kill()
     assert one.wait(20)
     assert one.code == -9

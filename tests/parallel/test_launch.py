@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 import moe_lm
-from moe_lm.analysis.cost.sizes import Step
+from moe_lm.analysis.memory import StepSizes
 from moe_lm.errors import UserError
 from moe_lm.parallel import launch
-from moe_lm.parallel.context import expert_processes
+from moe_lm.parallel.context import expert_parallel_size
 from moe_lm.parallel.group import Group, shard_rows
 from moe_lm.parallel.launch import _outcome, check_num_processes
 
@@ -141,7 +141,7 @@ def test_rows_are_divided_evenly_and_in_order(total, size, together, sizes):
 
 
 def test_as_many_share_the_experts_as_find_one_each():
-    assert [expert_processes(8, experts) for experts in (0, 1, 2, 3, 4, 7, 8, 256)] == [1, 1, 2, 2, 4, 4, 8, 8]
-    assert [expert_processes(6, experts) for experts in (1, 2, 3, 5, 6)] == [1, 2, 3, 3, 6]
-    assert expert_processes(8, 256, 2) == 2
-    assert Step(words=90, micro_words=9, num_processes=6).expert_processes_of(4) == 3
+    assert [expert_parallel_size(8, experts) for experts in (0, 1, 2, 3, 4, 7, 8, 256)] == [1, 1, 2, 2, 4, 4, 8, 8]
+    assert [expert_parallel_size(6, experts) for experts in (1, 2, 3, 5, 6)] == [1, 2, 3, 3, 6]
+    assert expert_parallel_size(8, 256, 2) == 2
+    assert StepSizes(words=90, micro_words=9, num_processes=6).expert_processes(4) == 3

@@ -22,10 +22,10 @@ def test_a_launcher_that_was_killed_is_not_waited_for(monkeypatch):
     places = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     for name, value in (places | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(parallel, "SOON", timedelta(seconds=1))
+    monkeypatch.setattr(parallel, "AGENT_STORE_TIMEOUT", timedelta(seconds=1))
     started = time.monotonic()
     with pytest.raises(UserError, match="cannot meet the other processes"):
-        parallel.begin(torch.device("cpu"))
+        parallel.init_parallel(torch.device("cpu"))
     assert time.monotonic() - started < 15
 
 

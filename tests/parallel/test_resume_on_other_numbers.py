@@ -20,7 +20,7 @@ HALF, WHOLE = 1600, 2700
 SIZES = ["batch.words=240", "batch.micro_words=60", "model.num_experts=6", "model.dropout=0.2"]
 HIERARCHY = ["layer@model.layers.middle=hierarchical_moe", "model.num_experts=15", "model.num_groups=5"]
 CASES = {
-    "flat": ["machine.divide_vocabulary=true"],
+    "flat": ["parallel.vocab=true"],
     "hierarchical": [*HIERARCHY, "optimizer.experts=factored"],
 }
 

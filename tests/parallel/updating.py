@@ -12,7 +12,6 @@ from moe_lm.cli.config import composed, resolved
 from moe_lm.cli.data import prepared_data
 from moe_lm.cli.training import trainer_of
 from moe_lm.ops.sparse_rows import row_grad
-from moe_lm.parallel.grad_reduce import shares_of
 from moe_lm.run import Run
 
 # Four micro-batches a step: four turns of one process, two of two, two with two idle of three, one of four.
@@ -48,12 +47,12 @@ def configuration(case: Case) -> dict:
 def trainer_for(case: Case, config: dict, parallel):
     """A trainer with random gate matrices: at zero all logits would tie without the noise."""
     if case.over_all:
-        config["machine"]["expert_processes"] = parallel.size
+        config["parallel"]["expert_size"] = parallel.size
     run = Run(Path("runs") / f"{case.name}-{parallel.size}")
     if parallel.is_first:
         run.folder.mkdir(parents=True, exist_ok=True)
     parallel.each(None)
-    data = prepared_data(config, say=lambda line: None)
+    data = prepared_data(config, log=lambda line: None)
     make.be_deterministic(torch.device("cpu"))
     trainer, _ = trainer_of(config, data, run, torch.device("cpu"), lambda line: None, parallel)
     trainer.model.to(case.dtype)
@@ -72,7 +71,7 @@ def updates(parallel, argument: tuple[list[tuple[Case, dict]], int]) -> dict:
 
 
 def _updated(trainer, parallel, steps: int) -> dict:
-    model, shares, optimizer = trainer.model, shares_of(trainer.model), trainer.optimizer
+    model, shares, optimizer = trainer.model, trainer.parallel.shards, trainer.optimizer
     found = {"losses": [], "gradients": [], "loads": []}
     clip = optimizer.clip
 
@@ -83,10 +82,12 @@ def _updated(trainer, parallel, steps: int) -> dict:
 
     optimizer.clip = watched
     for step in range(steps):
-        done = trainer.update(trainer.batches.step(step), step, 1e-3)
-        assert done.made
-        terms = {name: float(x) for name, x in done.terms.items()}
-        found["losses"].append({"nats": float(done.nats), "norm": float(done.norm), **terms} | _floats(done.shares))
+        done = trainer.train_step(trainer.prefetcher.batches.step(step), step, 1e-3)
+        assert done.updated
+        terms = {name: float(x) for name, x in done.balance.items()}
+        found["losses"].append(
+            {"nats": float(done.nats), "grad_norm": float(done.grad_norm), **terms} | _floats(done.routing)
+        )
         found["loads"].append({layer: gating.load_E.clone() for layer, gating in done.gatings.items()})
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     found["parameters"] = _whole(state, shares, parallel)

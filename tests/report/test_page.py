@@ -1,4 +1,4 @@
-"""The page and the files: self-contained, escaped, complete, the same bytes twice."""
+"""The page and the files of a report: self-contained, escaped, complete, deterministic."""
 
 import re
 
@@ -8,7 +8,7 @@ from html_page import Page
 from moe_lm.errors import UserError
 from moe_lm.report.write import write_report
 
-NO_PRESETS = {}.__getitem__  # the runs' configurations name no model, so no preset is asked for
+NO_PRESETS = {}.__getitem__  # the runs' configurations have no model, so no preset is needed
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_the_page_follows_the_theme(html):
     assert not re.search(r"(fill|stroke): #(ffffff|1f2328)", html)
 
 
-def test_the_page_tells_everything(html):
+def test_the_page_shows_everything(html):
     text = Page(html).text
     assert "Nothing below 0.5 & <b>one</b> seed means anything." in text
     assert "6 finished runs, 1 unfinished" in text
@@ -110,7 +110,7 @@ def test_tables_of_an_earlier_report_do_not_stay(make_run, tmp_path):
     }
 
 
-def test_a_folder_that_cannot_be_written_is_a_mistake(make_run, tmp_path):
+def test_a_folder_that_cannot_be_written_is_named(make_run, tmp_path):
     make_run("lstm", experts=0, finished=False)
     (tmp_path / "study" / "report").write_text("in the way")
     with pytest.raises(UserError, match=r"cannot write .*study/report \(.+\): make it a folder"):

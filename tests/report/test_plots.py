@@ -1,16 +1,14 @@
-"""The plots: which there are, names that collide with nothing, plain ticks, the same bytes."""
+"""The plots: which there are, legends that name every model, readable ticks, deterministic bytes."""
 
 import math
 from itertools import combinations
 
 import matplotlib
 import pytest
+from matplotlib.figure import Figure
 
-from moe_lm.report.names import wrapped
-from moe_lm.report.placement import Box, nearest, place_labels
-from moe_lm.report.plots import draw_figures, draw_plots, fixed_style
-from moe_lm.report.results import read_runs
-from moe_lm.report.ticks import log_ticks, tick_label
+from moe_lm.report.plots import draw_figures, draw_plots, fixed_style, set_log_axis, tick_label, wrapped
+from moe_lm.report.runs import read_runs
 
 POINTS = ("perplexity", "perplexity_operations", "perplexity_parameters", "perplexity_flops")
 CURVES = ("curves", "training", "validation")
@@ -27,11 +25,20 @@ def drawn(study):
     return figures_of(study)
 
 
-def boxes_of(figure):
-    """For each pair of axes, its own box and those of the names in it."""
-    renderer = figure.canvas.get_renderer()
-    for axes in figure.axes:
-        yield axes, axes.get_window_extent(renderer), [t.get_window_extent(renderer) for t in axes.texts]
+def legend_of(figure):
+    [legend] = figure.legends
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def markers_of(axes):
+    """The filled markers of an axes, one for each model."""
+    return [
+        line for line in axes.lines if line.get_marker() in ("s", "o", "D") and line.get_markerfacecolor() != "none"
+    ]
+
+
+def look(line):
+    return line.get_marker(), line.get_color(), line.get_fillstyle()
 
 
 @pytest.fixture(scope="module")
@@ -45,24 +52,40 @@ def test_every_plot_is_there(drawn):
 
 
 @pytest.mark.parametrize("name", POINTS)
-def test_names_overlap_nothing_and_stay_in_the_axes(drawn, name):
-    for axes, area, boxes in boxes_of(drawn[name]):
-        texts = {text.get_text() for text in axes.texts}
-        assert texts == {"lstm_4x512", "moe_1_wide", "moe_4", "moe_32", "moe_256"}
-        assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
-        assert all(area.x0 <= box.x0 and box.x1 <= area.x1 for box in boxes)
-        assert all(area.y0 <= box.y0 and box.y1 <= area.y1 for box in boxes)
-        markers = [
-            axes.transData.transform(xy) for line in axes.lines if line.get_marker() in "os" for xy in line.get_xydata()
-        ]
-        assert not any(box.contains(*marker) for box in boxes for marker in markers)
+def test_the_legend_names_every_model_by_its_marker(drawn, name):
+    assert legend_of(drawn[name]) == ["lstm_4x512", "moe_1_wide", "moe_4", "moe_32", "moe_256"]
+    handles = [look(handle) for handle in drawn[name].legends[0].legend_handles]
+    assert len(set(handles)) == 5
+    for axes in drawn[name].axes:
+        assert [look(line) for line in markers_of(axes)] == handles
 
 
-def test_crowded_names_are_left_out_rather_than_overlap(crowded):
-    for figure in crowded.values():
-        for _, area, boxes in boxes_of(figure):
-            assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
-            assert all(area.x0 <= box.x0 and box.x1 <= area.x1 for box in boxes)
+def test_many_models_still_have_different_markers(make_run, tmp_path):
+    for n in range(20):
+        make_run(f"moe_{n:02}", experts=4 * (n % 2), operations_per_timestep=1e6 + n)
+    figure = figures_of(tmp_path / "study")["perplexity_operations"]
+    assert len({look(handle) for handle in figure.legends[0].legend_handles}) == 20
+
+
+def test_a_model_has_one_colour_in_all_plots(drawn):
+    scatter, curves = drawn["perplexity_flops"].legends[0], drawn["training"].legends[0]
+    colours = dict(zip(legend_of(drawn["training"]), (line.get_color() for line in curves.legend_handles), strict=True))
+    for name, handle in zip(legend_of(drawn["perplexity_flops"]), scatter.legend_handles, strict=True):
+        assert handle.get_color() == colours[name]
+
+
+def test_no_text_overlaps_another(drawn, crowded):
+    for figure in (*drawn.values(), *crowded.values()):
+        renderer = figure.canvas.get_renderer()
+        figure.draw_without_rendering()
+        texts = [text for legend in figure.legends for text in legend.get_texts()]
+        for axes in figure.axes:
+            texts += [axes.xaxis.label, axes.yaxis.label]
+            for axis in (axes.xaxis, axes.yaxis):
+                low, high = sorted(axis.get_view_interval())
+                texts += [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+        boxes = [text.get_window_extent(renderer) for text in texts if text.get_text()]
+        assert not [pair for pair in combinations(boxes, 2) if pair[0].overlaps(pair[1])]
 
 
 def test_legends_and_axis_labels_stay_on_the_figure(drawn, crowded):
@@ -75,16 +98,15 @@ def test_legends_and_axis_labels_stay_on_the_figure(drawn, crowded):
 
 def test_ticks_are_plain_at_nearly_equal_operations(drawn):
     axis = drawn["perplexity_operations"].axes[0].xaxis
-    labels = [label.get_text() for label in axis.get_ticklabels()]
+    low, high = axis.get_view_interval()
+    labels = [tick.label1.get_text() for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
     assert labels == ["7.5", "8", "8.5", "9", "9.5"]
     assert axis.get_offset_text().get_text() == ""
 
 
-def test_dense_and_moe_models_differ_in_marker_and_colour(drawn):
-    lines = drawn["perplexity_parameters"].axes[0].lines
-    looks = {(line.get_marker(), line.get_color()) for line in lines if line.get_marker() in "os"}
-    assert {marker for marker, _ in looks} == {"s", "o"}
-    assert len({colour for _, colour in looks}) == 2
+def test_dense_and_moe_models_differ_in_their_marker(drawn):
+    markers = [line.get_marker() for line in markers_of(drawn["perplexity_parameters"].axes[0])]
+    assert markers == ["s", "s", "o", "o", "o"]
 
 
 def test_the_sweep_joins_moe_models_in_order_of_parameters(drawn):
@@ -93,7 +115,7 @@ def test_the_sweep_joins_moe_models_in_order_of_parameters(drawn):
     assert line.get_ydata() == pytest.approx([45.0, 39.7, 35.5])  # moe_256 is the mean of 35.7 and 35.3
 
 
-def test_hierarchical_mixtures_have_their_own_mark_and_line(make_run, tmp_path):
+def test_hierarchical_models_have_their_own_marker_and_line(make_run, tmp_path):
     for n, name in enumerate(("moe_4", "moe_32", "moe_256_h", "moe_1024_h")):
         gate = {"model": {"layers": {"middle": {"primary_gate": {"_partial_": True}}}}} if name.endswith("h") else {}
         make_run(name, settings=gate, parameters_without_embedding_and_softmax=8e6 * 4**n)
@@ -103,7 +125,7 @@ def test_hierarchical_mixtures_have_their_own_mark_and_line(make_run, tmp_path):
 
 
 def test_models_of_equal_parameters_are_joined_by_cost(make_run, tmp_path):
-    """As the paper's mixtures of about 4.3 thousand million parameters; the smallest may have a few more of them."""
+    """As the paper's MoE models of about 4.3 billion parameters; the smallest may have slightly more of them."""
     for name, operations, parameters in (("small", 9e6, 4303e6), ("medium", 34e6, 4302e6), ("high", 143e6, 4371e6)):
         make_run(name, operations_per_timestep=operations, parameters_without_embedding_and_softmax=parameters)
     figures = figures_of(tmp_path / "study")
@@ -119,7 +141,7 @@ def test_an_ablation_at_equal_parameters_is_not_joined(crowded):
 
 def test_validation_is_drawn_unsmoothed_for_unfinished_runs_too(drawn):
     figure = drawn["validation"]
-    assert [text.get_text() for text in figure.legends[0].get_texts()].count("moe_1024_h (unfinished)") == 1
+    assert legend_of(figure).count("moe_1024_h (unfinished)") == 1
     assert len(figure.axes[0].lines) == 7
     assert list(figure.axes[0].lines[0].get_ydata()) == [100.0, 50.0, 500 / 15, 25.0]
 
@@ -139,17 +161,22 @@ def test_diverged_runs_leave_the_others_their_plots(make_run, tmp_path):
     metrics = make_run("moe_32", perplexity={"test": math.inf, "valid": math.nan}) / "metrics.jsonl"
     metrics.write_text(metrics.read_text() + '{"words": 11000000, "nats_per_word": NaN}\n')
     figure = figures_of(tmp_path / "study")["perplexity_operations"]
-    assert [text.get_text() for text in figure.axes[0].texts] == ["moe_4"]
+    assert legend_of(figure) == ["moe_4"]
+
+
+def test_a_model_with_one_seed_left_has_that_runs_name(make_run, tmp_path):
+    make_run("moe_4", perplexity={"test": math.inf, "valid": math.nan})
+    make_run("moe_4,seed=2", seed=2)
+    assert legend_of(figures_of(tmp_path / "study")["perplexity_flops"]) == ["moe_4,seed=2"]
 
 
 def test_odd_names_are_plain_text(make_run, tmp_path):
     make_run("_a$x^2$<&é")
     figures = figures_of(tmp_path / "study")
-    assert figures["perplexity_flops"].axes[0].texts[0].get_text() == "_a$x^2$<&é"
-    assert figures["training"].legends[0].get_texts()[0].get_text() == "_a$x^2$<&é"
+    assert legend_of(figures["perplexity_flops"]) == legend_of(figures["training"]) == ["_a$x^2$<&é"]
 
 
-def test_the_readers_own_settings_change_nothing_and_stay(make_run, tmp_path):
+def test_the_users_own_settings_change_nothing_and_stay(make_run, tmp_path):
     make_run("lstm", experts=0, finished=False)
     runs = read_runs(tmp_path / "study")
     first = draw_plots(runs)
@@ -164,33 +191,23 @@ def test_the_readers_own_settings_change_nothing_and_stay(make_run, tmp_path):
     [
         (1, 1000, [1, 10, 100, 1000]),
         (6, 400, [10, 30, 100, 300]),
+        (2.5, 10, [3, 5, 7, 10]),
         (33, 48, [35, 40, 45]),
         (7.3, 9.9, [7.5, 8, 8.5, 9, 9.5]),
-        (0.02, 0.3, [0.03, 0.1, 0.3]),
+        (0.02, 0.3, [0.02, 0.05, 0.1, 0.2]),
     ],
 )
 def test_ticks_are_round(low, high, ticks):
-    assert log_ticks(low, high) == ticks
+    axis = Figure().subplots().xaxis
+    set_log_axis(axis, [low, high], pad=0, least=1)
+    assert [tick for tick in axis.get_majorticklocs() if low <= tick <= high] == pytest.approx(ticks)
 
 
-def test_tick_labels_are_written_out():
+def test_tick_labels_are_plain_numbers():
     assert [tick_label(value) for value in (0.3, 8.4, 4300.0, 137577.6)] == ["0.3", "8.4", "4,300", "137,577.6"]
 
 
-def test_long_names_break_at_commas_and_else_anywhere():
+def test_long_names_break_after_commas_and_else_anywhere():
     assert wrapped("moe_4,seed=2", 20) == "moe_4,seed=2"
     assert wrapped("moe_4,seed=2", 8) == "moe_4,\nseed=2"
     assert wrapped("abcdefgh", 3) == "abc\ndef\ngh"
-
-
-def test_names_of_points_upon_each_other_stand_at_their_own():
-    """Two points that nearly meet, near the left edge, a line from the upper one: no name beside the other point."""
-    upper, lower, area = (20.0, 103.0), (20.0, 100.0), Box(0, 0, 300, 200)
-    boxes = place_labels([lower, upper], [(60, 10), (36, 10)], area, [lower, upper], [(upper, (86.0, 95.0))])
-    for own, other, box in zip((lower, upper), (upper, lower), boxes, strict=True):
-        assert math.dist(own, nearest(box, own)) <= math.dist(other, nearest(box, other))
-
-
-def test_a_name_without_room_has_no_place():
-    area = Box(0, 0, 30, 30)
-    assert place_labels([(15, 15)], [(40, 10)], area, [(15, 15)], []) == [None]

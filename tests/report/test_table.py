@@ -1,14 +1,13 @@
-"""The table: figures worked out by hand, seeds, unfinished runs, and a CSV that parses back."""
+"""The main table: figures computed by hand, seeds, unfinished runs, and a CSV that parses back."""
 
 import csv
 import io
 
 import pytest
 
-from moe_lm.report.formats import change, millions, perplexity, times
-from moe_lm.report.results import read_runs
-from moe_lm.report.table import main_table, unfinished_runs
-from moe_lm.report.writing import cells, to_csv, to_markdown
+from moe_lm.report.formats import change, millions, perplexity, times, to_csv, to_markdown
+from moe_lm.report.runs import read_runs
+from moe_lm.report.tables import main_table, unfinished_runs
 
 
 def table_of(folder):
@@ -17,7 +16,7 @@ def table_of(folder):
 
 def cells_of(folder):
     table = table_of(folder)
-    return [cells(table, row) for row in table.rows]
+    return [table.cells(row) for row in table.rows]
 
 
 def test_the_cells_of_a_run(make_run, tmp_path):

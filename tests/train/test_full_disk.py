@@ -20,7 +20,7 @@ TEXT = [json.dumps(line) + "\n" for line in LINES]
 
 
 class Disk:
-    """Takes the place of os.write and os.ftruncate: `room` bytes go in, then it is full; None: there is room."""
+    """Replaces os.write and os.truncate: the disk is full after `room` bytes; None: it has room."""
 
     def __init__(self, monkeypatch, reason):
         self.room, self.stuck = None, False
@@ -55,15 +55,15 @@ def run(tmp_path):
 
 
 def test_lines_wait_for_room(run, disk, capfd):
-    """Half a line is taken back; the lines come in their order; each change is told once."""
+    """Half a line is taken back; the lines come in their order; each change is logged once."""
     run.append_metrics(LINES[0])
     disk.room = 10
     for line in LINES[1:4]:
         run.append_metrics(line)
         assert run.metrics_file.read_text() == TEXT[0]
-    told = capfd.readouterr().err.splitlines()
-    assert len(told) == 1
-    assert told[0].startswith(f"WARNING: cannot write {run.metrics_file} (")
+    logged = capfd.readouterr().err.splitlines()
+    assert len(logged) == 1
+    assert logged[0].startswith(f"WARNING: cannot write {run.metrics_file} (")
     disk.room = None
     run.append_metrics(LINES[4])
     assert run.metrics_file.read_text() == "".join(TEXT[:5])
@@ -99,7 +99,7 @@ def test_file_that_went_away_is_not_filled_up(run, disk):
 
 
 def test_close_may_be_what_fails(run, monkeypatch):
-    """A network's file system may tell at the end that nothing is there."""
+    """A network file system may report a full disk only at close."""
     run.append_metrics(LINES[0])
     close = os.close
 
@@ -115,9 +115,9 @@ def test_close_may_be_what_fails(run, monkeypatch):
     assert run.metrics_file.read_text() == "".join(TEXT[:2])
 
 
-def test_lines_that_still_wait_at_the_end_are_a_mistake(run, disk):
-    """What the end of a training calls tries once more, then names the file and the reason."""
-    log = MetricsLog(run, wandb=False, config={})
+def test_lines_still_waiting_at_the_end_are_an_error(run, disk):
+    """The end of a training tries once more, then the error names the file and the reason."""
+    log = MetricsLog(run, {"logging": {"wandb": False}}, writes=True)
     disk.room = 0
     log.write(LINES[0])
     with pytest.raises(UserError, match=f"cannot write {run.metrics_file} .*its last 1 lines are lost"):
@@ -128,7 +128,7 @@ def test_lines_that_still_wait_at_the_end_are_a_mistake(run, disk):
 
 
 def test_folder_that_cannot_be_written(tmp_path):
-    """What fails may be the opening."""
+    """Opening the file may fail too."""
     file = GrowingFile(tmp_path / "none/metrics.jsonl")
     file.append("one")
     (tmp_path / "none").mkdir()
@@ -137,7 +137,7 @@ def test_folder_that_cannot_be_written(tmp_path):
 
 
 def test_training_goes_on(workspace, trained_once, moe_lm, training, disk):
-    """It ends as an undisturbed one if there is room by then, else in one line; the files agree but for the times."""
+    """With room at the end the files equal an undisturbed run's but for times; without, one line says so."""
     write, disk.room = os.write, 300
 
     def later(descriptor, data):

@@ -66,3 +66,10 @@ def test_an_interval_sums_numbers_and_tensors_in_float64():
     interval.add(nats=torch.tensor(1.0, requires_grad=True))
     assert interval.sums() == {"words": 11.0, "nats": 3 * 2.0**24 + 1}
     assert all(type(value) is float for value in interval.sums().values())
+
+
+def test_an_interval_of_an_earlier_version_goes_on_under_todays_names():
+    """A checkpoint of commit 5ce4160 has sums of `dropped` and `unserved`."""
+    stored = Interval({"steps": 1.0, "dropped": 0.5, "unserved": 0.25})
+    stored.add(steps=1, dropped_fraction=0.25, unrouted_fraction=0.25)
+    assert stored.sums() == {"steps": 2.0, "dropped_fraction": 0.75, "unrouted_fraction": 0.5}

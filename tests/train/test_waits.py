@@ -1,4 +1,4 @@
-"""The host waits for a GPU nowhere in an update: seen on a CPU, by following what would lie on the device.
+"""The host waits for a GPU once in a step, for loss and norm: seen on a CPU, by following what a device would hold.
 
 Kernels run in Triton's interpreter. An operator on the device's tensors gives the device's tensors; one whose result's
 size, or whose Python number, depends on their values is what a host would wait for. Copies are not seen here, neither
@@ -6,8 +6,6 @@ from the device nor, out of memory that is not pinned, to it.
 """
 
 import os
-import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -19,14 +17,13 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("tests/gpu asks the GPU itself", allow_module_level=True)
 
-from moe_lm.data.micro_batch import MicroBatch
+from moe_lm.data.batch import MicroBatch
+from moe_lm.loss import softmax as sampled
 from moe_lm.loss.objective import Objective
-from moe_lm.loss.softmax import sampled
-from moe_lm.model.experts import Experts
-from moe_lm.ops import grouped_gemm
+from moe_lm.ops import experts, grouped_gemm, operation
 from moe_lm.ops import sparse_rows as rows
-from moe_lm.parallel.context import SINGLE_PROCESS
-from moe_lm.train.accumulator import StepAccumulator
+from moe_lm.parallel.grad_reduce import GradReducer
+from moe_lm.train.step import _Sums
 
 WAITS = {
     "_local_scalar_dense",
@@ -76,16 +73,15 @@ class Device(TorchDispatchMode):
 def device(monkeypatch):
     """All that would be a GPU's work is its kernels', in float32, and the batch's copies lie there."""
     found = Device()
-    for module in [module for name, module in sys.modules.items() if name.startswith("moe_lm.")]:
-        if hasattr(module, "by_triton"):
-            monkeypatch.setattr(module, "by_triton", lambda x: x.dtype != torch.float64)
-    monkeypatch.setattr(Experts, "_product_type", lambda self, x, num_rows: torch.float32)
+    monkeypatch.setattr(operation, "triton_devices", ("cpu",))
+    monkeypatch.setattr(experts, "_grouped_gemm_fits", lambda x, num_rows, w1_EDH: num_rows > 0)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: torch.float32)
     for module in (rows, sampled):
-        monkeypatch.setattr(module, "sent", lambda x, device: found.put(x.clone()))
+        monkeypatch.setattr(module, "copy_to_device", lambda x, device: found.put(x.clone()))
 
     def copied(self, device):
-        here = self.with_rows()  # as they are laid out ahead
-        return replace(here._changed(lambda x: found.put(x.clone())), source=here)
+        _ = self.inputs.unique  # as the prefetcher does
+        return self.map(lambda x: found.put(x.clone()))
 
     monkeypatch.setattr(MicroBatch, "to", copied)
     tolist = torch.Tensor.tolist  # which on a CPU is no operator
@@ -105,12 +101,14 @@ def waits_of(trainer, device):
     with device:
         for step in range(2):
             device.waits.clear()
-            done = trainer.update(trainer.batches.step(step), step, 1e-3)
+            done = trainer.train_step(trainer.prefetcher.batches.step(step), step, 1e-3)
     waits = device.waits[:]
-    assert done.made
+    assert done.updated
     return waits
 
 
+DECISION = ["_local_scalar_dense"] * 2
+"""Whether loss and norm are finite, and then, without a further wait, the norm."""
 SMALL = ["batch.words=60", "batch.micro_words=30"]
 CASES = {
     "flat": [],
@@ -123,16 +121,16 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("experts", ["few", "many"])
+@pytest.mark.parametrize("num_experts", ["few", "many"])
 @pytest.mark.parametrize("overrides", CASES.values(), ids=CASES)
-def test_nowhere_in_an_update(trainer, device, overrides, experts, monkeypatch):
-    """Not for loss and norm either; also with more experts than torch's products take."""
+def test_once_in_a_step(trainer, device, overrides, num_experts, monkeypatch):
+    """The host waits to decide by loss and norm; also with more experts than torch's products take."""
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        if experts == "many":
-            monkeypatch.setattr(grouped_gemm, "most_in_torch", 0)
+        if num_experts == "many":
+            monkeypatch.setattr(grouped_gemm, "max_torch_experts", 0)
         made = trainer(torch.device("cpu"), *SMALL, "optimizer.experts=factored", *overrides)
-        assert waits_of(made, device) == []
+        assert waits_of(made, device) == DECISION
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cuda.matmul.fp32_precision = "none"
@@ -142,30 +140,22 @@ def test_losses_of_a_dense_model_are_not_copied_to_the_device():
     """It has no gate, so they are the host's numbers."""
     nats = torch.zeros((), dtype=torch.float64, device="meta")
     for global_stats in (None, {}):
-        seen = StepAccumulator(nats.device)
+        seen = _Sums(nats.device)
         with Made() as made:
             for _ in range(2):
                 _, values = Objective({"importance": None, "load": None})(nats, 3, {}, global_stats)
                 seen.add(nats, {}, {}, values, 0.5, counts=True)
-            seen.sum(SINGLE_PROCESS, global_stats)
+            seen.reduce(GradReducer(torch.nn.Linear(1, 1)), global_stats)
         assert not made.calls[torch.ops.aten._to_copy.default]
-        assert list(seen.terms) == ["importance", "load"]
+        assert list(seen.balance) == ["importance", "load"]
 
 
 def test_what_waits_is_seen(trainer, device, monkeypatch):
     """Without the host's own words the distinct rows are asked of the device, of both vocabulary matrices."""
 
-    def without(self, row_T, host_T, found=None):
+    def without(self, row_T, host_T=None, unique=None):
         self.row_T, self._host_T = row_T, None
 
     monkeypatch.setattr(rows.UniqueIndices, "__init__", without)
     made = trainer(torch.device("cpu"), "batch.words=60", "batch.micro_words=60")
-    assert waits_of(made, device) == ["_unique2", "_unique2"]
-
-
-@pytest.mark.parametrize("overrides", [["softmax=full"], ["optimizer.vocabulary=dense", "softmax=full"]], ids=str)
-def test_once_where_the_device_cannot_decide(trainer, device, overrides):
-    """Whole matrices of the vocabulary with lazy moments: for the decision, and for the norm. torch's Adam can."""
-    made = trainer(torch.device("cpu"), *SMALL, *overrides)
-    waits = 2 if len(overrides) == 1 else 0
-    assert waits_of(made, device) == ["_local_scalar_dense"] * waits
+    assert waits_of(made, device) == ["_unique2", "_unique2", *DECISION]

@@ -1,7 +1,8 @@
-"""What an inspection finds out about the experts of a model; `inspect.json` is the record `Inspection`, key by key.
+"""Inspection of a model's experts: which tokens, words and contexts each one serves.
 
-All counts are of one reading of a text in evaluation mode. A token is what the gate decides about: an input word (or
-piece of a word), `<S>` at the beginning of each sentence.
+`inspect.json` is the record `Inspection`, with a key for each field. Counts are taken over one pass over a text in
+evaluation mode. A token is an input of the gate: a word, a subword piece or the `<S>` that begins each sentence. The
+load of an expert is the number of tokens routed to it, its importance the sum of its gate values.
 """
 
 from dataclasses import dataclass
@@ -9,60 +10,42 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Context:
-    """A place in the text at which a gate chose an expert; `before`, `word` and `after` joined are the text."""
+    """A token that was routed to an expert; `before`, `word` and `after` joined are the text."""
 
-    gate: float
-    """The gate value, G(x)_i."""
-    sentence: int
-    """Number of the sentence in the split, from 0."""
-    position: int
-    """Number of the input token in its sentence; 0 is `<S>`."""
-    before: str
-    """The last words that the model had read before; "… " stands for more."""
-    word: str
-    """The input token at the decision."""
-    after: str
-    """The next words, which the gate could not see; " …" stands for more."""
+    gate: float  # gate value G(x)_i
+    sentence: int  # index of the sentence in the split
+    position: int  # index of the input token in the sentence; 0 is `<S>`
+    before: str  # words before the token; "… " stands for omitted ones
+    word: str  # the routed input token
+    after: str  # words after the token, which the gate did not see; " …" stands for omitted ones
 
 
 @dataclass(frozen=True)
 class Word:
-    """A token that an expert serves more often than others are by it."""
+    """A token that an expert serves more often than it serves others."""
 
-    word: str
-    """As text; a piece that continues a word begins with "·"."""
-    id: int
-    """Its number in the vocabulary."""
-    count: int
-    """How many of its occurrences the expert serves."""
-    share: float
-    """That number over all its occurrences in the text."""
+    word: str  # text of the token; a piece that continues a word begins with "·"
+    id: int  # index in the vocabulary
+    count: int  # number of its occurrences that are routed to the expert
+    share: float  # `count` as a fraction of all its occurrences in the text
     log_likelihood_ratio: float
-    """Dunning's G2, by which the words of an expert are sorted: 10.8 or more is beyond chance (p < 0.001)."""
+    """Dunning's G2, by which an expert's words are sorted; 10.8 and above is significant at p < 0.001."""
 
 
 @dataclass(frozen=True)
 class Expert:
-    """What one expert does."""
+    """Statistics of one expert."""
 
-    expert: int
-    """Its number, from 0."""
-    group: int | None
-    """The group it belongs to, in a hierarchical mixture."""
+    expert: int  # index of the expert
+    group: int | None  # index of its group in a hierarchical mixture
     load: int
-    """Tokens that it serves."""
-    load_share: float
-    """Of all assignments."""
+    load_share: float  # load as a fraction of all assignments
     importance: float
-    """Sum of its gate values."""
-    importance_share: float
-    """Of all gate values."""
-    entropy: float | None
-    """Bits: mean, over the tokens that it serves, of the entropy of the token's gate values; null if it serves none."""
-    words: tuple[Word, ...]
-    """Its most characteristic ones, the first most so."""
+    importance_share: float  # importance as a fraction of the sum of all gate values
+    entropy: float | None  # mean entropy, in bits, of the gate values of the tokens it serves; null without any
+    words: tuple[Word, ...]  # most characteristic words, in descending order of G2
     contexts: tuple[Context, ...]
-    """Those of the largest gate values; of equal ones the earlier. What is read alike in several sentences is one."""
+    """Contexts with the largest gate values, earlier ones first among equals. Each distinct prefix appears once."""
 
 
 @dataclass(frozen=True)
@@ -70,93 +53,71 @@ class Pair:
     """Two experts that serve the same tokens."""
 
     experts: tuple[int, int]
-    tokens: int
-    """Tokens that both serve."""
-    lift: float
-    """That number over what it would be on average if each served its tokens independently of the other."""
+    tokens: int  # number of tokens routed to both
+    lift: float  # `tokens` divided by its expectation if the experts were chosen independently
 
 
 @dataclass(frozen=True)
 class Group:
-    """What the experts of one group do together, in a hierarchical mixture."""
+    """Statistics of a group of experts in a hierarchical mixture."""
 
     group: int
-    tokens: int
-    """Tokens that at least one of its experts serves."""
+    tokens: int  # number of tokens routed to at least one of its experts
     load: int
     load_share: float
     importance: float
     importance_share: float
-    used: int
-    """Its experts that serve any token."""
+    used: int  # number of its experts that serve any token
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How evenly something is spread over experts."""
+    """Evenness of a distribution over experts."""
 
-    entropy: float
-    """Bits."""
-    effective: float
-    """2^entropy: as many experts with equal shares would have this entropy."""
+    entropy: float  # entropy in bits
+    effective: float  # 2^entropy, the number of equally loaded experts that has this entropy
 
 
 @dataclass(frozen=True)
 class Pairs:
     """How often two experts serve the same token."""
 
-    tokens: int
-    """Tokens that several experts serve."""
-    distinct: int
-    """Different pairs that occur."""
-    lift: float | None
-    """Mean lift of all pairs, weighted by what is expected of each; null where no two experts serve anything."""
+    tokens: int  # number of tokens routed to several experts
+    distinct: int  # number of different pairs that occur
+    lift: float | None  # mean lift of all pairs, weighted by their expected number; null without any
     most_frequent: tuple[Pair, ...]
 
 
 @dataclass(frozen=True)
 class InspectedLayer:
-    """One gated layer."""
+    """Statistics of one gated layer."""
 
-    layer: str
-    """Its name in the configuration, model.layers.<name>."""
+    layer: str  # name of the layer in the configuration, model.layers.<name>
     num_experts: int
     num_groups: int | None
-    tokens: int
-    """Tokens that the gate decided about."""
-    unserved: int
-    """Those that no expert serves."""
+    tokens: int  # number of input tokens
+    unrouted: int  # number of tokens without an expert
     assignments: int
-    most_experts: int
-    """The most experts that one token has."""
-    unused: int
-    """Experts that serve no token."""
+    most_experts: int  # largest number of experts of any token
+    unused: int  # number of experts that serve no token
     entropy: float | None
-    """Bits: mean, over the tokens that have experts, of the entropy of their gate values, normalised to sum 1."""
+    """Mean entropy, in bits, of the gate values of a token, normalised to sum 1; null if no token has an expert."""
     load_spread: Spread
     importance_spread: Spread
     pairs: Pairs
-    groups: tuple[Group, ...]
-    """By number; empty where the mixture is not hierarchical."""
-    experts: tuple[Expert, ...]
-    """All of them, by number."""
+    groups: tuple[Group, ...]  # all groups by index; empty for a flat mixture
+    experts: tuple[Expert, ...]  # all experts by index
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """All gated layers of a model, as one text shows them."""
+    """Statistics of all gated layers of a model on one text."""
 
-    run: str
-    """Name of the run."""
-    step: int
-    """Of the checkpoint."""
+    run: str  # name of the run
+    step: int  # training step of the checkpoint
     split: str
-    sentences: int
-    """Sentences read, the first of the split."""
-    words: int
-    """Words predicted, `</S>` included."""
-    tokens: int
-    """Input tokens, `<S>` included: as many as `words`, or more where words are made of pieces."""
-    distinct_words: int
-    """Different tokens among them."""
+    sentences: int  # number of sentences read, from the first of the split
+    words: int  # number of predicted words, `</S>` included
+    tokens: int  # number of input tokens, `<S>` included: `words`, or more with subwords
+    distinct_words: int  # number of different input tokens
     layers: tuple[InspectedLayer, ...]

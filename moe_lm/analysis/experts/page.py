@@ -1,127 +1,155 @@
-"""The inspection as one html page that needs nothing else, in the look of a report's."""
+"""Write an inspection to `<run>/inspect/`: an HTML page, the record as JSON, and pictures; or its tables as text."""
 
+import json
 import re
-from collections.abc import Iterator, Mapping
-from html import escape
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from moe_lm.analysis.experts import Context, Expert, InspectedLayer, Inspection, Word
-from moe_lm.analysis.experts.tables import busiest, groups_table, layers_table, of_all, pairs_table
-from moe_lm.report.formats import percent, plain, small
-from moe_lm.report.page import bullets, captioned, html_table, whole_page
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
-CSS = Path(__file__).with_name("page.css")
-OPEN = 16
-"""The most experts whose contexts are unfolded from the first."""
-GLANCE = 8
-"""Words that an expert shows while it is folded."""
-LISTED = 20
-"""Rows of the table of pairs."""
-NOTES = (
-    "Contexts: the places in the text where the expert's gate value, to the left, is largest; of equal values the "
-    "earlier place. The gate decided at the underlined word, having read what stands before it in the sentence; the "
-    "grey words after it are for the reader. What is read alike in several sentences is shown once.",
-    "Characteristic words: the words at the decision, input words, that the expert serves more often than other words, "
-    "by Dunning's log-likelihood ratio of the words it serves against all words of the text; the strongest first. "
-    "Behind a word: how often the expert serves it, and the share that this is of the word's occurrences.",
-    "Entropy, of a token's gate values: 0 bits where one expert has all the weight, log2 k where k share it equally.",
+from moe_lm.analysis.experts import Expert, InspectedLayer, Inspection
+from moe_lm.analysis.experts.pictures import draw_pictures, inline_svg
+from moe_lm.atomic_io import replace_files
+
+MAX_OPEN = 16
+"""The most experts of a layer whose contexts are unfolded initially."""
+MAX_PAIRS = 20
+"""The most pairs of experts in the table of a layer."""
+LAYER_COLUMNS = (
+    *("layer", "experts", "experts a token", "tokens without an expert", "unused experts"),
+    *("effective experts (load)", "entropy of load (bits)", "effective experts (importance)"),
+    *("entropy of a token's gates (bits)", "largest load share"),
 )
-PIECES = "A word that begins with “·” is a piece that continues a word."
-CAPTIONS = {
-    "load": (
-        "Load and importance",
-        "Load is the number of tokens that an expert serves, importance the sum of its gate values; dashed: an even "
-        "share. An expert with little importance for its load is mostly a token's lesser choice.",
-    ),
-    "pairs": (
-        "Which experts serve the same tokens",
-        "Lift: tokens that both serve, over what it would be on average if each served its tokens independently of the "
-        "other. The stronger the colour, the more they go together; empty: hardly ever, or never.",
-    ),
-}
+EXPERT_COLUMNS = ("expert", "share of load", "share of importance", "entropy (bits)", "most characteristic words")
 
 
-def to_html(inspection: Inspection, pictures: Mapping[str, Mapping[str, str]], most: int) -> str:
-    """The whole page; `pictures` are svg documents by layer and name, `most` the experts of a layer in full."""
-    read = (
-        f"What each expert is for: step {plain(inspection.step)}, read on {plain(inspection.sentences)} sentences "
-        f"({plain(inspection.words)} words with </S>) of the {inspection.split} split, in evaluation mode"
+def write_inspection(folder: Path, inspection: Inspection, max_experts: int) -> tuple[Path, ...]:
+    """Write all files and return their paths; the page shows at most `max_experts` experts per layer.
+
+    The same record gives the same bytes. Raises `UserError` where the folder cannot be written.
+    """
+    pictures = {layer.layer: draw_pictures(layer) for layer in inspection.layers}
+    svgs = {layer: {name: data["svg"].decode() for name, data in drawn.items()} for layer, drawn in pictures.items()}
+    contents = {
+        "index.html": to_html(inspection, svgs, max_experts).encode(),
+        "inspect.json": f"{to_json(inspection)}\n".encode(),
+    }
+    for layer, drawn in pictures.items():
+        for name, formats in drawn.items():
+            contents |= {f"{_slug(layer)}-{name}.{kind}": data for kind, data in formats.items()}
+    earlier = [path.name for path in folder.glob("*-*") if re.search(r"-(load|pairs)\.(png|svg)$", path.name)]
+    return replace_files(folder, contents, earlier)
+
+
+def to_json(inspection: Inspection) -> str:
+    """Return the record as JSON, with a key for each field of `Inspection`."""
+    return json.dumps(asdict(inspection), ensure_ascii=False, indent=1)
+
+
+def to_text(inspection: Inspection, max_experts: int = 8, max_words: int = 6) -> str:
+    """Return tables of the layers and of their busiest experts as Markdown."""
+    lines = ["Layers with a gate\n", _markdown(LAYER_COLUMNS, map(_layer_row, inspection.layers))]
+    for layer in inspection.layers:
+        experts = busiest(layer, max_experts)
+        lines.append(f"Experts of {layer.layer}{fraction(len(experts), layer.num_experts)}\n")
+        lines.append(_markdown(EXPERT_COLUMNS, [_expert_row(expert, max_words) for expert in experts]))
+    return "\n".join(lines)
+
+
+def to_html(inspection: Inspection, svgs: Mapping[str, Mapping[str, str]], max_experts: int) -> str:
+    """Return the page; `svgs` are the pictures as SVG documents by layer and name."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
     )
-    has_pieces = any(
-        word.word.startswith("·") for layer in inspection.layers for expert in layer.experts for word in expert.words
+    environment.filters |= {"count": count, "decimal": decimal, "percent": percent}
+    experts = [expert for layer in inspection.layers for expert in layer.experts]
+    return environment.get_template("page.html.j2").render(
+        inspection=inspection,
+        layer_columns=LAYER_COLUMNS,
+        layer_rows=map(_layer_row, inspection.layers),
+        layers=[_layer_view(layer, svgs[layer.layer], max_experts) for layer in inspection.layers],
+        has_pieces=any(word.word.startswith("·") for expert in experts for word in expert.words),
+        fraction=fraction,
     )
-    body = [
-        f"<h1>{escape(inspection.run)}</h1>",
-        f'<p class="soft">{escape(read)}</p>',
-        html_table(layers_table(inspection.layers)),
-        "<h2>How to read the experts</h2>",
-        bullets(map(escape, (*NOTES, PIECES) if has_pieces else NOTES), ' class="notes"'),
-        *(part for layer in inspection.layers for part in layer_parts(layer, pictures[layer.layer], most)),
-    ]
-    return whole_page(f"Experts of {inspection.run}", body, CSS.read_text(encoding="utf-8"))
 
 
-def layer_parts(layer: InspectedLayer, pictures: Mapping[str, str], most: int) -> Iterator[str]:
-    """The parts of the page about one layer."""
-    place = stem(layer.layer)
-    shown = busiest(layer, most)
-    tables = {"groups": groups_table(layer, most), "pairs": pairs_table(layer, LISTED)}
-    names = ["experts", *(name for name, table in tables.items() if table)]
-    yield f'<h2 id="{place}">Layer {escape(layer.layer)}</h2>'
-    links = (f'<a href="#{place}-{name}">{name}</a>' for name in names)
-    yield f"<nav>{''.join(links)}</nav>"
-    captions = {f"{place}-{name}": text for name, text in CAPTIONS.items()}
-    yield captioned(captions, {f"{place}-{name}": svg for name, svg in pictures.items()})
-    yield f'<h3 class="list" id="{place}-experts">Experts{of_all(len(shown), layer.num_experts)}, by load</h3>'
-    yield left_out(layer, len(shown))
-    yield from (expert_details(expert, len(shown) <= OPEN) for expert in shown)
-    for name, table in tables.items():
-        if table:
-            yield f'<section id="{place}-{name}">{html_table(table, "h3")}</section>'
+def _layer_view(layer: InspectedLayer, svgs: Mapping[str, str], max_experts: int) -> dict:
+    """Return what the template shows of one layer."""
+    slug, experts = _slug(layer.layer), busiest(layer, max_experts)
+    titles = {"load": "Load and importance", "pairs": "Experts that serve the same tokens"}
+    pictures = [(name, titles[name], inline_svg(svg, f"{slug}-{name}", titles[name])) for name, svg in svgs.items()]
+    return {
+        "record": layer,
+        "slug": slug,
+        "experts": experts,
+        "hidden": layer.num_experts - layer.unused - len(experts),
+        "open": len(experts) <= MAX_OPEN,
+        "pictures": [(name, title, Markup(svg)) for name, title, svg in pictures],
+        "groups": sorted(layer.groups, key=lambda group: (-group.load, group.group))[:max_experts],
+        "pairs": layer.pairs.most_frequent[:MAX_PAIRS],
+    }
 
 
-def stem(layer: str) -> str:
-    """The name of a layer as it stands in names of files and of places on the page."""
-    return re.sub(r"\W", "_", layer)
-
-
-def left_out(layer: InspectedLayer, shown: int) -> str:
-    """What is to be said of tokens and experts that are not in the list."""
-    lines = []
-    if layer.unserved:
-        share = percent(layer.unserved / layer.tokens)
-        lines.append(f"{plain(layer.unserved)} of {plain(layer.tokens)} tokens ({share}) are served by no expert.")
-    if layer.unused:
-        lines.append(f"{plain(layer.unused)} of {plain(layer.num_experts)} experts serve no token of this text.")
-    if hidden := layer.num_experts - layer.unused - shown:
-        lines.append(f"{plain(hidden)} more with less load are in inspect.json.")
-    return f'<p class="soft">{" ".join(lines)}</p>' if lines else ""
-
-
-def expert_details(expert: Expert, is_open: bool) -> str:
-    """A part to unfold for one expert; folded, it shows figures and words."""
-    figures = [f"load {percent(expert.load_share)}", f"importance {percent(expert.importance_share)}"]
-    figures.append(f"entropy {small(expert.entropy)} bits")
-    if expert.group is not None:
-        figures.insert(0, f"group {expert.group}")
-    words = "".join(f"<b>{escape(word.word)}</b> " for word in expert.words[:GLANCE])
-    glance = f"<q>{words}</q>" if words and not is_open else ""
-    terms = f'<h4>Characteristic words</h4><ul class="terms">{"".join(map(term, expert.words))}</ul>'
-    if not expert.words:
-        terms = "<h4>No word that it serves more often than others</h4>"
+def _layer_row(layer: InspectedLayer) -> tuple[str, ...]:
     return (
-        f'<details class="expert"{" open" if is_open else ""}>'
-        f"<summary>Expert {expert.expert} <span>{' · '.join(figures)}</span>{glance}</summary>{terms}"
-        f'<h4>Strongest contexts</h4><ol class="contexts">{"".join(map(context, expert.contexts))}</ol></details>'
+        *(layer.layer, count(layer.num_experts), decimal(layer.assignments / layer.tokens), count(layer.unrouted)),
+        *(count(layer.unused), decimal(layer.load_spread.effective), decimal(layer.load_spread.entropy)),
+        *(decimal(layer.importance_spread.effective), decimal(layer.entropy)),
+        percent(max(expert.load_share for expert in layer.experts)),
     )
 
 
-def term(word: Word) -> str:
-    """A characteristic word with its count and share."""
-    return f"<li>{escape(word.word)} <span>{plain(word.count)} · {100 * word.share:.0f} %</span></li>"
+def _expert_row(expert: Expert, max_words: int) -> tuple[str, ...]:
+    words = "  ".join(word.word for word in expert.words[:max_words])  # not commas, which may be words
+    shares = percent(expert.load_share), percent(expert.importance_share)
+    return (f"expert {expert.expert}", *shares, decimal(expert.entropy), words)
 
 
-def context(place: Context) -> str:
-    """A context with the word at which the gate decided marked."""
-    before, word, after = escape(place.before), escape(place.word), escape(place.after)
-    return f"<li><span>{place.gate:.3f}</span><span>{before}<mark>{word}</mark><i>{after}</i></span></li>"
+def busiest(layer: InspectedLayer, most: int) -> list[Expert]:
+    """Return at most this many experts that serve any token, by descending load."""
+    used = [expert for expert in layer.experts if expert.load]
+    return sorted(used, key=lambda expert: (-expert.load, expert.expert))[:most]
+
+
+def count(value: float) -> str:
+    """Format a whole number with thousands separators."""
+    return f"{value:,.0f}"
+
+
+def decimal(value: float | None) -> str:
+    """Format a number with two decimals, or with two digits where these would show nothing."""
+    if value is None:
+        return ""
+    if value == 0 or abs(value) >= 0.01:
+        return f"{value:.2f}"
+    return f"{value:.2g}" if abs(value) >= 1e-4 else f"{value:.1e}"
+
+
+def percent(value: float) -> str:
+    """Format a fraction as a percentage with one decimal."""
+    return f"{100 * value:.1f} %"
+
+
+def fraction(shown: int, total: int) -> str:
+    """Return a heading's suffix for a list that is not complete."""
+    return "" if shown == total else f" ({shown:,} of {total:,})"
+
+
+def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table whose columns are padded for the console; the first one names the rows."""
+    body = [(f"`{name}`", *cells) for name, *cells in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *body, strict=True)]
+    rule = ("-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:]))
+    lines = ([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])] for name, *cells in (columns, rule, *body))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _slug(layer: str) -> str:
+    """Return a layer's name as it stands in file names and HTML identifiers."""
+    return re.sub(r"\W", "_", layer)

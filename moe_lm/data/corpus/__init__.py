@@ -1,4 +1,4 @@
-"""What a corpus is: three splits of sentences, each in parts that are streamed as text.
+"""What a corpus is: three splits of sentences, in parts that are streamed as text.
 
 Implementations stand beside this file, one each, and are chosen by the YAML of the same name.
 """
@@ -11,15 +11,15 @@ SPLITS = ("train", "valid", "test")
 
 
 class Part(Protocol):
-    """A stretch of a split's sentences that one process can read by itself; picklable."""
+    """Some consecutive sentences of a split, which one process can read by itself; picklable."""
 
     name: str
-    """Tells the part from any other, and changes where its text may have changed beside `Corpus.inputs`."""
+    """Differs from the name of any other part, and changes with the text unless `Corpus.inputs` does."""
     size: int
-    """How much work it is, in bytes of text or near it."""
+    """Amount of work: bytes of text, or about as many."""
 
     def sentences(self) -> Iterator[str]:
-        """Stream the sentences, each a line of words separated by white space (an empty line is none).
+        """Stream the sentences, each a line of words separated by white space; empty lines count as none.
 
         Raises `UserError` for text that cannot be read, with the file and the line.
         """
@@ -37,36 +37,36 @@ class Corpus(Protocol):
         ...
 
     def inputs(self) -> dict:
-        """Return a JSON-able record that changes whenever the text behind the corpus may have changed.
+        """Return a JSON-able record that changes whenever the text of the corpus may have changed.
 
         Raises `UserError` where a named file does not exist or a glob matches nothing.
         """
         ...
 
     def notes(self) -> list[str]:
-        """Return lines for people about what these splits are, said before they are prepared."""
-        ...
+        """Return lines for the user about the splits, logged before they are prepared."""
+        return []
 
-    def figures(self, min_count: int | None) -> dict[str, int]:
-        """Return what is published of this corpus and must come out again: `<split>.<statistic>`, `vocabulary`.
+    def reference_counts(self, min_count: int | None) -> dict[str, int]:  # noqa: ARG002
+        """Return published counts that preparation must reproduce, by `<split>.<statistic>` or `vocabulary`.
 
-        `min_count` is given where the vocabulary is every word of training seen that often, else None.
+        `min_count` is given where the vocabulary holds every training word of at least this count, else None.
         """
-        ...
+        return {}
 
 
 @dataclass(frozen=True)
 class InMemory:
-    """A part of sentences that are in memory already."""
+    """A part whose sentences are in memory."""
 
     name: str
     lines: Sequence[str] = field(repr=False)
 
     @property
     def size(self) -> int:
-        """Return the number of letters."""
+        """Number of characters."""
         return sum(map(len, self.lines))
 
     def sentences(self) -> Iterator[str]:
-        """Yield them in order."""
+        """Yield the sentences in order."""
         yield from self.lines

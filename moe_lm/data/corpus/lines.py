@@ -1,4 +1,4 @@
-"""Lines of text files, plain or compressed, read as a stream: whole files, or blocks of large ones."""
+"""Lines of text files, plain or compressed, read as a stream: blocks of a plain file, or a whole compressed one."""
 
 import codecs
 import errno
@@ -16,14 +16,14 @@ import zstandard
 from moe_lm.errors import UserError
 
 BLOCK = 16 << 20
-"""Bytes of a plain file that are read as one part: a few million words, some seconds of work."""
+"""Bytes per part of a plain file: a few million words, some seconds of work."""
 _COMPRESSED = (".gz", ".xz", ".zst")
 _DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 
 
 @dataclass(frozen=True)
 class Block:
-    """The lines of a file that begin at the bytes from `begin` up to `end`; of a compressed file all lines."""
+    """The lines of a plain file that begin at bytes `begin` to `end` - 1, or all lines of a compressed file."""
 
     path: Path
     begin: int
@@ -31,16 +31,16 @@ class Block:
 
     @property
     def name(self) -> str:
-        """Return path and bytes."""
+        """Path and range of bytes."""
         return f"{self.path}:{self.begin}-{self.end}"
 
     @property
     def size(self) -> int:
-        """Return the bytes on the disk."""
+        """Bytes on the disk."""
         return self.end - self.begin
 
     def sentences(self) -> Iterator[str]:
-        """Stream the lines; raises `UserError` where the file cannot be read, with the line."""
+        """Stream the lines; raises `UserError` with file and line where the file cannot be read."""
         if self.path.suffix in _COMPRESSED:
             yield from lines(self.path)
             return
@@ -57,7 +57,7 @@ class Block:
             yield line
 
     def _first_line(self, stream: io.BufferedReader) -> int:
-        """Go to where the first line begins at or after `begin`."""
+        """Seek to the first line that begins at or after `begin`; return its offset."""
         if self.begin > 0:
             stream.seek(self.begin - 1)
             stream.readline()
@@ -75,14 +75,14 @@ class Block:
 
 
 def blocks(path: Path) -> list[Block]:
-    """Return a file's parts in order: `BLOCK` bytes each, or the whole of a compressed file."""
+    """Return a file's parts in order: `BLOCK` bytes each, or the whole compressed file."""
     size = path.stat().st_size
     step = max(size, 1) if path.suffix in _COMPRESSED else BLOCK
     return [Block(path, begin, min(begin + step, size)) for begin in range(0, max(size, 1), step)]
 
 
 def lines(path: Path) -> Iterator[str]:
-    """Stream a file's lines, unpacked by its suffix; raises `UserError` where it cannot be read."""
+    """Stream a file's lines, decompressed according to its suffix; raises `UserError` where it cannot be read."""
     try:
         with _open(path) as stream:
             yield from decoded_lines(stream, str(path))
@@ -91,9 +91,10 @@ def lines(path: Path) -> Iterator[str]:
 
 
 def decoded_lines(stream: Iterable[bytes], name: str, lines_before: Callable[[], int] = lambda: 0) -> Iterator[str]:
-    """Decode lines one by one, so that a bad byte is reported with its line.
+    """Decode lines one by one, so that an invalid byte is reported with its line.
 
-    `lines_before` is asked then: how many lines of `name` come before the stream's first.
+    `lines_before` returns the number of lines of file `name` before the stream, and is called only for such a report
+    or where the stream starts with a byte-order mark.
     """
     number = 0
     try:
@@ -111,7 +112,7 @@ def decoded_lines(stream: Iterable[bytes], name: str, lines_before: Callable[[],
 
 @contextmanager
 def disk_errors_named(path: Path) -> Iterator[None]:
-    """Turn an error of the disk into a `UserError` that names the file it is about, or else `path`."""
+    """Turn an OSError into a `UserError` that names the error's file, or else `path`."""
     try:
         yield
     except OSError as error:
@@ -135,7 +136,7 @@ def _open(path: Path) -> io.BufferedIOBase:
 
 
 class _ZstdStream(io.RawIOBase):
-    """The bytes of a .zst file, all its frames; zstandard's own reader ends silently in a file cut short."""
+    """The bytes of all frames of a .zst file; zstandard's own reader does not notice a truncated file."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("rb")

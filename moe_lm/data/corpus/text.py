@@ -1,16 +1,16 @@
-"""A corpus of the user's own files: one sentence a line, plain or compressed, read as a stream."""
+"""A corpus of the user's own files: one sentence per line, plain or compressed, read as a stream."""
 
 from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
 
-from moe_lm.data.corpus import SPLITS
+from moe_lm.data.corpus import SPLITS, Corpus
 from moe_lm.data.corpus.lines import Block, blocks, disk_errors_named
 from moe_lm.errors import UserError
 
 
-class Text:
-    """Sentences from files, one a line; lines end at "\\n" only, words are what `str.split` gives."""
+class Text(Corpus):
+    """Sentences from files, one per line; only "\\n" ends a line, and words are separated as by `str.split`."""
 
     def __init__(
         self,
@@ -20,9 +20,9 @@ class Text:
         test: str | Sequence[str],
         max_words: int,
     ) -> None:
-        """Take one glob or several per split, resolved (and mistakes raised) only when text is asked for."""
+        """Take one or several globs per split; they are resolved, and errors raised, when the text is read."""
         if max_words < 1:
-            raise UserError(f"corpus.max_words={max_words} leaves no sentence; give 1 or more")
+            raise ValueError(f"corpus.max_words={max_words} leaves no sentence; give 1 or more")
         patterns = zip(SPLITS, (train, valid, test), strict=True)
         self._patterns = {split: [globs] if isinstance(globs, str) else list(globs) for split, globs in patterns}
         self.max_words = max_words
@@ -39,16 +39,8 @@ class Text:
             record[split] = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
         return record
 
-    def notes(self) -> list[str]:
-        """Return nothing: the files are the user's own."""
-        return []
-
-    def figures(self, min_count: int | None) -> dict[str, int]:  # noqa: ARG002
-        """Return nothing: the files are the user's own."""
-        return {}
-
     def _files(self) -> dict[str, list[Path]]:
-        """Return the real paths of every split's files, sorted and without repetition."""
+        """Return the resolved paths of each split's files, sorted and without repetition."""
         files = {split: _matches(split, patterns) for split, patterns in self._patterns.items()}
         for split in ("valid", "test"):
             shared = sorted(set(files["train"]) & set(files[split]))
@@ -72,13 +64,13 @@ def _matches(split: str, patterns: list[str]) -> list[Path]:
 
 
 def _files_of(split: str, pattern: str, name: Path) -> set[Path]:
-    """Return the real paths of the files that one path or glob names."""
+    """Return the resolved paths of the files that a path or glob names."""
     if name.is_dir():
         raise UserError(f"corpus.{split}: {pattern} is a folder; name its files, for example {pattern}/*.txt")
-    # A path that exists is meant literally, even with a bracket in it; Path.glob refuses absolute patterns.
+    # An existing path is taken literally, even with brackets in it; Path.glob refuses absolute patterns.
     is_one = name.exists() or name.is_symlink()
     matches = [str(name)] if is_one else glob(str(name), recursive=True)  # noqa: PTH207
     paths = [path for path in map(Path, matches) if not path.is_dir()]
     for path in paths:
-        path.stat()  # so that a link to nothing is named itself
+        path.stat()  # so that an error names a broken link itself
     return {path.resolve() for path in paths}

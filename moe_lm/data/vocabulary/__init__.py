@@ -1,4 +1,4 @@
-"""What a vocabulary is: a numbering of tokens, ordered by frequency as log-uniform sampling needs.
+"""What a vocabulary is: ids of tokens in order of frequency, which log-uniform sampling needs.
 
 Implementations stand beside this file, one each, and are chosen by the YAML of the same name.
 """
@@ -12,33 +12,34 @@ START, END, UNKNOWN = "<S>", "</S>", "<UNK>"
 
 
 class Vocabulary(Protocol):
-    """A finished numbering of tokens; ids run from 0 to `size` - 1, more frequent tokens first."""
+    """Ids of tokens, from 0 to `size` - 1, the most frequent first."""
 
     size: int
     start: int
-    """Id of `<S>`, the first input of every sentence; never predicted, yet counted in `size`."""
+    """Id of `<S>`, the first input of every sentence; it is never predicted, but counts in `size`."""
     end: int
-    """Id of `</S>`, predicted at the end of every sentence and counted as a word."""
+    """Id of `</S>`, which is predicted at the end of every sentence and counts as a word."""
     unknown: int
+    """Id of `<UNK>`."""
 
     def encode(self, sentence: str) -> list[int]:
         """Return the ids of the sentence's tokens, without `<S>` and `</S>`."""
-        ...
+        return self.encode_words(sentence.split())
 
     def encode_words(self, words: list[str]) -> list[int]:
-        """Return the ids of a sentence that is split into words already."""
+        """Return the ids of a sentence given as its words."""
         ...
 
     def tokens_per_word(self, ids: list[int]) -> list[int]:
-        """Return how many of a sentence's ids, in order, spell each of its words."""
+        """Return the number of ids that spell each word of a sentence."""
         ...
 
     def token(self, index: int) -> str:
-        """Return the token of this id as text."""
+        """Return the text of the token with this id."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the sentence that these ids spell, markers left out."""
+        """Return the sentence that these ids spell, without markers."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -47,35 +48,35 @@ class Vocabulary(Protocol):
 
 
 class TrainingText(Protocol):
-    """The training split as a recipe sees it; every call is a pass of its own over the text."""
+    """The training split as a recipe sees it; each method reads the text once."""
 
     def sentences(self) -> Iterator[str]:
         """Stream the sentences in order."""
         ...
 
     def count_words(self) -> tuple[Counter[str], int]:
-        """Return how often each word occurs, and the number of sentences that have one; on many processes."""
+        """Return the count of each word, and the number of sentences that are not empty."""
         ...
 
-    def say(self, line: str) -> None:
-        """Tell the user something about the vocabulary."""
+    def log(self, line: str) -> None:
+        """Log a line about the vocabulary for the user."""
         ...
 
 
 class VocabularyRecipe(Protocol):
-    """How a vocabulary comes about: what a YAML under `configs/vocabulary` builds; picklable."""
+    """How a vocabulary is built and loaded: what a YAML under `configs/vocabulary` describes; picklable."""
 
     min_count: int | None
-    """Given where the vocabulary is every word of training seen that often, else None."""
+    """Minimum count, where the vocabulary holds every training word of at least this count, else None."""
 
     def inputs(self) -> dict:
         """Return a JSON-able record that changes whenever the vocabulary may have changed."""
         ...
 
     def build(self, text: TrainingText) -> Vocabulary:
-        """Make the vocabulary from the training split."""
+        """Build the vocabulary from the training split."""
         ...
 
     def load(self, folder: Path) -> Vocabulary:
-        """Read what `Vocabulary.save` wrote; raises `UserError` where a file is missing or damaged."""
+        """Read the files that `Vocabulary.save` wrote; raises `UserError` where one is missing or damaged."""
         ...

@@ -1,4 +1,4 @@
-"""A vocabulary of pieces of words: a SentencePiece model whose pieces are renumbered by frequency."""
+"""A vocabulary of subwords: the pieces of a SentencePiece model, renumbered by frequency."""
 
 import io
 import json
@@ -9,22 +9,22 @@ from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
-from moe_lm.data.vocabulary import END, START, UNKNOWN, TrainingText
+from moe_lm.data.vocabulary import END, START, UNKNOWN, TrainingText, Vocabulary
 from moe_lm.errors import UserError
 
 _MODEL, _ORDER = "subwords.model", "subwords.order.json"
 _SPECIAL = 3 + 256  # markers and bytes
-# To SentencePiece "▁" is a space; one that stands in the text is escaped with a private character.
+# SentencePiece writes a space as "▁"; a "▁" of the text is escaped with a private-use character.
 _ESCAPES = {"\ue000": "\ue000a", "▁": "\ue000b"}
 _UNESCAPES = {escaped: plain for plain, escaped in _ESCAPES.items()}
 _ESCAPE, _UNESCAPE = re.compile("[\ue000▁]"), re.compile("\ue000[ab]")
 
 
-class SubwordVocabulary:
-    """Pieces numbered by decreasing frequency; every text can be spelt, rare letters byte by byte."""
+class SubwordVocabulary(Vocabulary):
+    """Pieces numbered by decreasing frequency; rare characters are spelled byte by byte, so every text has ids."""
 
     def __init__(self, *, model: bytes, order: list[int]) -> None:
-        """Take a serialized SentencePiece model and, for each id, the piece's number in that model."""
+        """`model` is a serialized SentencePiece model, `order` the number in that model of each id's piece."""
         from sentencepiece import SentencePieceProcessor
 
         self._model, self._order = model, order
@@ -37,17 +37,13 @@ class SubwordVocabulary:
         self.end = self._id_of[self._pieces.eos_id()]
         self.unknown = self._id_of[self._pieces.unk_id()]
 
-    def encode(self, sentence: str) -> list[int]:
-        """Return the ids of the sentence's pieces, without `<S>` and `</S>`."""
-        return self.encode_words(sentence.split())
-
     def encode_words(self, words: list[str]) -> list[int]:
-        """Return the ids of the pieces that spell the words one after another."""
+        """Return the ids of the pieces that spell these words."""
         id_of = self._id_of
         return [id_of[piece] for piece in self._pieces.encode(_plain(words))]
 
     def tokens_per_word(self, ids: list[int]) -> list[int]:
-        """Return how many pieces each word took: a word's first piece begins with the sign for a space."""
+        """Return the number of pieces of each word; the first piece of a word begins with "▁"."""
         counts: list[int] = []
         for index in ids:
             if not counts or self.token(index).startswith("▁"):
@@ -60,7 +56,7 @@ class SubwordVocabulary:
         return self._pieces.id_to_piece(self._order[index])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the words that the pieces spell, without `<S>` and `</S>`; an unknown piece reads `<UNK>`."""
+        """Return the words that the pieces spell, without `<S>` and `</S>`; an unknown piece becomes `<UNK>`."""
         pieces = [self._order[index] for index in ids if index not in (self.start, self.end)]
         text = " ".join(self._pieces.decode(pieces).split())
         return _UNESCAPE.sub(lambda match: _UNESCAPES[match[0]], text)
@@ -72,24 +68,24 @@ class SubwordVocabulary:
 
 
 class Subwords:
-    """The recipe of a subword vocabulary: `size` pieces, learnt from at most `max_sentences` sentences."""
+    """The recipe of a subword vocabulary: `size` pieces, trained on at most `max_sentences` sentences."""
 
     min_count = None
 
     def __init__(self, *, size: int, max_sentences: int) -> None:
-        """`size` counts the three markers and the 256 bytes too."""
+        """`size` includes the three markers and the 256 bytes."""
         if size <= _SPECIAL:
-            raise UserError(f"vocabulary.size={size} leaves no piece beside {_SPECIAL} markers and bytes; give more")
+            raise ValueError(f"vocabulary.size={size} leaves no piece beside {_SPECIAL} markers and bytes; give more")
         if max_sentences < 1:
-            raise UserError(f"vocabulary.max_sentences={max_sentences} leaves nothing to learn from; give 1 or more")
+            raise ValueError(f"vocabulary.max_sentences={max_sentences} leaves nothing to learn from; give 1 or more")
         self._size, self._max_sentences = size, max_sentences
 
     def inputs(self) -> dict:
-        """Return the version of SentencePiece, which decides what pieces come out."""
+        """Return the version of SentencePiece, on which the pieces may depend."""
         return {"sentencepiece": version("sentencepiece")}
 
     def build(self, text: TrainingText) -> SubwordVocabulary:
-        """Learn the pieces from evenly spaced sentences; the same text gives the same bytes."""
+        """Train on evenly spaced sentences; the same text gives the same bytes."""
         num_sentences = sum(1 for _ in text.sentences())
         step = max(1, -(-num_sentences // self._max_sentences))
 
@@ -100,13 +96,13 @@ class Subwords:
         return SubwordVocabulary(model=model, order=_by_frequency(model, sample()))
 
     def load(self, folder: Path) -> SubwordVocabulary:
-        """Read the two files from the folder; raises `UserError` where one is missing or damaged."""
+        """Read the two files; raises `UserError` where one is missing or damaged."""
         try:
             order = json.loads((folder / _ORDER).read_text(encoding="utf-8"))
             vocabulary = SubwordVocabulary(model=(folder / _MODEL).read_bytes(), order=order)
-            # More numbers than pieces, or one number twice, would only be noticed when such an id is drawn.
+            # Otherwise too many numbers, or a repeated one, would go unnoticed until such an id is sampled.
             if sorted(order) != list(range(vocabulary._pieces.get_piece_size())):
-                raise ValueError("the order is not that of the model's pieces")
+                raise ValueError("the order does not match the model's pieces")
         except (OSError, ValueError, TypeError, IndexError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise UserError(
@@ -126,7 +122,7 @@ class Subwords:
                 vocab_size=self._size,
                 byte_fallback=True,
                 normalization_rule_name="identity",
-                num_threads=1,  # more would make the model depend on their timing
+                num_threads=1,  # with more, the model would depend on their timing
                 input_sentence_size=0,
                 max_sentence_length=1 << 16,
                 unk_piece=UNKNOWN,
@@ -136,25 +132,25 @@ class Subwords:
                 minloglevel=2,
             )
         except RuntimeError as error:
-            if mistake := self._mistake(error):
-                raise mistake from error
+            if user_error := self._size_error(error):
+                raise user_error from error
             raise
         return model.getvalue()
 
-    def _mistake(self, error: RuntimeError) -> UserError | None:
-        """Put SentencePiece's complaint about the size into words; any other error is none of the user's."""
+    def _size_error(self, error: RuntimeError) -> UserError | None:
+        """Return a `UserError` for SentencePiece's errors about the size, None for any other."""
         text = " ".join(str(error).split())
         if high := re.search(r"too high.*?<= (\d+)", text):
             return UserError(f"vocabulary.size={self._size} is too large for this text; give {high[1]} or less")
         if low := re.search(r"smaller than required_chars.*? vs (\d+)", text):
             return UserError(
-                f"vocabulary.size={self._size} is less than the letters of this text; give {low[1]} or more"
+                f"vocabulary.size={self._size} is less than the characters of this text; give {low[1]} or more"
             )
         return None
 
 
 def _by_frequency(model: bytes, sample: Iterator[str]) -> list[int]:
-    """Return the model's piece numbers by decreasing count in the sample, ties by number, `<S>` last."""
+    """Return the piece numbers by decreasing count in the sample, ties by number, `<S>` last."""
     from sentencepiece import SentencePieceProcessor
 
     pieces = SentencePieceProcessor(model_proto=model)
@@ -169,5 +165,5 @@ def _by_frequency(model: bytes, sample: Iterator[str]) -> list[int]:
 
 
 def _plain(words: list[str]) -> str:
-    """Return the words with single spaces between and escaped signs, as they go into SentencePiece."""
+    """Return the input of SentencePiece: the words with single spaces between them, "▁" escaped."""
     return _ESCAPE.sub(lambda match: _ESCAPES[match[0]], " ".join(words))

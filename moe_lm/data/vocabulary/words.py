@@ -6,36 +6,32 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from moe_lm.data.vocabulary import END, START, UNKNOWN, TrainingText
+from moe_lm.data.vocabulary import END, START, UNKNOWN, TrainingText, Vocabulary
 from moe_lm.errors import UserError
 
 _MARKERS = (START, END, UNKNOWN)
 _FILE = "vocabulary.txt"
 _SENTINEL = "!!!MAXTERMID"
-"""A line of the vocabulary published with the benchmark's models (vocab-2016-09-10.txt) that is no word."""
+"""A line of vocab-2016-09-10.txt, the vocabulary published with the benchmark's models, that is not a word."""
 
 
 class _Ids(dict[str, int]):
-    """Ids by word, any other word's being that of `<UNK>`: the quickest look-up, a fifth less than `get`."""
+    """Ids by word, with that of `<UNK>` for any other word; a lookup takes a fifth less time than `get`."""
 
     def __missing__(self, word: str) -> int:
         return self[UNKNOWN]
 
 
-class WordVocabulary:
-    """Words in the order of their ids; any other word, or one spelt like a marker, is unknown."""
+class WordVocabulary(Vocabulary):
+    """Words in the order of their ids; any other word, or a word spelled like a marker, is unknown."""
 
     def __init__(self, *, words: list[str], counts: list[int] | None) -> None:
-        """Number the words, the markers among them, as they come; `counts` is for the record only."""
+        """`words` includes the markers, in the order of ids; `counts` is only saved."""
         self._words, self._counts = words, counts
         ids = {word: index for index, word in enumerate(words)}
         self.size = len(words)
         self.start, self.end, self.unknown = ids.pop(START), ids.pop(END), ids[UNKNOWN]
         self._ids = _Ids(ids)
-
-    def encode(self, sentence: str) -> list[int]:
-        """Return one id per word of the sentence, without `<S>` and `</S>`."""
-        return self.encode_words(sentence.split())
 
     def encode_words(self, words: list[str]) -> list[int]:
         """Return one id per word."""
@@ -50,11 +46,11 @@ class WordVocabulary:
         return self._words[index]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the words joined by spaces; `<S>` and `</S>` are left out, an unknown word reads `<UNK>`."""
+        """Return the words joined by spaces; `<S>` and `</S>` are left out, an unknown word becomes `<UNK>`."""
         return " ".join(self._words[index] for index in ids if index not in (self.start, self.end))
 
     def save(self, folder: Path) -> None:
-        """Write `vocabulary.txt`: a word a line, and after a tab its count where the words were counted."""
+        """Write `vocabulary.txt`: one word per line, with a tab and its count where the words were counted."""
         lines = self._words
         if self._counts is not None:
             lines = [f"{word}\t{count}" for word, count in zip(self._words, self._counts, strict=True)]
@@ -62,16 +58,16 @@ class WordVocabulary:
 
 
 class Words:
-    """The recipe of a word vocabulary: from `file`, or the training words seen at least `min_count` times."""
+    """The recipe of a word vocabulary: the words of `file`, or the training words with at least `min_count`."""
 
     def __init__(self, *, file: str | None, min_count: int, max_size: int | None) -> None:
-        """`max_size` counts the markers too and applies to counted words only; a file is taken whole."""
+        """`max_size` includes the markers and applies to counted words only; a file is used as a whole."""
         if min_count < 1:
-            raise UserError(f"vocabulary.min_count={min_count} is impossible; give 1 to keep every word, or more")
+            raise ValueError(f"vocabulary.min_count={min_count} is impossible; give 1 to keep every word, or more")
         if max_size is not None and max_size < 4:
-            raise UserError(f"vocabulary.max_size={max_size} leaves no word beside the three markers; give 4 or more")
+            raise ValueError(f"vocabulary.max_size={max_size} leaves no word beside the three markers; give 4 or more")
         if file is not None and max_size is not None:
-            raise UserError("vocabulary.max_size does not apply to vocabulary.file; drop one, or shorten the file")
+            raise ValueError("vocabulary.max_size does not apply to vocabulary.file; drop one, or shorten the file")
         self._file = None if file is None else Path(file).expanduser().resolve()
         self._min_count, self._max_size = min_count, max_size
         self.min_count = min_count if file is None and max_size is None else None
@@ -87,32 +83,32 @@ class Words:
         return {"file": [str(self._file), stat.st_size, stat.st_mtime_ns]}
 
     def build(self, text: TrainingText) -> WordVocabulary:
-        """Read the file, or count in one pass and order by decreasing count, ties by the word."""
+        """Read the file, or count the words and sort them by decreasing count, ties by word."""
         if self._file is None:
-            return self._chosen(*text.count_words())
+            return self._from_counts(*text.count_words())
         words, _ = _read(self._file)
-        lacking = [marker for marker in _MARKERS if marker not in words]
-        text.say(
+        missing = [marker for marker in _MARKERS if marker not in words]
+        text.log(
             f"vocabulary: {self._file.name} holds {len(words):,} tokens"
-            + (f", {', '.join(lacking)} added" if lacking else ", the markers among them")
+            + (f", {', '.join(missing)} added" if missing else ", the markers among them")
             + "; vocabulary.min_count does not apply to a file"
         )
-        # Where the file has no markers, the frequent ones come first, <S>, which is never predicted, last.
-        words = [marker for marker in (END, UNKNOWN) if marker in lacking] + words
-        return WordVocabulary(words=[*words, START] if START in lacking else words, counts=None)
+        # Markers that the file lacks: the frequent ones come first, <S>, which is never predicted, last.
+        words = [marker for marker in (END, UNKNOWN) if marker in missing] + words
+        return WordVocabulary(words=[*words, START] if START in missing else words, counts=None)
 
     def load(self, folder: Path) -> WordVocabulary:
-        """Read `vocabulary.txt` from the folder; raises `UserError` where it is missing or damaged."""
+        """Read `vocabulary.txt`; raises `UserError` where it is missing or damaged."""
         words, counts = _read(folder / _FILE)
         missing = [marker for marker in _MARKERS if marker not in words]
         if missing:
             raise UserError(f"{folder / _FILE} is damaged: it lacks {', '.join(missing)}; prepare the corpus again")
         return WordVocabulary(words=words, counts=counts if len(counts) == len(words) else None)
 
-    def _chosen(self, counts: Counter[str], num_sentences: int) -> WordVocabulary:
-        """Keep the words that are frequent enough; `</S>` ends every sentence, the other words are `<UNK>`."""
+    def _from_counts(self, counts: Counter[str], num_sentences: int) -> WordVocabulary:
+        """Keep the frequent words; `</S>` counts once per sentence, and `<UNK>` for all other words."""
         total = counts.total()
-        for marker in _MARKERS:  # spelt out in the text they are unknown words
+        for marker in _MARKERS:  # in the text they are unknown words
             counts.pop(marker, None)
         kept = sorted(
             (item for item in counts.items() if item[1] >= self._min_count),
@@ -136,7 +132,7 @@ def _unreadable(path: Path, error: OSError) -> UserError:
 
 
 def _read(path: Path) -> tuple[list[str], list[int]]:
-    """Return the words of a file and the counts that it gives; lines end at "\\n", empty ones are skipped."""
+    """Return a file's words and their counts, if it has any; only "\\n" ends a line, empty lines are skipped."""
     try:
         lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
@@ -145,8 +141,8 @@ def _read(path: Path) -> tuple[list[str], list[int]]:
     counts = []
     for number, line in enumerate(lines, start=1):
         try:
-            # Other white space does not separate here, as it does in text (`str.split`), so that a word holding it
-            # would be kept and never matched; the published vocabularies seen so far hold no such word.
+            # Unlike in text, other white space separates nothing here: a word that contains some is kept and never
+            # occurs. No published vocabulary has such a word.
             fields = re.split("[ \t]+", line.decode().strip(" \t\r"))
         except UnicodeDecodeError as error:
             raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file") from error

@@ -1,1 +1,1 @@
-"""Triton kernels, imported where `moe_lm.ops.backend` says that they run."""
+"""Triton kernels, imported where the operations that they are registered for run them."""

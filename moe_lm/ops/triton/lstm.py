@@ -1,26 +1,28 @@
-"""The kernels of `moe_lm.ops.lstm`: what a timestep does between its products, in one pass each way.
+"""Triton kernels of `moe_lm.ops.lstm_mixed`: the work of a timestep between its products, in one pass each way.
 
-Sums, cells and their gradients are float32. Shape suffixes: B sentences, U units, G = 4 U: input, forget, cell, output.
+Sums, cells and their gradients are float32.
+
+Shape suffixes: B sentences, U units, G = 4 U gates: input, forget, cell, output.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_AT_ONCE = 512
-"""Units that one program updates, where a sentence has so many; of each it holds some twenty numbers."""
+_MAX_BLOCK = 512
+"""Most units that one program updates; it holds some twenty numbers of each."""
 
 
 def forward_(
     pre_BG: Tensor, bias_G: Tensor, before_BU: Tensor | None, z_BG: Tensor, c_BU: Tensor, h_BU: Tensor
 ) -> None:
-    """Fill gates before their nonlinearity, cells and outputs from products with x and h, and the cells before.
+    """Compute gates before their nonlinearity, cells and outputs from the products with x and h and the previous cells.
 
-    Rows of h may lie apart; all else is contiguous.
+    `z`, `c` and `h` are written. Rows of h may have any stride; all other tensors are contiguous.
     """
     grid, block = _layout(c_BU)
     sizes = c_BU.shape[1], h_BU.stride(0)
-    before = c_BU if before_BU is None else before_BU  # without any it is not read
+    before = c_BU if before_BU is None else before_BU  # the first timestep reads none
     _forward[grid](pre_BG, bias_G, before, z_BG, c_BU, h_BU, *sizes, FIRST=before_BU is None, BLOCK=block)
 
 
@@ -33,9 +35,9 @@ def backward_(
     grad_c_BU: Tensor,
     grad_z_BG: Tensor,
 ) -> None:
-    """Fill the gates' gradients, and make the cells' gradient that of the cells before.
+    """Compute the gates' gradients, and replace the cells' gradient by that of the previous cells.
 
-    `grad_y` comes from above, `grad_h` from the timestep after, where there is one; its rows may lie apart.
+    `grad_y` comes from the layer above, `grad_h` from the next timestep if there is one; its rows may have any stride.
     """
     grid, block = _layout(c_BU)
     after = grad_y_BU if grad_h_BU is None else grad_h_BU
@@ -57,15 +59,15 @@ def backward_(
 
 
 def _layout(c_BU: Tensor) -> tuple[tuple[int, int], int]:
-    """Return how many programs there are, by sentence and by units, and how many units each has."""
+    """Return the grid, by sentence and by block of units, and the units of a block."""
     num_sentences, num_units = c_BU.shape
-    block = min(_AT_ONCE, triton.next_power_of_2(num_units))
+    block = min(_MAX_BLOCK, triton.next_power_of_2(num_units))
     return (num_sentences, triton.cdiv(num_units, block)), block
 
 
 @triton.jit
 def _tanh(x):
-    # Of a small number the difference would keep few digits: the first terms of its series instead.
+    # The difference would keep few digits of a small number; the first terms of the series keep them all.
     return tl.where(tl.abs(x) < 0.03, x * (1.0 - x * x / 3.0), 2.0 * tl.sigmoid(2.0 * x) - 1.0)
 
 

@@ -1,6 +1,6 @@
-"""The kernels of `moe_lm.ops.noisy_top_k`: noise, choice and chances in one pass over a token's row, so backwards.
+"""Triton kernels of `moe_lm.ops.routing`: noise, choice and chances in one pass over a token's row each way.
 
-torch's operators go over (tokens, experts) some thirty times.
+PyTorch's operators make some thirty passes over (tokens, experts).
 
 Shape suffixes: T tokens, E experts, F = 2 E, K experts a token, N = min(K + 1, E) of which a token keeps K.
 """
@@ -9,81 +9,103 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-_AT_ONCE = 1024
-"""Numbers of each tensor that one program holds, where a row has no more."""
+_BLOCK_NUMBERS = 1024
+"""Numbers of each tensor that one program holds, unless one row has more."""
 
 
-def chosen(
+def noisy_top_k(
     logit_TF: Tensor, draw_TE: Tensor, noise_epsilon: float, k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return the largest noisy logits (T, N), their experts, all noisy logits, and P(x, i) (T, E; None if K = E).
+    """Return the largest noisy logits (T, N), their experts, all noisy logits, and P(x, i) (T, E; None if K = E)."""
+    return _NoisyTopK.apply(logit_TF, draw_TE, noise_epsilon, k)
 
-    `logit_TF` and `draw_TE` are float32 and contiguous.
-    """
+
+class _NoisyTopK(torch.autograd.Function):
+    """Noise, standard deviations and z-scores are recomputed in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, logit_TF, draw_TE, noise_epsilon, k):
+        ctx.set_materialize_grads(False)
+        logit_TF, draw_TE = logit_TF.contiguous(), draw_TE.contiguous()
+        top_TN, expert_TN, noisy_TE, chance_TE = _forward(logit_TF, draw_TE, noise_epsilon, k)
+        ctx.mark_non_differentiable(expert_TN)
+        ctx.save_for_backward(logit_TF, draw_TE, top_TN, expert_TN)
+        ctx.settings = noise_epsilon, k
+        return top_TN, expert_TN, noisy_TE, chance_TE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_top_TN, _, grad_noisy_TE, grad_chance_TE):
+        grads = grad_top_TN, grad_noisy_TE, grad_chance_TE
+        return _backward(ctx.saved_tensors, *grads, *ctx.settings), None, None, None
+
+
+def _forward(logit_TF: Tensor, draw_TE: Tensor, noise_epsilon: float, k: int) -> tuple[Tensor, ...]:
     num_tokens, num_experts = draw_TE.shape
-    largest = min(k + 1, num_experts)
-    top_TN = draw_TE.new_empty(num_tokens, largest)
-    expert_TN = top_TN.new_empty(num_tokens, largest, dtype=torch.int64)
+    num_largest = min(k + 1, num_experts)
+    top_TN = draw_TE.new_empty(num_tokens, num_largest)
+    expert_TN = top_TN.new_empty(num_tokens, num_largest, dtype=torch.int64)
     noisy_TE = torch.empty_like(draw_TE)
-    chance_TE = torch.empty_like(draw_TE) if largest > k else None
+    chance_TE = torch.empty_like(draw_TE) if num_largest > k else None
     if num_tokens:
-        # Without chances to make their memory is not written.
+        # The kernel writes no chances for K = E: any pointer will do.
         results = top_TN, expert_TN, noisy_TE, noisy_TE if chance_TE is None else chance_TE
         grid, sizes = _layout(num_tokens, num_experts)
         _choose[grid](
-            logit_TF, draw_TE, *results, noise_epsilon, num_tokens, num_experts, K=k, LARGEST=largest, **sizes
+            logit_TF, draw_TE, *results, noise_epsilon, num_tokens, num_experts, K=k, LARGEST=num_largest, **sizes
         )
     return top_TN, expert_TN, noisy_TE, chance_TE
 
 
-def gradient(
-    kept: tuple[Tensor, ...],
+def _backward(
+    saved: tuple[Tensor, ...],
     grad_top_TN: Tensor | None,
     grad_noisy_TE: Tensor | None,
     grad_chance_TE: Tensor | None,
     noise_epsilon: float,
     k: int,
 ) -> Tensor:
-    """Return the logits' gradient, from those of what `chosen` returned; kept are its arguments and its choice."""
-    logit_TF, draw_TE, top_TN, _ = kept
+    """Return the logits' gradient from the gradients of the largest logits, all noisy logits and the chances."""
+    logit_TF, draw_TE, top_TN, _ = saved
     grad_logit_TF, stride = torch.empty_like(logit_TF), 0
     if not len(draw_TE):
         return grad_logit_TF
     if grad_chance_TE is not None:
-        # That of a sum over tokens is one row, which `expand` made many: it is read as such.
+        # The gradient of a sum over tokens is one row that `expand` repeats: the kernel reads it with stride 0.
         grad_chance_TE = grad_chance_TE if grad_chance_TE.stride(1) == 1 else grad_chance_TE.contiguous()
         stride = grad_chance_TE.stride(0)
-    given = [None if grad is None else grad.contiguous() for grad in (grad_top_TN, grad_noisy_TE)] + [grad_chance_TE]
-    flags = dict(zip(("TOP", "NOISY", "CHANCE"), (grad is not None for grad in given), strict=True))
-    given = [draw_TE if grad is None else grad for grad in given]  # what is absent is not read
+    grads = [None if grad is None else grad.contiguous() for grad in (grad_top_TN, grad_noisy_TE)] + [grad_chance_TE]
+    flags = dict(zip(("TOP", "NOISY", "CHANCE"), (grad is not None for grad in grads), strict=True))
+    grads = [draw_TE if grad is None else grad for grad in grads]  # a missing gradient is not read
     grid, sizes = _layout(*draw_TE.shape)
     sizes |= {"K": k, "LARGEST": top_TN.shape[1]}
-    _choice_gradient[grid](*kept, *given, grad_logit_TF, noise_epsilon, *draw_TE.shape, stride, **flags, **sizes)
+    _choice_gradient[grid](*saved, *grads, grad_logit_TF, noise_epsilon, *draw_TE.shape, stride, **flags, **sizes)
     return grad_logit_TF
 
 
 def _layout(num_tokens: int, num_experts: int) -> tuple[tuple[int], dict[str, int]]:
-    """Return how many programs there are, and what block of tokens and experts each has."""
+    """Return the grid, and the block of tokens and experts of each program."""
     block = triton.next_power_of_2(num_experts)
-    rows = max(1, min(32, _AT_ONCE // block))
+    rows = max(1, min(32, _BLOCK_NUMBERS // block))
     return (triton.cdiv(num_tokens, rows),), {"ROWS": rows, "BLOCK": block, "num_warps": 4 if block <= 2048 else 8}
 
 
 @triton.jit
 def _softplus(x):
-    # log(1 + e), of which a small e would be lost in the sum: times what the sum kept of it (Kahan).
+    # log(1 + e) would lose a small e in the sum; the factor restores the digits that the sum dropped (Kahan).
     exponential = tl.exp(tl.minimum(x, 20.0))
     one_more = 1.0 + exponential
     kept = tl.where(one_more == 1.0, 1.0, one_more - 1.0)
     small = tl.where(one_more == 1.0, exponential, tl.log(one_more) * (exponential / kept))
-    # NaN too is itself: the smaller of it and a number may be the number.
+    # NaN is returned as it is: the minimum of NaN and a number may be the number.
     return tl.where((x > 20.0) | (x != x), x, small)
 
 
 @triton.jit
 def _ordered(x, column):
-    """Numbers, each of another column, as integers in their order, NaN above all; of equal ones the first is larger."""
+    """Return int64 keys in the numbers' order, NaN above all; among equal numbers the first column has the largest."""
     bits = tl.where(x != x, 0x7FC00000, (x + 0.0).to(tl.int32, bitcast=True))  # -0 is 0
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - column).to(tl.int64)
@@ -91,7 +113,7 @@ def _ordered(x, column):
 
 @triton.jit
 def _block(tokens, experts, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's tokens and columns, which of them exist, and where they are among experts and among logits."""
+    """Return this program's tokens and columns, which of them exist, and their offsets in (T, E) and in (T, F)."""
     token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = (token < tokens)[:, None] & (column < experts)[None, :]
@@ -123,7 +145,7 @@ def _choose(
     tl.store(noisy + at, value, mask=inside)
     lowest = tl.full((ROWS, BLOCK), -0x7FFFFFFFFFFFFFFF, dtype=tl.int64)
     key = tl.where(inside, _ordered(value, column[None, :]), lowest)
-    # Each zero its own: of two names for one, changed in turn by the loop, Triton 3.6 lost one.
+    # Two separate tensors of zeros: Triton 3.6 loses one of two names for the same tensor that a loop reassigns.
     in_threshold = tl.zeros((ROWS,), dtype=tl.float32)
     out_threshold = tl.zeros((ROWS,), dtype=tl.float32)
     for place in range(LARGEST):
@@ -137,7 +159,7 @@ def _choose(
         out_threshold = tl.where(place == K - 1, found, out_threshold)
         in_threshold = found
     if LARGEST > K:
-        # The k-th largest value with expert i left out is the (k+1)-th of all where i is among the k, else the k-th.
+        # Without expert i the k-th largest logit is the (k+1)-th of all if i is among the k largest, else the k-th.
         threshold = tl.where(value > in_threshold[:, None], in_threshold[:, None], out_threshold[:, None])
         z = (clean - threshold) / deviation
         tl.store(chance + at, 0.5 * (1.0 + tl.math.erf(z * 0.7071067811865476)), mask=inside)
@@ -145,9 +167,9 @@ def _choose(
 
 @triton.jit
 def _is_in(top, expert, there, column, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Which experts are in (1, else 0), by the choice that was made: noisy logits made anew need not round alike.
+    """Return 1 for chosen experts, else 0, by the forward pass's choice: recomputed noisy logits may round differently.
 
-    Of equal values at the border none is in.
+    An expert whose logit equals the (k+1)-th is not counted as chosen.
     """
     in_threshold = tl.load(top + K, mask=there, other=0.0)
     found = tl.zeros((ROWS, BLOCK), dtype=tl.int32)

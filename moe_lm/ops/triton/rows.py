@@ -1,6 +1,6 @@
-"""The kernels of `moe_lm.ops.token_rows`: sums in float32 whatever the rows' type, no atomic additions.
+"""Triton kernels over rows: gathers and sums, in float32 whatever the rows' type, without atomic additions.
 
-Shape suffixes: T tokens, D width, H expert hidden, A assignments.
+Shape suffixes: T tokens, D width, H expert hidden, A assignments, U segments, M pieces of segments.
 """
 
 import torch
@@ -8,90 +8,95 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_LARGEST_BLOCK = 1024
+_MAX_BLOCK = 1024
 """Columns that one program holds at a time."""
 
 _PIECE = 64
-"""Rows that one program adds up, of a sum that may have thousands."""
+"""Rows that one program adds up where a sum may have thousands."""
 
 
-def gathered(x_TD: Tensor, token_A: Tensor, gate_A: Tensor) -> Tensor:
-    """Return gate * x of each assignment's token, in the type of x."""
+def gather_weighted(x_TD: Tensor, token_A: Tensor, gate_A: Tensor) -> Tensor:
+    """Return gate * x of every assignment's token, in the type of x."""
     width = x_TD.shape[1]
     out_AD = x_TD.new_empty(len(token_A), width)
     block = block_of(width)
     if out_AD.numel():
         grid = len(token_A), triton.cdiv(width, block)
-        _gather[grid](*_rows(x_TD, token_A, gate_A), out_AD, width, BLOCK=block)
+        _gather[grid](*_contiguous(x_TD, token_A, gate_A), out_AD, width, BLOCK=block)
     return out_AD
 
 
-def summed_by_token(y_AD: Tensor, order_A: Tensor, ends_T: Tensor, gate_A: Tensor | None) -> Tensor:
+def sum_by_token(
+    y_AD: Tensor, _token_A: Tensor | None, order: tuple[Tensor, Tensor], gate_A: Tensor | None = None
+) -> Tensor:
     """Return the sum of each token's rows in float32; those of token t end at `ends_T[t]` in `order_A`."""
+    order_A, ends_T = order
     num_tokens, width = len(ends_T), y_AD.shape[1]
     out_TD = y_AD.new_empty(num_tokens, width, dtype=torch.float32)
     block = block_of(width)
     if out_TD.numel():
-        rows = _rows(y_AD, y_AD if gate_A is None else gate_A, order_A, ends_T)  # without gates the second is not read
+        rows = _contiguous(y_AD, y_AD if gate_A is None else gate_A, order_A, ends_T)  # without gates, y is not read
         grid = num_tokens, triton.cdiv(width, block)
         _sum[grid](*rows, out_TD, width, WEIGHTED=gate_A is not None, BLOCK=block)
     return out_TD
 
 
-def summed_runs(y_AD: Tensor, order_A: Tensor, ends_U: Tensor) -> Tensor:
-    """Return what `summed_by_token` does, in two passes: a row may have thousands, as a frequent word's gradient has.
+def sum_segments(y_AD: Tensor, order_A: Tensor, ends_U: Tensor) -> Tensor:
+    """Return the sum of each segment's rows in two passes: a segment may have thousands, as a frequent word has.
 
-    A program sums a piece of a row's; another, a row's pieces. A GPU's own additions to one row wait for one another.
+    A program sums one piece of a segment; another program sums the pieces. Atomic additions to one row would wait for
+    one another.
     """
     if not len(ends_U):
         return y_AD.new_empty(0, y_AD.shape[1], dtype=torch.float32)
-    row_M, first_M, last_U = pieces_of(ends_U, len(order_A), _PIECE)
-    end_M = torch.minimum(first_M + _PIECE, ends_U.index_select(0, row_M.clamp(max=len(ends_U) - 1)))
-    sum_MD = summed_by_token(y_AD, order_A, end_M, None)
-    return summed_by_token(sum_MD, torch.arange(len(end_M), device=end_M.device), last_U, None)
+    segment_M, first_M, last_U = split_segments(ends_U, len(order_A), _PIECE)
+    end_M = torch.minimum(first_M + _PIECE, ends_U.index_select(0, segment_M.clamp(max=len(ends_U) - 1)))
+    sum_MD = sum_by_token(y_AD, None, (order_A, end_M))
+    return sum_by_token(sum_MD, None, (torch.arange(len(end_M), device=end_M.device), last_U))
 
 
-def summed_numbers(x_A: Tensor, ends_R: Tensor) -> Tensor:
-    """Return the sum of the numbers of each run, r's ending at `ends_R[r]`."""
+def sum_scalars(x_A: Tensor, ends_R: Tensor) -> Tensor:
+    """Return the sum of each segment's numbers; those of segment r end at `ends_R[r]`."""
     out_R = x_A.new_empty(len(ends_R))
     if len(ends_R):
-        _sum_of_run[(len(ends_R),)](*_rows(x_A, ends_R), out_R, BLOCK=_LARGEST_BLOCK)
+        _sum_scalars[(len(ends_R),)](*_contiguous(x_A, ends_R), out_R, BLOCK=_MAX_BLOCK)
     return out_R
 
 
-def pieces_of(ends_E: Tensor, num_rows: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut rows, those of e ending at `ends_E[e]`, into pieces of `size` rows of one e each; its last may have fewer.
+def split_segments(ends_U: Tensor, num_rows: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut segments of rows, segment u ending at `ends_U[u]`, into pieces of `size` rows; a last piece may have fewer.
 
-    Return of each piece whose it is and its first row, and where the pieces of each e end. As the host does not know
-    how many there are, there are as many as there can be: the last ones are nobody's, of number E.
+    Return each piece's segment and first row (M), and where the pieces of each segment end (U). The host does not know
+    how many pieces there are, so M is the most that there can be: unused pieces come last, with segment U.
     """
-    starts_E = torch.cat([ends_E.new_zeros(1), ends_E[:-1]])
-    pieces_E = (ends_E - starts_E + size - 1) // size
-    last_E = pieces_E.cumsum(dim=0)
-    piece_M = torch.arange(num_rows // size + min(len(ends_E), num_rows), device=ends_E.device)
-    of_M = torch.searchsorted(last_E, piece_M, right=True)
-    offset_E = starts_E - (last_E - pieces_E) * size
-    return of_M, offset_E.index_select(0, of_M.clamp(max=len(ends_E) - 1)) + piece_M * size, last_E
+    starts_U = torch.cat([ends_U.new_zeros(1), ends_U[:-1]])
+    pieces_U = (ends_U - starts_U + size - 1) // size
+    last_U = pieces_U.cumsum(dim=0)
+    piece_M = torch.arange(num_rows // size + min(len(ends_U), num_rows), device=ends_U.device)
+    segment_M = torch.searchsorted(last_U, piece_M, right=True)
+    offset_U = starts_U - (last_U - pieces_U) * size
+    return segment_M, offset_U.index_select(0, segment_M.clamp(max=len(ends_U) - 1)) + piece_M * size, last_U
 
 
 def hidden_gradient_(grad_AH: Tensor, h_AH: Tensor, gate_A: Tensor) -> Tensor:
-    """Return grad . h of each row in float32, and mask and weigh the gradient where it is."""
+    """Return grad . h of each row in float32, and make the gradient gate * grad where h > 0, in place."""
     grad_gate_A = gate_A.new_empty(len(gate_A), dtype=torch.float32)
     if len(gate_A):
         hidden = h_AH.shape[1]
-        assert grad_AH.is_contiguous()  # it is changed where it is
-        _mask_and_dot[(len(gate_A),)](grad_AH, *_rows(h_AH, gate_A), grad_gate_A, hidden, BLOCK=block_of(hidden))
+        assert grad_AH.is_contiguous()  # it is changed in place
+        rows = _contiguous(h_AH, gate_A)
+        _mask_and_dot[(len(gate_A),)](grad_AH, *rows, grad_gate_A, hidden, BLOCK=block_of(hidden))
     return grad_gate_A
 
 
-def _rows(*tensors: Tensor) -> list[Tensor]:
-    """Return the tensors as the kernels read them, without gaps."""
+def _contiguous(*tensors: Tensor) -> list[Tensor]:
+    """Return the tensors without gaps, as the kernels read them."""
     return [tensor.contiguous() for tensor in tensors]
 
 
 def block_of(width: int) -> int:
-    """Return how many columns a program of rows of this width holds at a time."""
-    return min(_LARGEST_BLOCK, triton.next_power_of_2(width))
+    """Return how many columns a program holds at a time of rows of this width."""
+    return min(_MAX_BLOCK, triton.next_power_of_2(width))
 
 
 @triton.jit
@@ -122,7 +127,7 @@ def _sum(y, gate, order, ends, out, width, WEIGHTED: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def _sum_of_run(x, ends, out, BLOCK: tl.constexpr):
+def _sum_scalars(x, ends, out, BLOCK: tl.constexpr):
     run = tl.program_id(0)
     first = tl.load(ends + run - 1, mask=run > 0, other=0)
     last = tl.load(ends + run)

@@ -1,6 +1,7 @@
-"""The kernel of the blocked cross-entropy: logits become probabilities in one pass, where they are.
+"""Triton kernel of `moe_lm.ops.cross_entropy`: logits become probabilities in place, in one pass.
 
-torch's operators read or write the logits a dozen times: of 300,000 tokens and 8,192 words each is 5 to 10 GB.
+PyTorch's operators read or write the logits a dozen times; each pass over those of 300,000 tokens and 8,192 words moves
+5 to 10 GB.
 
 Shape suffixes: T tokens, C candidate words.
 """
@@ -10,22 +11,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_LARGEST_BLOCK, _WARPS = 1024, 8
-"""Logits that one program holds at a time, and what works on them: of nine pairs the fastest on an H100."""
+_MAX_BLOCK, _WARPS = 1024, 8
+"""Logits that one program holds at a time, and its warps: the fastest of nine pairs on an H100."""
 
 
 def probabilities_(logits_TC: Tensor, bias_C: Tensor, true_T: Tensor, hit_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Make logits without bias probabilities, and return the true words' and -log of those, in float32.
+    """Replace logits without bias by probabilities; return the true words' probabilities and their -log, in float32.
 
-    The true word stands beside the candidates; where it is one of them too, column `hit_T` gets the probability 0.
+    The true word stands beside the candidates. If it is a candidate too, its column `hit_T` gets the probability 0.
     """
     num_tokens, num_candidates = logits_TC.shape
     true_probability_T, nats_T = (true_T.new_empty(num_tokens, dtype=torch.float32) for _ in range(2))
     if num_tokens:
-        block = min(_LARGEST_BLOCK, triton.next_power_of_2(num_candidates))
-        assert logits_TC.is_contiguous()  # they are changed where they are
-        given = [tensor.contiguous() for tensor in (bias_C, true_T, hit_T)]
-        rows = logits_TC, *given, true_probability_T, nats_T
+        block = min(_MAX_BLOCK, triton.next_power_of_2(num_candidates))
+        assert logits_TC.is_contiguous()  # the kernel changes them in place
+        read = [tensor.contiguous() for tensor in (bias_C, true_T, hit_T)]
+        rows = logits_TC, *read, true_probability_T, nats_T
         _probabilities[(num_tokens,)](*rows, num_candidates, BLOCK=block, num_warps=_WARPS)
     return true_probability_T, nats_T
 

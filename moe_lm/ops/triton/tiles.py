@@ -1,4 +1,4 @@
-"""What our kernels' products by expert have in common: tiles of rows, their sizes, and what a GPU makes of them.
+"""Tiles of rows for the grouped products, the sizes of their blocks, and the limits of the GPU.
 
 Shape suffixes: A rows, E experts, M tiles of rows.
 """
@@ -10,71 +10,70 @@ import torch
 import triton
 from torch import Tensor
 
-from moe_lm.ops.triton.rows import pieces_of
+from moe_lm.ops.triton.rows import split_segments
 
-MOST_ROWS, _LEAST = 128, 16
-"""Rows of a tile at most and, as tensor cores want them, rows and columns at least."""
+MAX_BLOCK_M, _MIN_BLOCK = 128, 16
+"""Rows of a tile at most; rows and columns of a block at least, as tensor cores want them."""
 
 
-class Form(NamedTuple):
-    """How a program makes its tile."""
+class BlockShape(NamedTuple):
+    """The shape of a program's products, at most."""
 
-    columns: int
-    """At most."""
-    depth: int
-    """Of the sum that one step of it takes."""
+    block_n: int
+    """Columns of the output."""
+    block_k: int
+    """Terms of the sum that one step takes."""
     stages: int
-    """Steps on their way, at most."""
+    """Steps whose loads are in flight."""
 
 
 class Tiles(NamedTuple):
-    """Rows of one expert each, some side by side: what a program multiplies."""
+    """Consecutive rows of one expert each: the rows that a program multiplies."""
 
     expert_M: Tensor
-    """int64; the number of experts where there is no tile."""
+    """The expert of each tile (int64); E for a tile that is not used."""
     first_M: Tensor
-    """int64: each tile's first row."""
+    """The first row of each tile (int64)."""
     ends_E: Tensor
-    """int64: where each expert's rows end."""
-    num_rows: int
-    side: int
-    """Rows of a tile; an expert's last tile may have fewer."""
+    """The end of each expert's rows (int64)."""
+    block_m: int
+    """Rows of a tile; the last tile of an expert may have fewer."""
 
 
 def tiles_of(ends_E: Tensor, num_rows: int) -> Tiles:
-    """Return the tiles of so many rows in all, sorted by expert, those of expert e ending at `ends_E[e]`."""
-    side = power_of_two(-(-num_rows // len(ends_E)), MOST_ROWS)  # of a mean expert all rows: its matrix is read once
+    """Return the tiles of `num_rows` rows that are sorted by expert, those of expert e ending at `ends_E[e]`."""
+    block_m = block_size(-(-num_rows // len(ends_E)), MAX_BLOCK_M)  # a mean expert is one tile: its matrix is read once
     ends_E = ends_E.long()
-    expert_M, first_M, _ = pieces_of(ends_E, num_rows, side)
-    return Tiles(expert_M, first_M, ends_E, num_rows, side)
+    expert_M, first_M, _ = split_segments(ends_E, num_rows, block_m)
+    return Tiles(expert_M, first_M, ends_E, block_m)
 
 
-def power_of_two(size: int, most: int) -> int:
-    """Return a tile's side for so many rows or columns: all of them where they are few enough."""
-    return min(most, max(_LEAST, triton.next_power_of_2(size)))
+def block_size(size: int, most: int) -> int:
+    """Return the side of a block for so many rows or columns: a power of two that covers them, or `most`."""
+    return min(most, max(_MIN_BLOCK, triton.next_power_of_2(size)))
 
 
-def stages_of(form: Form, rows: int, x: Tensor, other: Tensor) -> int:
-    """Return the form's stages with tiles of so many rows, fewer where they would not fit into shared memory."""
-    step_bytes = form.depth * (rows * x.element_size() + form.columns * other.element_size())
-    return max(1, min(form.stages, _shared_bytes(x.device) // step_bytes))
+def num_stages(shape: BlockShape, rows: int, x: Tensor, other: Tensor) -> int:
+    """Return the shape's stages for blocks of so many rows, or as many as fit into shared memory."""
+    step_bytes = shape.block_k * (rows * x.element_size() + shape.block_n * other.element_size())
+    return max(1, min(shape.stages, _shared_bytes(x.device) // step_bytes))
 
 
-def warps_of(numbers: int) -> int:
-    """Return the warps for a tile of so many numbers."""
+def num_warps(numbers: int) -> int:
+    """Return the warps for a block of so many numbers."""
     return 8 if numbers >= 128**2 else 4
 
 
-def tokens_read(token_A: Tensor | None, tiles: Tiles) -> Tensor:
-    """Return the tokens as kernels read them, without gaps; where there are none, what is not read."""
+def token_pointer(token_A: Tensor | None, tiles: Tiles) -> Tensor:
+    """Return the tokens contiguous, as kernels read them; without tokens, a tensor that is not read."""
     return tiles.ends_E if token_A is None else token_A.contiguous()
 
 
-def precision_of(x: Tensor, *, along_rows: bool = False) -> str:
-    """Return how much of float32 factors counts: TF32's 10 bits of mantissa where torch's products may take these.
+def input_precision(x: Tensor, *, along_rows: bool = False) -> str:
+    """Return Triton's `input_precision` for factors like x: TF32 where PyTorch's float32 products may take it.
 
-    Tensor cores do not take TF32 where sums go from row to row in memory. There each factor is two bfloat16 numbers, of
-    16 bits together, which the interpreter has no name for.
+    Tensor cores do not take TF32 where a sum goes from row to row in memory. There each factor is two bfloat16 numbers,
+    of 16 bits of mantissa together, for which the interpreter has no name.
     """
     if x.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32":
         return "ieee"
@@ -83,8 +82,8 @@ def precision_of(x: Tensor, *, along_rows: bool = False) -> str:
 
 @functools.cache
 def _shared_bytes(device: torch.device) -> int:
-    """Return what a program on this device may have of fast memory; for the interpreter enough."""
+    """Return the shared memory that a program may use on this device; for the interpreter, Hopper's."""
     if device.type != "cuda":
         return 227 << 10
     found = torch.cuda.get_device_properties(device)
-    return getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)  # AMD's have the latter alone
+    return getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)  # AMD has the latter only

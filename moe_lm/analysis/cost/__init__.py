@@ -1,1 +1,0 @@
-"""What a model costs: operations, memory and bytes sent, counted before it runs."""

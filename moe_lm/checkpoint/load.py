@@ -1,0 +1,109 @@
+"""From the folder of a run or an export to its model and vocabulary."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from moe_lm.checkpoint import checkpoint, export
+from moe_lm.construction import build, build_model, check_targets, is_target_of
+from moe_lm.errors import UserError
+from moe_lm.parallel.context import SINGLE_PROCESS, ParallelContext
+from moe_lm.run import Run
+
+
+def load(folder: Path, which: str, device: torch.device) -> dict[str, object]:
+    """Return the fields of a `moe_lm.inference.LoadedModel`, read from a run's checkpoint or from an export.
+
+    `which` is `last`, `best` or a step; an export has one step only. Raises `UserError`.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist: name a folder, as in runs/moe_4")
+    is_export = export.is_export(folder)
+    record = _export_record(folder, which) if is_export else {}
+    run = Run(folder)  # an export has its configuration and vocabulary at the same paths as a run
+    config = run.config()
+    model, vocabulary = _build(config, run)
+    path = folder if is_export else find_checkpoint(run, which)
+    model = model.to_empty(device="cpu")
+    if is_export:
+        export.load_weights(folder, model, {})
+        step, fingerprint = record["step"], record["data"]
+    else:
+        checkpoint.load_model(path, model, {})
+        step, fingerprint = int(path.name), checkpoint.load_state(path)["data"]
+    _check_finite(model, path)
+    model = model.to(device).eval()
+    return {"model": model, "vocabulary": vocabulary, "config": config, "step": step, "fingerprint": fingerprint}
+
+
+def fill(model: nn.Module, folder: Path, vocabulary: Path, parallel: ParallelContext = SINGLE_PROCESS) -> None:
+    """Load the weights that a training starts from: another run's last checkpoint, or an export.
+
+    Raises `UserError` if shapes differ, or the source's vocabulary differs from the one in the folder `vocabulary`.
+    """
+    if not folder.is_dir():
+        raise UserError(f"init_from={folder} is no folder: name a run or an export, as in init_from=runs/moe_4")
+    source, is_export = Run(folder), export.is_export(folder)
+    if is_export:
+        export.verify(folder)
+    ours, theirs = ({file.name: file.read_bytes() for file in f.glob("*")} for f in (vocabulary, source.vocabulary))
+    if ours != theirs:
+        file = source.vocabulary / "vocabulary.txt"
+        raise UserError(
+            f"init_from={folder} has another vocabulary than this training: the same corpus and vocabulary keys make "
+            "the same one" + (f", or vocabulary.file={file}" if file.exists() else "")
+        )
+    if is_export:
+        export.load_weights(folder, model, parallel.shards)
+    else:
+        # Found by one process for all, because a run that still trains may save another checkpoint meanwhile.
+        checkpoint.load_model(parallel.first(lambda: find_checkpoint(source, "last")), model, parallel.shards)
+
+
+def find_checkpoint(run: Run, which: str) -> Path:
+    """Return the folder of a run's checkpoint: `last`, `best` or a step."""
+    steps = checkpoint.steps(run.checkpoints)
+    if not steps:
+        raise UserError(f"{run.folder} has no checkpoint yet: train it first")
+    last = checkpoint.path_of(run.checkpoints, steps[-1])
+    if which == "last":
+        return last
+    if which == "best":
+        best = checkpoint.load_state(last)["progress"]["best"]
+        if best is None:
+            raise UserError(f"{run.folder} was never validated: no best checkpoint; use checkpoint=last")
+        which = str(int(best["step"]))
+    if not which.isdecimal() or int(which) not in steps:
+        raise UserError(f"{run.folder} has no checkpoint {which}: choose last, best or {', '.join(map(str, steps))}")
+    return checkpoint.path_of(run.checkpoints, int(which))
+
+
+def _export_record(folder: Path, which: str) -> dict:
+    record = export.verify(folder)
+    if which != "last" and not (which.isdecimal() and int(which) == record["step"]):
+        raise UserError(
+            f"{folder} is an export of step {record['step']} and holds no other: leave checkpoint={which} away"
+        )
+    return record
+
+
+def _check_finite(model: nn.Module, path: Path) -> None:
+    """Raise `UserError` for infinite or NaN weights; the sum shows them without a second tensor of the same size."""
+    for name, parameter in model.named_parameters():
+        if not parameter.detach().sum().isfinite():
+            raise UserError(f"{path} is damaged: {name} holds numbers that are not finite")
+
+
+def _build(config: dict, run: Run) -> tuple[nn.Module, object]:
+    """Return the model of a stored configuration on the meta device, and the vocabulary."""
+    check_targets(config)
+    for group in ("corpus", "vocabulary", "softmax"):
+        if not is_target_of(group, target := config[group].get("_target_")):
+            raise UserError(f"{run.config_file} is damaged: {target!r} is no {group}")
+    try:
+        vocabulary = build(config["vocabulary"]).load(run.vocabulary)
+        with torch.device("meta"):
+            return build_model(config, vocabulary.size), vocabulary
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{run.config_file} is damaged: {error!r}") from error
