@@ -35,10 +35,7 @@ SLOW_FIXTURES = ("test_one_update_on_many", "test_resume_on_other_numbers", "tes
 
 
 def pytest_collection_modifyitems(items):
-    """Run each of these modules on one worker of pytest-xdist (`--dist loadgroup`), and before all others."""
-    for item in items:
-        if item.path.stem in SLOW_FIXTURES:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    """Begin with these modules; scripts/test gives each module to one process."""
     items.sort(key=lambda item: item.path.stem not in SLOW_FIXTURES)
 
 
