@@ -76,7 +76,7 @@ _MORE = {
         "factored_hierarchical": f"optimizer.experts=factored {_HIERARCHY}",
     },
 }
-"""What else there is, by the number of processes; a key whose value is `-` is left away."""
+"""What else there is, by the number of processes; a key whose value is `-` is omitted."""
 _PROGRAM = """
 import json, os, signal, sys, traceback
 from pathlib import Path
@@ -89,7 +89,7 @@ for name, arguments in json.load(sys.stdin).items():
     os.dup2(log, 1), os.dup2(log, 2), os.close(log)
     try:
         main(["train", *arguments, f"name={name}"])
-    except BaseException:
+    except (Exception, SystemExit):
         traceback.print_exc()
     for number in handlers: signal.signal(number, handlers[number])
 """

@@ -58,7 +58,7 @@ def overlap(one, other):
 
 @pytest.mark.parametrize("names", [["0"], ["0", "1"], ["0", "1", "2", "3"]], ids=len)
 def test_no_gpu_has_two_runs(names, run_jobs):
-    """Of four runs with one GPU each, as many run at a time as there are GPUs, each on a different one."""
+    """As many of four one-GPU runs train at a time as there are GPUs, each on a different GPU."""
     code, runs = run_jobs(names, *((name, 1, 0) for name in "abcd"))
     assert code == 0
     assert {run["gpus"] for run in runs.values()} == set(names)

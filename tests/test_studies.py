@@ -202,7 +202,7 @@ def test_small_scale_is_the_default_and_the_command_line_wins():
     [
         (["study=capacity", "scale=tiny"], "scale=tiny: study=capacity has scale=paper and scale=small"),
         (["study=capacity", "scale=paper,small"], "scale=paper,small: study=capacity has"),
-        (["study=quickstart", "scale=small"], "scale=small: study=quickstart has one size only: leave scale away"),
+        (["study=quickstart", "scale=small"], "scale=small: study=quickstart has one size only: omit scale"),
         (["model=moe_4,moe_32", "scale=small"], "scale=small: a study has a scale"),
         (["study=capcity"], "study=capcity: no such study; there are balance, budget, capacity"),
     ],

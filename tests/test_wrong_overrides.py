@@ -74,7 +74,7 @@ TRAIN = [
     ("model.num_experts=0", "model.num_experts=0", "at least 1"),
     ("model.expert_hidden=8 model.width=0 model.order=[upper]", "model.num_experts=4", "no layer of model=moe_4 reads"),
     ("layer@model.layers.middle=lstm", "no layer of model=moe_4 reads model."),
-    ("model=moe_1_wide", "no layer of model=moe_1_wide reads model.", "leave it away"),
+    ("model=moe_1_wide", "no layer of model=moe_1_wide reads model.", "omit it"),
     ("model.dropout=1", "model.dropout=1", "below 1"),
     ("model.dropout=-0.1", "model.dropout=-0.1"),
     ("batch.words=0", "batch.words=0"),

@@ -82,9 +82,7 @@ def find_checkpoint(run: Run, which: str) -> Path:
 def _export_record(folder: Path, which: str) -> dict:
     record = export.verify(folder)
     if which != "last" and not (which.isdecimal() and int(which) == record["step"]):
-        raise UserError(
-            f"{folder} is an export of step {record['step']} and holds no other: leave checkpoint={which} away"
-        )
+        raise UserError(f"{folder} is an export of step {record['step']} and holds no other: omit checkpoint={which}")
     return record
 
 

@@ -169,7 +169,7 @@ def _unread_size(arguments: list[str], config: DictConfig) -> str | None:
     read = {"order", "width", "dropout", "layers", *re.findall(r"\$\{model\.(\w+)\}", text)}
     for key, argument in sizes.items():
         if key.split(".")[1] not in read:
-            return f"{argument}: no layer of model={preset_of(arguments)} reads {key}: leave it away"
+            return f"{argument}: no layer of model={preset_of(arguments)} reads {key}: omit it"
     return None
 
 

@@ -55,7 +55,7 @@ def study_of(name: str, scale: str | None) -> Study:
     content = yaml.safe_load((folder() / "study" / f"{name}.yaml").read_text(encoding="utf-8"))
     if "scales" not in content:
         if scale:
-            raise UserError(f"scale={scale}: study={name} has one size only: leave scale away")
+            raise UserError(f"scale={scale}: study={name} has one size only: omit scale")
         return Study(study=name, scale=None, **content)
     scale = scale or content["scale"]
     if scale not in content["scales"]:

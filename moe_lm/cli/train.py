@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
     check(config)
     started = expected_size()
     if started and config["num_processes"] not in (1, started):
-        raise UserError(f"num_processes={config['num_processes']}: {started} were started; leave it away")
+        raise UserError(f"num_processes={config['num_processes']}: {started} were started; omit it")
     if not started and config["num_processes"] != 1:
         on = make.device(config["machine"]["device"])
         gpus = torch.cuda.device_count() if on.type == "cuda" else None

@@ -143,7 +143,7 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 class _TritonSoftmax:
-    """One kernel turns the candidates' logits into probabilities in place; the true word's logit stands beside them."""
+    """One kernel turns the candidates' logits into probabilities in place; the true word's are a separate tensor."""
 
     def __init__(self, num_tokens: int, bias_C: Tensor, chunk_logits: int):
         self.rows = max(1, min(chunk_logits // len(bias_C), num_tokens))

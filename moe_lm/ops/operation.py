@@ -1,7 +1,7 @@
-"""Operations and their implementations: a plain PyTorch reference, and fast versions registered beside it.
+"""Operations and their implementations: a plain PyTorch reference, and fast versions registered for it.
 
-The rules that choose between implementations, by device, type, size and installed packages, stand here and in the
-`register` calls beside the references. Callers name the operation and never a backend:
+The rules that choose between implementations, by device, type, size and installed packages, are in this module and in
+the `register` calls that follow the references. Callers name the operation and never a backend:
 
     @operation
     def segment_sum(x, index, num_segments):            # the reference: plain, differentiable PyTorch
@@ -12,8 +12,8 @@ The rules that choose between implementations, by device, type, size and install
 A version is named by its module, which is imported when the version first runs: Triton is not installed everywhere, and
 slow to import.
 
-The table is plain Python because operators here are small: it adds 0.5 us to a call, a `torch.library.custom_op` 6.3 us
-(an addition of 8 numbers on one core of an AMD EPYC), and operators of `torch.library` take no Python objects.
+The table is plain Python because a `torch.library.custom_op` adds more to a call than a small operation takes, and
+accepts no Python objects.
 """
 
 import contextlib

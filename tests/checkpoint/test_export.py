@@ -218,8 +218,8 @@ def test_another_run_of_the_same_name_and_step_is_refused(own_trained, moe_lm, t
         ("export run=runs/tiny to=text/test.txt/x", "text/test.txt/x"),
         ("export run=exported to=x", "exported is an export already"),
         ("evaluate run=exported checkpoint=11", "exported is an export of step 12"),
-        ("evaluate run=exported checkpoint=best", "leave checkpoint=best away"),
-        ("score run=exported text/test.txt checkpoint=-1", "leave checkpoint=-1 away"),
+        ("evaluate run=exported checkpoint=best", "omit checkpoint=best"),
+        ("score run=exported text/test.txt checkpoint=-1", "omit checkpoint=-1"),
     ],
 )
 def test_wrong_inputs_end_in_one_line(own_trained, moe_lm, arguments, expected):

@@ -157,7 +157,7 @@ def test_recomputation_keeps_no_hidden_activations():
 
 
 def alive_after(run):
-    """The bytes that a forward pass leaves behind for its backward pass, beside its inputs and its result."""
+    """The bytes that a forward pass saves for its backward pass, without its inputs and its result."""
     with Made() as made:
         y_AD = run()
     return made.alive() - y_AD.nbytes

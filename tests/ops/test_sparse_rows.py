@@ -75,7 +75,7 @@ def test_without_sparse_grad_the_gradient_is_dense():
 
 
 def test_the_switch_turns_sparse_gradients_on():
-    """Of a plain parameter too, which stays the same object."""
+    """A plain parameter gets them too and stays the same object."""
     for parameter in (nn.Parameter(torch.ones(4, 2)), RowSparseParameter(torch.ones(4, 2))):
         collect_row_grads(parameter)
         assert isinstance(parameter, RowSparseParameter)

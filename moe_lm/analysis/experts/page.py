@@ -151,5 +151,5 @@ def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _slug(layer: str) -> str:
-    """Return a layer's name as it stands in file names and HTML identifiers."""
+    """Return a layer's name for file names and HTML identifiers."""
     return re.sub(r"\W", "_", layer)

@@ -1,6 +1,6 @@
 """What a corpus is: three splits of sentences, in parts that are streamed as text.
 
-Implementations stand beside this file, one each, and are chosen by the YAML of the same name.
+Each implementation is a module of this package, chosen by the YAML of the same name.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,6 +1,6 @@
 """What a vocabulary is: ids of tokens in order of frequency, which log-uniform sampling needs.
 
-Implementations stand beside this file, one each, and are chosen by the YAML of the same name.
+Each implementation is a module of this package, chosen by the YAML of the same name.
 """
 
 from collections import Counter

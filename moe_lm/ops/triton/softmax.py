@@ -18,7 +18,7 @@ _MAX_BLOCK, _WARPS = 1024, 8
 def probabilities_(logits_TC: Tensor, bias_C: Tensor, true_T: Tensor, hit_T: Tensor) -> tuple[Tensor, Tensor]:
     """Replace logits without bias by probabilities; return the true words' probabilities and their -log, in float32.
 
-    The true word stands beside the candidates. If it is a candidate too, its column `hit_T` gets the probability 0.
+    The true word has no column. If it is also a candidate, its candidate column `hit_T` gets the probability 0.
     """
     num_tokens, num_candidates = logits_TC.shape
     true_probability_T, nats_T = (true_T.new_empty(num_tokens, dtype=torch.float32) for _ in range(2))
