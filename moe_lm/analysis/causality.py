@@ -32,7 +32,7 @@ _NOISE_MEANS = {torch.randn_like: 0.0, torch.randn: 0.0, torch.rand_like: 0.5, t
 
 @dataclass(frozen=True)
 class Leak:
-    """Change of predictions, in bits, when hidden input was replaced."""
+    """The change of predictions, in bits, after input that they must not depend on was replaced."""
 
     mean_bits: float = 0.0
     """Mean absolute change per predicted token; 0 means that no prediction depends on the replaced input."""

@@ -72,7 +72,7 @@ class StepSizes:
 
 @dataclass(frozen=True)
 class ParameterMemory:
-    """Bytes in one process for the parameters of one kind."""
+    """Bytes that the parameters of one group take in one process."""
 
     parameters: int
     """Number of parameters in the process."""

@@ -23,7 +23,7 @@ class NoisyTopK(Gate):
         self.noise_epsilon = noise_epsilon
 
     def init_matrix_(self, weight: Tensor) -> None:
-        """Start at zero, so that every expert is equally likely at first (Appendix A)."""
+        """Set a gate matrix to zero, so that every expert is equally likely at first (Appendix A)."""
         weight.zero_()
 
     def choose(self, logit_TF: Tensor, groups: TokenGroups) -> Gating:

@@ -101,7 +101,7 @@ def noisy_top_k(
 
 
 class _NoisyTopK(torch.autograd.Function):
-    """One autograd node with its gradient written out: the chain of operations makes twice the passes over (T, E)."""
+    """One autograd node with its gradient written out, because autograd would make twice the passes over (T, E)."""
 
     @staticmethod
     def forward(ctx, logit_TF, draw_TE, noise_epsilon, k):
