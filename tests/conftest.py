@@ -1,9 +1,11 @@
 """Fixtures: a folder with the small corpus, one with a finished run, and the command line."""
 
+import contextlib
 import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +18,7 @@ if not Path("/dev/nvidia0").exists():
 import torch
 from tiny_training import TRAINING, Outcome, call, signal_handlers, with_overrides, working_in, write_corpus
 
+from moe_lm.cli import job_runner
 from moe_lm.cli import machine as make
 from moe_lm.cli.config import composed, resolved
 from moe_lm.cli.data import prepared_data
@@ -141,6 +144,18 @@ def moe_lm(capsys):
         return Outcome(code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def jobs_in_this_process(monkeypatch) -> None:
+    """The runs of a sweep are calls in this process: starting one of its own takes longer than a tiny training."""
+
+    def start(job: job_runner.Job, environment: dict[str, str]) -> SimpleNamespace:
+        with job.log.open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            code = call(job.command, *job.arguments)
+        return SimpleNamespace(returncode=code, poll=lambda: code, terminate=lambda: None, wait=lambda: code)
+
+    monkeypatch.setattr(job_runner, "_start", start)
 
 
 @pytest.fixture

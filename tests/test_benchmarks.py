@@ -35,6 +35,7 @@ def temporary_folder(tmp_path, monkeypatch, set_threads):
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 def test_layer():
     sizes = ["--width=16", "--hidden=16", "--tokens=64", "--rounds=2", *SMALL]
     found = found_by("layer", "--experts", "4", "8", *sizes)
@@ -45,6 +46,7 @@ def test_layer():
     assert found["threads"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["moe_4", "moe_256_h", "moe_1_wide"])
 def test_the_parts_of_a_step_add_up(model):
     experts = {"moe_256_h": ["model.num_experts=8", "model.num_groups=4"]}.get(model, [])
@@ -60,12 +62,14 @@ def test_the_parts_of_a_step_add_up(model):
     assert 0 < found["profile"]["shares"]["matrix products"] < 1
 
 
+@pytest.mark.slow
 def test_gates():
     found = found_by("gates", "--width=16", "--hidden=16", "--experts=8", "--tokens=64", "--rounds=2")
     assert {"noisy_top_k", "expert_choice"} <= found["rows"].keys()
     assert all(row["share"] > 0 for row in found["rows"].values())
 
 
+@pytest.mark.slow
 def test_training_data_and_evaluation():
     sizes = ["--width=16", "--hidden=16", "--words=100", "--vocabulary=200", "--sampled=20", "--rounds=2"]
     found = found_by("training", *sizes, "--experts", "4", "--threads=1")

@@ -158,7 +158,7 @@ def test_more_processes_than_gpus_are_refused_before_anything_starts(tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
-def test_sweep_on_gpus(workspace, moe_lm, training, monkeypatch):
+def test_sweep_on_gpus(workspace, moe_lm, training, monkeypatch, jobs_in_this_process):
     """Whole sweeps: each training gets one of two visible GPUs, and none with machine.device=cpu."""
     started = []
     start = running._start

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -73,13 +74,17 @@ sharded_safetensors.write = write_or_die
 """
 
 
-def wait_for_lines(count: int, child: subprocess.Popen) -> None:
-    metrics = Path("runs/tiny/metrics.jsonl")
+def wait_until(condition: Callable[[], bool], child: subprocess.Popen) -> None:
     deadline = time.monotonic() + 60
-    while not metrics.exists() or len(metrics.read_bytes().splitlines()) < count:
+    while not condition():
         assert child.poll() is None, child.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def wait_for_lines(count: int, child: subprocess.Popen) -> None:
+    metrics = Path("runs/tiny/metrics.jsonl")
+    wait_until(lambda: metrics.exists() and len(metrics.read_bytes().splitlines()) >= count, child)
 
 
 def test_killed_three_times_and_repeated(workspace, undisturbed):
@@ -133,8 +138,8 @@ def test_a_signal_after_all_is_done_changes_nothing(workspace):
 
 
 def test_a_second_process_on_the_same_run_is_refused(workspace, moe_lm):
-    child = start(program=SLOWLY.replace("0.2", "5"))  # a busy machine takes seconds to start the second
-    wait_for_lines(1, child)
+    child = start(program=SLOWLY.replace("0.2", "60"))
+    wait_until(Path("runs/tiny/config.yaml").exists, child)
     outcome = moe_lm("train", *TRAINING)
     child.kill()
     child.communicate()

@@ -219,7 +219,8 @@ def test_a_wrong_scale_is_one_line(arguments, words, tmp_path, monkeypatch, capf
     assert not list(tmp_path.iterdir())
 
 
-def test_a_scaled_study_trains_and_reports(workspace, capfd, monkeypatch):
+@pytest.mark.slow
+def test_a_scaled_study_trains_and_reports(workspace, capfd, monkeypatch, jobs_in_this_process):
     """Two runs of the balance study, very small, then the report with its name, scale and tables."""
     monkeypatch.setattr(sweep, "jobs_of", lambda given: jobs_of(given)[:2])
     own = [f"corpus.{split}=text/{split}.txt" for split in ("train", "valid", "test")] + ["corpus=text"]

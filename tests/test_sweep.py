@@ -92,7 +92,7 @@ def test_second_sweep_on_a_folder_is_refused(tmp_path, monkeypatch, capfd):
     assert capfd.readouterr().err.startswith("moe-lm: another sweep is at work in s")
 
 
-def test_failed_run_is_named_and_the_others_finish(workspace, training, capfd):
+def test_failed_run_is_named_and_the_others_finish(workspace, training, capfd, jobs_in_this_process):
     """k=4 of 3 experts cannot be built; the other run is trained, the exit code is 1, a repeat skips it."""
     varied = ("name=", "runs=", "model.num_experts=", "model.k=")
     grid = [argument for argument in training if not argument.startswith(varied)]
@@ -140,7 +140,7 @@ def test_what_a_study_varies_cannot_be_set(workspace, moe_lm, study, given):
     assert not Path("runs").exists()
 
 
-def test_a_study_that_audits_does_so_once_for_each_run(workspace, moe_lm, training, monkeypatch):
+def test_a_study_that_audits_does_so_once_for_each_run(workspace, moe_lm, training, monkeypatch, jobs_in_this_process):
     """Each finished run has an audit of its last step; repeated, nothing is trained or audited again."""
     shared = [a for a in training if not a.startswith(("name=", "model"))] + ["model.width=8"]
     runs = ["model=moe_4 model.expert_hidden=8 name=a", "model=lstm_4x512 name=b"]

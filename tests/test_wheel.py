@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import moe_lm
 from moe_lm.cli import result
 
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_wheel_trains_in_an_empty_folder(tmp_path):
     """pip builds and unpacks the wheel elsewhere; the command runs from that copy, not from this repository."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]

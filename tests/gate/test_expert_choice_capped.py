@@ -78,7 +78,7 @@ def optimum(score_ET, m, b, weight):
     return a_ET
 
 
-@naive.each("seed", range(3))
+@naive.each("seed", range(2))
 @naive.each(
     ("num_tokens", "num_experts", "c", "b", "weight", "scale"),
     [(8, 4, 2, 2, 0.1, 1), (8, 4, 2, 3, 0.1, 3), (12, 4, 1, 1, 0.1, 3), (9, 3, 1, 2, 0.3, 5), (20, 5, 2, 3, 0.02, 5)],
@@ -93,7 +93,7 @@ def test_the_plan_is_the_optimum(num_tokens, num_experts, c, b, weight, scale, s
     torch.testing.assert_close(got_TE.t(), torch.from_numpy(want_ET), rtol=0, atol=5e-3)
 
 
-@naive.each("seed", range(4))
+@naive.each("seed", range(2))
 @naive.each(("num_experts", "c", "b", "weight"), [(4, 2, 2, 0.05), (5, 2, 3, 0.02), (4, 1, 1, 0.1)])
 def test_experts_take_the_m_largest_of_the_plan(num_experts, c, b, weight, seed):
     """Where the exact plan's m largest are clear and nobody has more than b, they are the choice; gates stay S."""
@@ -120,7 +120,7 @@ def test_experts_take_the_m_largest_of_the_plan(num_experts, c, b, weight, seed)
 def test_a_small_weight_gives_the_best_choice(num_tokens, num_experts, m, b):
     """With little entropy the chosen scores sum to the largest sum of all choices that the caps allow."""
     checked = 0
-    for seed in range(12):
+    for seed in range(6):
         share_TE = (naive.tokens(num_tokens, num_experts, seed) * 2).softmax(dim=1)
         share, values = share_TE.tolist(), []
         for picks in product(combinations(range(num_tokens), m), repeat=num_experts):
@@ -131,7 +131,7 @@ def test_a_small_weight_gives_the_best_choice(num_tokens, num_experts, m, b):
             gate = of_logits(num_experts, m * num_experts / num_tokens, b, entropy_weight=0.003, max_iterations=5000)
             assert gate(share_TE.log()).gate_A.sum().item() == pytest.approx(best)
             checked += 1
-    assert checked >= 4
+    assert checked >= 2
 
 
 def test_by_hand_on_paper():

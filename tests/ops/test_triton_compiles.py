@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).parent / "compile_kernels.py"
 
 
+@pytest.mark.slow
 def test_for_a_hopper_gpu(tmp_path):
     """Every kernel of every module compiles."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(SCRIPT.parents[2])}

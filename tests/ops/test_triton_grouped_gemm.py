@@ -26,7 +26,8 @@ from moe_lm.train.step import _float32_as_tf32
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_products(sizes, dtype):
     """Rows with and without a gather, matrices of any type, as they are and transposed; outer products in float32."""
-    for gather, matrix_dtype in product((False, True), (torch.float32, torch.float16, torch.float64)):
+    others = (torch.float16, torch.float64) if sum(sizes[0]) < 100 else ()  # more rows say nothing more of a type
+    for gather, matrix_dtype in product((False, True), (torch.float32, *others)):
         for place, (got, want) in enumerate(products(*sizes, dtype, gather=gather, matrix_dtype=matrix_dtype)):
             assert got.dtype == (torch.float32 if place == 3 else dtype)
             precision = 1e-6 if got.dtype == torch.float32 else 1e-3

@@ -26,6 +26,7 @@ def campaign(folder: Path, *options: str) -> tuple[int, dict, str]:
     return done.returncode, json.loads((folder / "all.json").read_text()), done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_some_of_each_kind(tmp_path):
     code, record, text = campaign(tmp_path, "--quick", "--kills", "2")
     kinds = {run["fault"] for run in record["runs"]}
@@ -35,6 +36,7 @@ def test_some_of_each_kind(tmp_path):
     assert {**record["sums"], "runs": 0, "times disturbed": 0} == dict.fromkeys(record["sums"], 0)
 
 
+@pytest.mark.slow
 def test_finds_a_product_that_checks_nothing(tmp_path):
     program = tmp_path / "broken.py"
     program.write_text("from moe_lm.checkpoint import checkpoint\ncheckpoint._check_file = lambda *a: None\n")

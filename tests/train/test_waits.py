@@ -110,24 +110,30 @@ def waits_of(trainer, device):
 DECISION = ["_local_scalar_dense"] * 2
 """Whether loss and norm are finite, and then, without a further wait, the norm."""
 SMALL = ["batch.words=60", "batch.micro_words=30"]
+HIERARCHICAL = ["layer@model.layers.middle=hierarchical_moe", "model.num_experts=12", "model.num_groups=4"]
 CASES = {
-    "flat": [],
-    "hierarchical": ["layer@model.layers.middle=hierarchical_moe", "model.num_experts=12", "model.num_groups=4"],
-    "one micro-batch": ["batch.micro_words=60"],
-    "top_k": ["gate@model.layers.middle.gate=top_k", "balance=[switch,z_loss]"],
-    "loss_free": ["gate@model.layers.middle.gate=loss_free", "balance=[]"],
-    "recompute": ["machine.recompute=true"],
-    "dense": ["layer@model.layers.middle=feed_forward"],
+    "flat": (False, []),
+    "flat, many experts": (True, []),
+    "hierarchical": (False, HIERARCHICAL),
+    "hierarchical, many experts": (True, HIERARCHICAL),
+    "top_k, one micro-batch": (
+        False,
+        ["batch.micro_words=60", "gate@model.layers.middle.gate=top_k", "balance=[switch,z_loss]"],
+    ),
+    "loss_free, recomputed": (
+        False,
+        ["machine.recompute=true", "gate@model.layers.middle.gate=loss_free", "balance=[]"],
+    ),
+    "dense": (False, ["layer@model.layers.middle=feed_forward"]),
 }
 
 
-@pytest.mark.parametrize("num_experts", ["few", "many"])
-@pytest.mark.parametrize("overrides", CASES.values(), ids=CASES)
-def test_once_in_a_step(trainer, device, overrides, num_experts, monkeypatch):
+@pytest.mark.parametrize(("many_experts", "overrides"), CASES.values(), ids=CASES)
+def test_once_in_a_step(trainer, device, many_experts, overrides, monkeypatch):
     """The host waits to decide by loss and norm; also with more experts than torch's products take."""
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        if num_experts == "many":
+        if many_experts:
             monkeypatch.setattr(grouped_gemm, "max_torch_experts", 0)
         made = trainer(torch.device("cpu"), *SMALL, "optimizer.experts=factored", *overrides)
         assert waits_of(made, device) == DECISION
