@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--checkout", type=Path, default=FAULTS.parents[1], help="source tree (default: this one)")
     parser.add_argument("--then", action="store_true", help="the checkout is of commit 5ce4160")
     parser.add_argument("--only", default="", help="run the faults whose area or description contains this text")
+    parser.add_argument("--quick", action="store_true", help="leave out all tests where those of the area find nothing")
     parser.add_argument("--processes", type=int, default=2, help="faults at a time (default: 2)")
     parser.add_argument("--out", type=Path, help="JSON file that gets the results; those already there are kept")
     parser.add_argument("--table", type=Path, nargs=2, metavar="JSON", help="print the table of two result files")
@@ -73,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
         copies: SimpleQueue[Path] = SimpleQueue()
         for number in range(options.processes):
             copies.put(copied(options.checkout, files, Path(folder) / str(number)))
-        for fault, found in zip(chosen, pool.map(lambda fault: found_by(fault, copies), chosen), strict=True):
+        for fault, found in zip(chosen, pool.map(lambda f: found_by(f, copies, options.quick), chosen), strict=True):
             print(f"{fault['area']}: {fault['fault']}: {found or 'NOT FOUND'}", flush=True)
             results[fault["fault"]] = found
             if options.out:
@@ -89,7 +90,7 @@ def copied(checkout: Path, files: list[str], copy: Path) -> Path:
     return copy
 
 
-def found_by(fault: dict, copies: SimpleQueue) -> str | None:
+def found_by(fault: dict, copies: SimpleQueue, quick: bool) -> str | None:
     """Return the first test that fails with the fault, None if all pass."""
     copy = copies.get()
     file = copy / fault["file"]
@@ -104,7 +105,7 @@ def found_by(fault: dict, copies: SimpleQueue) -> str | None:
         # The tests that are named after the file come first, because they find most faults within seconds.
         words = set(Path(fault["file"]).stem.split("_"))
         likely = [test for test in tests if words & set(Path(test).stem.split("_"))]
-        stages = (likely, [test for test in tests if test not in likely], ["tests"])
+        stages = (likely, [test for test in tests if test not in likely], [] if quick else ["tests"])
         return next((found for stage in stages if stage and (found := first_failure(copy, stage))), None)
     finally:
         file.write_text(text)
