@@ -1,9 +1,9 @@
-"""Preparation and loading of text in words/s: counting, encoding, and batches without a model.
+"""How fast text is prepared and loaded, in words/s: counting, encoding, and batches without a model.
 
     python scripts/benchmark_data.py --words 20_000_000 --files 8
 
 Writes plain text of synthetic words (log-uniform, sentences of 25 words) into a temporary folder, prepares it with
-`vocabulary=words` on all cores, then collates training batches without training. With --json writes the rates.
+`vocabulary=words` on all cores, then collates training batches without training. --json writes the rates to a file.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def _options() -> argparse.Namespace:
     made = parser(__doc__, "threads")
     made.add_argument("--words", type=positive, default=20_000_000, help="words of the training text")
     made.add_argument("--files", type=positive, default=8)
-    made.add_argument("--vocabulary", type=positive, default=200_000, help="different words, about")
+    made.add_argument("--vocabulary", type=positive, default=200_000, help="approximate number of different words")
     made.add_argument("--batch-words", type=positive, default=300_000)
     made.add_argument("--micro-words", type=positive, default=18_750)
     made.add_argument("--steps", type=positive, default=40)
@@ -69,7 +69,7 @@ def _logged_rates(lines: list[str]) -> dict[str, float]:
 
 
 def _loading(prepared: Prepared, options: argparse.Namespace) -> float:
-    """Return the median words/s of collating a batch; the first batch, which also cuts a pool, counts as any other."""
+    """Return the median words/s of collating a batch; the first batch, which also cuts a pool, counts like the rest."""
     batches = Batches(
         prepared.splits["train"],
         start=prepared.vocabulary.start,

@@ -1,9 +1,9 @@
-"""Exact evaluation over a large vocabulary: words/s, and the share of what matrix products reach.
+"""Exact evaluation over a large vocabulary: words/s, and FLOP/s relative to square matrix products.
 
     python scripts/benchmark_evaluation.py --tokens 4096 --threads 2
 
-Computes each word's probability over the whole vocabulary, as `moe-lm evaluate` does, on synthetic sentences. With
---json writes the figures.
+Computes each word's probability over the whole vocabulary, as `moe-lm evaluate` does, on synthetic sentences.
+--json writes the figures to a file.
 """
 
 import statistics
@@ -24,7 +24,7 @@ TEST_TOKENS = 159_658
 
 
 def main() -> None:
-    """Measure a part of a test set, or the whole of it."""
+    """Measure a whole test set, or a part of it."""
     made = parser(__doc__, "overrides", "threads", "square", vocabulary=793_471, rounds=1)
     made.add_argument("--model", default="moe_4", help="a preset of configs/model")
     made.add_argument("--tokens", type=positive, default=TEST_TOKENS)

@@ -1,10 +1,10 @@
-"""What gates cost: gate, dispatch and combine against the whole mixture-of-experts layer, forward and backward.
+"""What gates cost: the share of gate, dispatch and combine in a whole MoE layer, forward and backward.
 
     python scripts/benchmark_gates.py --threads 1
 
-For each gate the whole layer, with its balance losses, and the same layer without experts (an expert's output is its
-input) are timed in turn in one run. Prints the median share of the layer's time and the parts of the forward pass, and
-with --json writes them. The gates' weights are random, as after some training: every expert is reached.
+For each gate, one run times in turn the whole layer, with its balance losses, and the same layer without experts (an
+expert's output is its input). Prints the median share of the layer's time and the parts of the forward pass; --json
+writes them to a file. The gates' weights are random, so that every expert is reached, as after some training.
 """
 
 import argparse
@@ -32,7 +32,7 @@ _CPU = torch.device("cpu")
 
 
 def main() -> None:
-    """Time every gate, or those named."""
+    """Time every gate, or the gates that --gates names."""
     options, rows = _options(), {}
     for name in options.gates or choices("gate"):
         rows[name] = row = _measured(name, options)

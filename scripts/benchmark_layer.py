@@ -2,21 +2,21 @@
 
     python scripts/benchmark_layer.py --experts 4 32 256 --threads 1 --peers FOLDER
 
-Forward and backward pass with all weight gradients and balance losses are timed in turn in one run. Prints medians of
-the ratios to the dense layer, round by round, and with --json writes them.
+One run times the layers in turn: forward and backward pass with all weight gradients and balance losses. Each round
+gives a ratio to the dense layer. Prints the medians of these ratios; --json writes them to a file.
 
-    dense         one feed-forward layer of k times the experts' hidden units
-    moe           noisy top-k gating by random gate matrices
+    dense         one feed-forward layer with k times the hidden units of an expert
+    moe           noisy top-k gating with random gate matrices
     balanced      every expert gets equally many tokens
     products      the experts alone, balanced
     grouped       a sort and torch's grouped_mm, without any loss
-    moe_plain     moe with the reference of every operation: on a CPU a plain autograd loop over the experts
-    moe_bfloat16  moe with the experts' parameters and gradients in bfloat16, like scattermoe's (a CPU: only if named)
-    moe_kernels   moe with the experts' products by Triton for any number of experts (a GPU, only if named)
+    moe_plain     moe with the reference of every operation: on a CPU, a plain autograd loop over the experts
+    moe_bfloat16  moe with the experts' parameters and gradients in bfloat16, as in scattermoe (on a CPU only if named)
+    moe_kernels   moe with Triton kernels for all products of the experts, however many (a GPU; only if named)
 
 --peers takes a folder of other implementations (scripts/peers.py says which, and where to get them): davidmrau,
-lucidrains, scattermoe (parameters in bfloat16) and scattermoe_float32 (in float32, as those of moe). --memory measures
-each layer's peak in a process of its own.
+lucidrains, scattermoe (parameters in bfloat16) and scattermoe_float32 (in float32, as in moe). --memory measures each
+layer's peak memory in a process of its own.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def main() -> None:
             if options.memory:
                 row["peak_mib"] = _peak(options, num_experts, name)
             _print(num_experts, name, row)
-        # Written after each number of experts, because the next one may be too many for the machine.
+        # Written after each number of experts, because the next number may need more memory than there is.
         write_record(options, on, {"layers": found, "product_flops_per_second": ceiling})
     if options.layers != [_DENSE] and all(rows.keys() <= {_DENSE} for rows in found.values()):
         raise UserError("nothing but the dense layer was measured: the lines above say why")
@@ -98,16 +98,16 @@ def _options() -> argparse.Namespace:
     made.add_argument("--tokens", type=positive, default=8192)
     made.add_argument("--device", default="auto")
     names = [*_LAYERS, *NAMES]
-    made.add_argument("--layers", nargs="*", choices=names, metavar="LAYER", help="beside the dense one; default: all")
+    made.add_argument("--layers", nargs="*", choices=names, metavar="LAYER", help="besides the dense one; default: all")
     made.add_argument("--peers", type=Path, help="a folder of other implementations")
-    made.add_argument("--memory", action="store_true", help="measure peaks too")
+    made.add_argument("--memory", action="store_true", help="also measure peak memory")
     made.add_argument(
         "--room",
         type=int,
         choices=range(100),
         default=3,
         metavar="N",
-        help="layers that must fit into memory beside one",
+        help="number of layers that must fit into memory beside the one measured",
     )
     options = parse(made)
     if options.peers is not None and not options.peers.is_dir():
@@ -136,7 +136,7 @@ def _measured(options: argparse.Namespace, sizes: Sizes, on: torch.device) -> di
 
 
 def _layers(options: argparse.Namespace, sizes: Sizes, on: torch.device) -> dict[str, tuple[nn.Module, Forward]]:
-    """Return the wanted layers, the dense one first; prints which of them there are not."""
+    """Return the wanted layers, the dense one first; print the names of those that are not available."""
     torch.manual_seed(0)
     gate_DE = torch.randn(sizes.width, sizes.num_experts, device=on) * sizes.width**-0.5
     not_by_default = {_KERNELS, _BFLOAT16} if on.type == "cpu" else {_KERNELS}
@@ -146,12 +146,12 @@ def _layers(options: argparse.Namespace, sizes: Sizes, on: torch.device) -> dict
     if options.peers is not None:
         found |= peers(options.peers, sizes, gate_DE, wanted)
     for name in sorted({*wanted, *(options.layers or [])} - found.keys()):
-        print(f"{name}: left out, not in the folder of --peers, or no layer for this device", flush=True)
+        print(f"{name}: left out: not in the folder of --peers, or not available on this device", flush=True)
     return found
 
 
 def _work(name: str, module: nn.Module, forward: Forward, sizes: Sizes, on: torch.device) -> Work:
-    """Return both passes, from a gradient of the output, into new gradients as after an update."""
+    """Return a call that runs both passes, from a gradient of the output; gradients are new, as after an update."""
     x_TD = torch.randn(sizes.tokens, sizes.width, device=on, requires_grad=True)
     grad_TD = torch.randn_like(x_TD)
     switches = {_PLAIN: reference_only, _KERNELS: partial(patch.object, grouped_gemm, "max_torch_experts", 0)}
@@ -205,7 +205,7 @@ class _Balanced(Gate):
 
 
 def _balanced_choice(num_tokens: int, k: int, num_experts: int, on: torch.device) -> Tensor:
-    """Return experts of tokens (T, K) that serve equally many, and never one token twice."""
+    """Return each token's experts (T, K), all different; every expert gets equally many tokens."""
     return torch.arange(num_tokens * k, device=on).view(num_tokens, k) % num_experts
 
 
@@ -218,7 +218,7 @@ def _products(sizes: Sizes, gate_DE: Tensor) -> tuple[nn.Module, Forward]:
 
 
 def _grouped(sizes: Sizes, gate_DE: Tensor) -> tuple[nn.Module, Forward]:
-    """What a few lines around torch's grouped_mm give: top k, sort, two products, weighted sum."""
+    """A layer in a few lines around torch's grouped_mm: top k, sort, two products, weighted sum."""
     experts, gate = _experts(sizes, gate_DE), nn.Parameter(gate_DE.clone())
     module = nn.ModuleList([experts, nn.ParameterList([gate])])
     dtype = torch.bfloat16 if gate_DE.is_cuda else torch.float32
@@ -251,7 +251,7 @@ _LAYERS = {
 
 
 def _peak(options: argparse.Namespace, num_experts: int, name: str) -> float:
-    """Return the MiB that two runs of one layer take in a new process."""
+    """Return the peak memory (MiB) of running one layer twice in a new process."""
     try:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             return pool.submit(_own_peak, options, num_experts, name).result()
@@ -272,7 +272,7 @@ def _own_peak(options: argparse.Namespace, num_experts: int, name: str) -> float
 
 def _print(num_experts: int, name: str, row: dict[str, float]) -> None:
     peak = f"  peak {row['peak_mib']:8,.0f} MiB" if "peak_mib" in row else ""
-    to_peer = f"  moe takes {row['moe_to_it']:.3f} of it" if "moe_to_it" in row else ""
+    to_peer = f"  moe takes {row['moe_to_it']:.3f} of its time" if "moe_to_it" in row else ""
     print(
         f"{num_experts:>6} experts  {name:<18} {row['seconds']:8.4f} s  {row['ratio']:6.3f} of dense "
         f"[{row['least_ratio']:.3f} to {row['largest_ratio']:.3f}]  {row['flops_per_second'] / 1e9:8,.0f} GFLOP/s"

@@ -1,10 +1,10 @@
-"""A training step as a time line whose parts add up, and the share of the step inside matrix products.
+"""A training step in parts whose times add up, and the share of the step inside matrix products.
 
     python scripts/benchmark_step.py --model moe_256 --words 8192 --threads 2 --profile
 
 Marks in the forward and the backward pass divide the step into parts, one after another, so that their times sum to the
 step's time. --profile counts, with torch's profiler, the time inside matrix products and LSTM kernels alone. Prints the
-step of the median time, and with --json writes it.
+step that took the median time; --json writes it to a file.
 """
 
 import statistics
@@ -55,7 +55,7 @@ def main() -> None:
         overrides += options.overrides
         trainer = synthetic.trainer(overrides, prepared, Path(folder) / "step", threads=options.threads)
         device = trainer.model.device
-        for _ in range(2):  # these also allocate memory
+        for _ in range(2):  # the first steps also allocate memory
             synthetic.step(trainer)
         unmarked = [seconds_of(lambda: synthetic.step(trainer), device) for _ in range(options.steps)]
         seconds, num_words, parts = _timed(trainer, device, options.steps)
@@ -78,7 +78,7 @@ class _TimeLine:
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
         self.threads = 1
-        """Threads that compute experts now."""
+        """Number of threads that compute experts at this moment."""
         self.begin()
 
     def begin(self) -> None:
@@ -95,7 +95,7 @@ class _TimeLine:
         self._moments.append((name, moment))
 
     def count_inside(self, name: str, seconds: float, of: str) -> None:
-        """Count one thread's seconds as the part `name`, not `of`, on which all threads work."""
+        """Move one thread's seconds from the part `of`, on which all threads work, to the part `name`."""
         self._inside.append((name, seconds / self.threads, of))
 
     def parts(self) -> dict[str, float]:
@@ -109,7 +109,7 @@ class _TimeLine:
         return dict(found)
 
     def marking(self, call: Callable, name: str) -> Callable:
-        """Return a call after which the part of this name ends."""
+        """Return a function that calls `call` and then ends the part of this name."""
 
         def marked(*args: object, **kwargs: object) -> object:
             result = call(*args, **kwargs)
@@ -148,7 +148,7 @@ def _marked(trainer: Trainer, line: _TimeLine) -> Iterator[None]:
             _mark_layer(stack, layer, line, before="embedding" if number == 0 else "between")
         _mark(stack, model.softmax, line, ("between", "softmax"), ("losses", "softmax, backward"))
         stack.callback(model.softmax.register_forward_hook(lambda *_: setattr(line, "backward", True)).remove)
-        micro_batches = step._micro_batches  # a generator: the batch is there when it has ended
+        micro_batches = step._micro_batches  # a generator: the batch is complete when the generator ends
         listed = line.marking(lambda *args: list(micro_batches(*args)), "batch")
         stack.enter_context(patch.object(step, "_micro_batches", listed))
         stack.enter_context(patch.object(Objective, "__call__", line.marking(Objective.__call__, "losses")))
@@ -194,7 +194,7 @@ def _mark_experts(stack: ExitStack, line: _TimeLine) -> None:
     ):
         for name, *parts in ((gather, "dispatch", "combine, backward"), (add, "combine", "dispatch, backward")):
             stack.enter_context(patch.object(module, name, _inside_experts(getattr(module, name), line, *parts)))
-    backward = line.marking(experts_gpu._MoEMLP.backward, "experts, backward")  # ends with a product
+    backward = line.marking(experts_gpu._MoEMLP.backward, "experts, backward")  # its last operation is a product
     stack.enter_context(patch.object(experts_gpu._MoEMLP, "backward", staticmethod(backward)))
     run_parallel = experts_cpu.run_parallel
 
@@ -212,7 +212,7 @@ def _experts(line: _TimeLine) -> str:
 
 
 def _inside_experts(call: Callable, line: _TimeLine, forward: str, backward: str) -> Callable:
-    """Mark a call inside the experts' node, where products come before; of several threads count each one's seconds."""
+    """Mark a call inside the experts' node, which follows products; with several threads, count each one's seconds."""
 
     def marked(*args: object) -> object:
         name = backward if line.backward else forward
@@ -228,7 +228,7 @@ def _inside_experts(call: Callable, line: _TimeLine, forward: str, backward: str
 
 
 def _profiled(trainer: Trainer, device: torch.device, steps: int = 3) -> dict[str, object]:
-    """Return the shares of a step inside matrix products, LSTM kernels and the largest others."""
+    """Return the shares of a step inside matrix products, LSTM kernels and the largest other operators."""
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     all_threads = _ExperimentalConfig(profile_all_threads=not cuda)
@@ -262,10 +262,10 @@ def _seconds_on(device: DeviceType, seen: profile) -> dict[str, float]:
 
 
 def _thread_seconds(seen: profile) -> dict[str, float]:
-    """Return each operator's own seconds; those of threads that compute experts together count by their number."""
+    """Return each operator's own seconds, divided by the number of threads where several compute experts together."""
     events = seen.events()
     [main_thread] = [event.thread for event in events if event.name == _STEPS]
-    # The thread that collates batches works beside the step: it multiplies no matrices.
+    # The thread that collates batches runs beside the step; it multiplies no matrices and is not counted.
     others = {event.thread for event in events if event.name == "aten::mm"} - {main_thread}
     found = defaultdict(float)
     for event in events:

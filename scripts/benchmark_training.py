@@ -2,8 +2,8 @@
 
     python scripts/benchmark_training.py --width 512 --hidden 1024 --experts 4 32 256 --words 4096
 
-Whole training steps are timed (batch, forward, backward, clipping, Adam) on synthetic sentences. Prints the medians and
-the median of the ratios round by round, and with --json writes them.
+Times whole training steps (batch, forward, backward, clipping, Adam) on synthetic sentences. Each round gives a ratio
+to the dense model. Prints the medians of words/s and of these ratios; --json writes them to a file.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def _options() -> argparse.Namespace:
     made.add_argument("--hidden", type=positive, default=1024, help="hidden units of one expert")
     made.add_argument("--experts", type=positive, nargs="*", default=[32])
     made.add_argument(
-        "--hierarchical", type=positive, nargs="*", default=[], help="experts, in 16 groups, 2 x 2 a token"
+        "--hierarchical", type=positive, nargs="*", default=[], help="experts in 16 groups, 2 x 2 a token"
     )
     made.add_argument("--sampled", type=positive, default=8192, help="words that the softmax samples")
     return parse(made)

@@ -53,7 +53,7 @@ def new_file(text: str) -> Path:
 def parser(doc: str, *shared: str, **defaults: int) -> argparse.ArgumentParser:
     """Return a parser with the script's docstring as help, some of the shared options, and --json.
 
-    An option with a default is shared too.
+    The names in `defaults` are shared options too, with these defaults.
     """
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in (*shared, *defaults):
@@ -74,13 +74,13 @@ def parse(made: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def apply_settings(options: argparse.Namespace) -> None:
-    """Set threads and memory of this process."""
+    """Set the number of threads of this process, and let it keep freed memory."""
     keep_memory()
     set_threads(options.threads)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a benchmark; a user's mistake or too little memory is one line without traceback."""
+    """Run a benchmark; report a user's mistake or too little memory in one line, without a traceback."""
     try:
         main()
     except Exception as error:
@@ -106,10 +106,10 @@ def seconds_of(work: Work, device: torch.device) -> float:
 
 
 def interleaved(works: Mapping[str, Work], rounds: int, device: torch.device, warmup: int = 3) -> Seconds:
-    """Return the seconds of each work in each round, per unit where a work returns how many units it did.
+    """Return the seconds of each work in each round, or its seconds per unit if it returns how many units it did.
 
-    Each round begins with another work, so that none always follows the same one. The warm-up rounds, which allocate
-    memory, are left out. On a GPU a work runs five times between two synchronisations.
+    Each round begins with a different work, so that none always follows the same one. The warm-up rounds, which
+    allocate memory, are left out. On a GPU a work runs five times between two synchronisations.
     """
     times = 5 if device.type == "cuda" else 1
     names, seconds = list(works), {name: [] for name in works}
@@ -124,7 +124,7 @@ def interleaved(works: Mapping[str, Work], rounds: int, device: torch.device, wa
 
 
 def ratios(seconds: Seconds, to: str) -> dict[str, dict[str, float]]:
-    """Return each work's median seconds, and the median, least and largest ratio to the work `to`, round by round."""
+    """Return each work's median seconds, and the median, least and largest of its ratios to `to` in the rounds."""
     rows = {}
     for name, times in seconds.items():
         found = [time / other for time, other in zip(times, seconds[to], strict=True)]
@@ -138,7 +138,7 @@ def ratios(seconds: Seconds, to: str) -> dict[str, dict[str, float]]:
 
 
 def product_ceiling(device: torch.device, size: int, dtype: torch.dtype | None = None) -> float:
-    """Return the FLOP/s of the fastest product of square matrices, of at least five and a second's worth.
+    """Return the FLOP/s of the fastest product of square matrices, out of at least five and at least a second.
 
     `dtype` is by default bfloat16 on a GPU, float32 on a CPU.
     """
@@ -146,7 +146,7 @@ def product_ceiling(device: torch.device, size: int, dtype: torch.dtype | None =
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds_of(lambda: a @ b, device)
     least, total, count = math.inf, 0.0, 0
-    while count < 5 or total < 1:  # other programs may hold the machine up for tenths of a second
+    while count < 5 or total < 1:  # other programs may delay this one for tenths of a second
         took = seconds_of(lambda: a @ b, device)
         least, total, count = min(least, took), total + took, count + 1
     return 2 * size**3 / least
@@ -170,7 +170,7 @@ def machine(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """Return this tree's commit; in a copy without its history, the variable COMMIT."""
+    """Return this tree's commit, or the environment variable COMMIT, which a copy without history needs."""
     if named := os.environ.get("COMMIT"):
         return named
     try:
@@ -182,7 +182,7 @@ def commit() -> str:
 
 
 def write_record(options: argparse.Namespace, device: torch.device, content: Mapping[str, object]) -> None:
-    """Write the figures with options, command, machine and versions to the file of --json, if it is given."""
+    """Write the figures with options, command, machine and versions to the file that --json names, if any."""
     if options.json is None:
         return
     record = {

@@ -1,14 +1,15 @@
-"""Two checkouts of this project compared by what they train: the proof that a refactoring leaves every bit as it was.
+"""Compares what two checkouts of this project train, to prove that a refactoring leaves every bit as it was.
 
     python scripts/compare_weights.py ../before . --cases 'gshard|wide' --processes 1
 
 Short trainings run on a CPU through the command line of each checkout, one after the other in one Python process, in a
-temporary folder. A case is equal where the last checkpoint's weights, the optimizer's state in it and the perplexities
-of result.json agree exactly; a training that fails, in whichever checkout, makes its case different. The exit code is 1
-where any case differs. Names of tensors, files and modules do not count, and both checkouts get the keys of 5ce4160.
+temporary folder. A case is equal if the last checkpoint's weights, the optimizer's state in it and the perplexities
+of result.json agree exactly; a training that fails, in either checkout, makes its case different. The exit code is 1 if
+any case differs. Names of tensors, files and modules do not count, and both checkouts get the keys of 5ce4160.
 
-NUMBA_DISABLE_JIT=1 is set for both: it switches the compiled loops off that 5ce4160 runs on large tensors, whose last
-bits are not those of torch's operators. The cases `wide` and `many_experts` are large enough to have reached them.
+NUMBA_DISABLE_JIT=1 is set for both. It switches off the compiled loops that 5ce4160 runs on large tensors: in the last
+bits, their results differ from those of torch's operators. The cases `wide` and `many_experts` are large enough for
+these loops.
 """
 
 import argparse
@@ -76,7 +77,7 @@ _MORE = {
         "factored_hierarchical": f"optimizer.experts=factored {_HIERARCHY}",
     },
 }
-"""What else there is, by the number of processes; a key whose value is `-` is omitted."""
+"""Further cases, by the number of processes; a key whose value is `-` is omitted."""
 _PROGRAM = """
 import json, os, signal, sys, traceback
 from pathlib import Path
@@ -93,7 +94,7 @@ for name, arguments in json.load(sys.stdin).items():
         traceback.print_exc()
     for number in handlers: signal.signal(number, handlers[number])
 """
-"""Trains all cases; what each prints goes to a file of its own."""
+"""Trains all cases; the output of each goes to a file of its own."""
 
 
 def main() -> int:
@@ -114,7 +115,7 @@ def main() -> int:
 
 
 def hashes(run: Path) -> dict[str, str]:
-    """Return what must be equal of a finished run; raises `OSError` or `ValueError` where it is not finished."""
+    """Return hashes of what must be equal in a finished run; raises `OSError` or `ValueError` if it is not finished."""
     last = max((run / "checkpoints").glob("[0-9]*"))
     perplexity = json.dumps(json.loads((run / "result.json").read_text())["perplexity"], sort_keys=True)
     return {"weights": _hash(last / "model"), "optimizer": _hash(last / "optimizer"), "perplexity": perplexity}
@@ -123,14 +124,14 @@ def hashes(run: Path) -> dict[str, str]:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path, metavar="BEFORE", help="a checkout")
-    parser.add_argument("after", type=Path, metavar="AFTER", help="another one")
-    parser.add_argument("--cases", default="", metavar="PATTERN", help="a regular expression found in their names")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], choices=[1, 2], help="that train together")
+    parser.add_argument("after", type=Path, metavar="AFTER", help="the other checkout")
+    parser.add_argument("--cases", default="", metavar="PATTERN", help="regular expression to find in the cases' names")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], choices=[1, 2], help="numbers of processes")
     return parser.parse_args()
 
 
 def _cases(processes: list[int]) -> Iterator[tuple[str, list[str]]]:
-    """Yield names and overrides; with two processes, which take seconds to start, the softmax alternates."""
+    """Yield names and overrides; with two processes, which start slowly, only one softmax per gate and layer."""
     for size in sorted(set(processes)):
         for number, (gate, layer, softmax) in enumerate(product(_GATES, ("flat", "hierarchical"), ("sampled", "full"))):
             if size == 1 or number % 8 in (0, 3, 5, 6):
@@ -150,13 +151,13 @@ def _gate(gate: str, layer: str) -> str:
 
 
 def _overrides(changes: str, size: int) -> list[str]:
-    """Return all overrides: of each key the last one."""
+    """Return all overrides; of several for one key, only the last."""
     given = dict(text.split("=") for text in [*_TINY, *shlex.split(changes), f"num_processes={size}"])
     return [f"{key}={value}" for key, value in given.items() if value != "-"]
 
 
 def _trained(checkout: Path, folder: Path, cases: dict[str, list[str]]) -> dict[str, dict[str, str]]:
-    """Train all cases by one checkout in a new folder; return what each left, or the last line that it printed."""
+    """Train all cases with one checkout in a new folder; return the hashes of each, or the last line of its log."""
     _write_text(folder / "text")
     env = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "NUMBA_DISABLE_JIT": "1"}
     subprocess.run([sys.executable, "-c", _PROGRAM, checkout], cwd=folder, env=env, input=json.dumps(cases), text=True)
@@ -177,7 +178,7 @@ def _differing(before: dict[str, str], after: dict[str, str]) -> str:
 
 
 def _hash(folder: Path) -> str:
-    """Return a hash of a folder's tensors, in whatever order and files; of divided ones each piece counts by itself."""
+    """Return a hash of a folder's tensors, whatever their order and files; each shard counts as a tensor."""
     tensors = [tensor for file in folder.glob("*.safetensors") for _, tensor in deserialize(file.read_bytes())]
     if not tensors:
         raise ValueError(f"{folder} holds no tensor")
@@ -186,7 +187,7 @@ def _hash(folder: Path) -> str:
 
 
 def _write_text(folder: Path) -> None:
-    """Write sentences of 50 words, some of them frequent."""
+    """Write sentences of at most 15 words, drawn from a vocabulary of 50, some of them frequent."""
     folder.mkdir(parents=True)
     draw = random.Random(1)
     for split, count in {"train": 300, "valid": 40, "test": 40}.items():

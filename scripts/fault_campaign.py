@@ -1,4 +1,4 @@
-"""What killed processes, damaged files, full disks and faulty updates leave of tiny trainings: nothing may be lost.
+"""Disturbs tiny trainings with killed processes, damaged files, full disks and failed updates: nothing may be lost.
 
     python scripts/fault_campaign.py --markdown docs/results/faults.md
 
@@ -70,7 +70,7 @@ def main() -> int:
         site.prepare(sorted({case.size for case in chosen}))
         trials = _run_all(site, chosen, options)
     table, sums = _table(trials)
-    table += "" if may_mount else "\n\nNot run: a full disk, because this user may not mount one."
+    table += "" if may_mount else "\n\nNot run: full disks, because this user may not mount a file system."
     minutes = (time.monotonic() - started) / 60
     print(f"\n{table}\n\n{minutes:.0f} minutes")
     for case, trial in trials:
@@ -88,13 +88,11 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="working folder, which is kept; default: a temporary one")
     parser.add_argument("--kills", type=int, default=50, help="runs killed at random, three tenths on two processes")
-    parser.add_argument("--quick", action="store_true", help="a few cases of each kind")
-    parser.add_argument("--only", nargs="*", default=[""], help="cases with one of these texts in their name")
+    parser.add_argument("--quick", action="store_true", help="run only a few cases of each kind")
+    parser.add_argument("--only", nargs="*", default=[""], help="run only cases with one of these texts in their name")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
-    parser.add_argument(
-        "--program", type=Path, help="Python file that runs first in every disturbed run: breaks moe_lm"
-    )
+    parser.add_argument("--program", type=Path, help="Python file to run first in every disturbed run, to break moe_lm")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path, help="file for the table and how it was made")
     return parser.parse_args()
@@ -193,10 +191,11 @@ def _page(table: str, minutes: float) -> str:
     return f"""# Faults, counted
 
 Each row is a kind of fault and a number of processes. Tiny trainings with a checkpoint after nearly every step were
-started by the real command line, disturbed, inspected, repeated by the same command to their end, and compared with an
-undisturbed run. A checkpoint is lost if a complete one is gone that was not due to be deleted, or is not what was
-written. A resume is wrong if it starts from another step than the newest intact checkpoint, or ends with another bit in
-a tensor, a line of metrics.jsonl or a perplexity. A promise is an exit code, a message, or an end in time.
+started with the real command line, disturbed and inspected. Then the same command was repeated until they ended, and
+they were compared with an undisturbed run. A checkpoint is lost if a complete one is gone that was not due to be
+deleted, or is not what was written. A resume is wrong if it starts from a step other than that of the newest intact
+checkpoint, or if any bit differs at the end in a tensor, a line of metrics.jsonl or a perplexity. A promise is an exit
+code, a message, or an end within a time limit.
 
 {table}
 

@@ -2,7 +2,7 @@
 # Tests and measurements for a GPU, in parts that take at most 24 minutes together; docs/gpu-checklist.md says what for.
 #   scripts/gpu_check.sh pack [TEXT]    on a machine with access to packages: fills build/gpu, which git ignores
 #   scripts/gpu_check.sh PART OUTDIR [NAME ...]    on the GPU's machine: PART is tests, bench, profile, study1 or study2;
-#                                       small files go to OUTDIR. With names only these jobs run: layer_4096, moe_32, ...
+#                                       small files go to OUTDIR. NAME ... runs only these jobs: layer_4096, moe_32, ...
 #   REHEARSE=1 scripts/gpu_check.sh PART OUTDIR    the same commands at tiny sizes on any machine, into OUTDIR/rehearsal,
 #                                       to see that they run
 # TEXT is a folder with *.train.*, *.valid.* and *.test.* of one sentence a line, plain or compressed.
@@ -68,7 +68,7 @@ fi
 # Uses the environment's Python if there is one, else the machine's own with the packed wheels.
 python=.venv/bin/python
 prepare() {
-    # A copy of the tree without its history gets the commit from the pack.
+    # A copy of the tree without its history reads the commit from build/gpu.
     if [ -f $packed/commit ] && ! git cat-file -e "$(sed 's/-dirty//' $packed/commit)" 2>/dev/null; then
         COMMIT=$(cat $packed/commit)
         export COMMIT
@@ -92,7 +92,7 @@ prepare() {
     export PYTHONPATH=$site:$PWD
 }
 
-# Runs a job with a time limit of its own, so that one that hangs takes no time from the others.
+# Runs a job with its own time limit, so that a job that hangs takes no time from the others.
 within() {
     timeout -k 10 "$@"
 }
@@ -117,7 +117,7 @@ run() {
     local name=$1 seconds=$2 script=$3
     shift 3
     asked "$name" || return 0
-    rm -f "$out/$name.json" # an old result must not pass for this one's
+    rm -f "$out/$name.json" # an old result must not be taken for this job's
     within "$seconds" "$python" "scripts/$script" "$@" --json "$out/$name.json" || {
         failed+=("$name ($?)")
         return 0
@@ -131,7 +131,7 @@ bench() {
     run layer 90 benchmark_layer.py --experts "${experts[@]}" --tokens $tokens --square $square "${peers[@]}"
     run layer_1024 70 benchmark_layer.py --experts $many --tokens $tokens --square $square "${peers[@]}" \
         --layers moe balanced moe_bfloat16 scattermoe scattermoe_float32 --room 4 --rounds 5
-    # Two layers of 4 G parameters are held at a time: each takes 17 GB in bfloat16 with its gradients.
+    # Two layers of 4 G parameters are in memory at a time; each takes 17 GB in bfloat16 with its gradients.
     run layer_4096 70 benchmark_layer.py --experts $most --tokens $tokens --square $square "${peers[@]}" \
         --layers moe_bfloat16 scattermoe --room 0 --rounds 3
     run training 50 benchmark_training.py --words $words --vocabulary $vocabulary --experts "${flat[@]}" \

@@ -24,7 +24,7 @@ from moe_lm.errors import in_a_line, is_out_of_memory
 NAMES = ("davidmrau", "lucidrains", "scattermoe", "scattermoe_float32")
 
 _GROUP = 1024
-"""Tokens of a group in lucidrains' layer, whose one-hot products grow with its square."""
+"""Tokens per group in lucidrains' layer; its one-hot products grow with the square of this number."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ Forward = Callable[[Tensor], tuple[Tensor, list[Tensor]]]
 
 
 def peers(folder: Path, sizes: Sizes, gate_DE: Tensor, wanted: Collection[str]) -> dict[str, tuple[nn.Module, Forward]]:
-    """Return the wanted layers found in the folder, by name; a layer with a linear gate gets this matrix."""
+    """Return the wanted layers found in the folder, by name; a layer with a linear gate gets the matrix `gate_DE`."""
     makers = {"davidmrau": _davidmrau, "lucidrains": _lucidrains}
     if gate_DE.is_cuda:
         makers["scattermoe"] = partial(_scattermoe, dtype=torch.bfloat16)
@@ -82,7 +82,7 @@ def _davidmrau(sizes: Sizes, gate_DE: Tensor) -> tuple[nn.Module, Forward]:
 
 
 def _lucidrains(sizes: Sizes, gate_DE: Tensor) -> tuple[nn.Module, Forward]:
-    """GShard's top 2 with capacity: experts k/2 times as wide make the operations equal, before it drops tokens."""
+    """GShard's top 2 with capacity; with experts k/2 times as wide, operations are equal until it drops tokens."""
     hidden = sizes.hidden * sizes.k // 2
     module = import_module("mixture_of_experts").MoE(dim=sizes.width, num_experts=sizes.num_experts, hidden_dim=hidden)
     module.to(gate_DE.device).train()

@@ -27,7 +27,7 @@ def data(vocabulary_size: int, num_words: int) -> Prepared:
 def _split(size: int, end: int, num_words: int) -> Split:
     """Return sentences of log-normal lengths (mean 25) and log-uniform words."""
     if num_words < 25:
-        raise UserError(f"{num_words} words are no sentence: 25 at least")
+        raise UserError(f"{num_words} words are too few for a sentence: at least 25")
     generator = np.random.default_rng(0)
     length = np.clip(generator.lognormal(3.05, 0.6, num_words // 25), 2, 250).astype(np.int64)
     starts = np.concatenate([[0], np.cumsum(length)])
@@ -51,7 +51,7 @@ def trainer(overrides: list[str], prepared: Prepared, folder: Path, *, threads: 
 
 
 def step(of: Trainer) -> int:
-    """Run the next training step and return its words; raises `UserError` if it was skipped, as it took no time."""
+    """Run the next training step and return its words; raises `UserError` if it was skipped, which takes less time."""
     number = of.progress.step
     batch = of.prefetcher.step(number)
     result = of.train_step(batch, number, of.peak_rate * of.schedule(number))

@@ -2,9 +2,9 @@
 
     python scripts/trace_step.py [key=value ...]
 
-The step is that of a small flat mixture with a sampled softmax, in one process on a CPU; overrides as for
-`moe-lm train` change it. The first list holds what runs between the micro-batch and the loss, the second what runs from
-the loss to the changed weights. A first step, which fills caches, is not traced.
+The step is that of a small flat mixture with a sampled softmax, in one process on a CPU; overrides, as for `moe-lm
+train`, change it. The first list holds the files that run between the micro-batch and the loss, the second those that
+run from the loss to the changed weights. A first step, which fills caches, is not traced.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def traced(trainer) -> tuple[list[str], list[str]]:
 
 
 def _profiled(profile: Callable, work: Callable[[], object]) -> None:
-    """Run a function under a profile of this thread; a backward pass on a CPU runs in the thread that asks for it."""
+    """Run a function with a profiler on this thread; on a CPU, a backward pass runs on the thread that calls it."""
     sys.setprofile(profile)
     try:
         work()

@@ -17,7 +17,7 @@ _SLOW, _VERY_SLOW = "slow(0.03)\n", "slow(3)\n"
 
 
 def killed_at_random(trial: Trial) -> None:
-    """SIGKILL at a random moment of the run's life, once or twice; then the same command to the end."""
+    """SIGKILL at a random moment of the run's life, once or twice; then the same command runs to the end."""
     newest = 0
     for _ in range(trial.draw.choice([1, 1, 1, 1, 2])):
         for _ in range(_ATTEMPTS):
@@ -153,7 +153,7 @@ def second_command(other_size: int) -> Work:
 
 
 def corrupted(name: str) -> Work:
-    """The newest checkpoint is damaged: the command logs it, keeps it aside, and resumes from the one before."""
+    """The newest checkpoint is damaged: the command logs it, sets it aside, and resumes from the one before."""
 
     def work(trial: Trial) -> None:
         trial.copy_of_shorter()

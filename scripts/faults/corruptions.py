@@ -1,4 +1,4 @@
-"""Damages to the files of a checkpoint."""
+"""Ways to damage the files of a checkpoint."""
 
 import os
 import random
@@ -45,7 +45,7 @@ CORRUPTIONS: dict[str, tuple[str, Callable[[Path, random.Random, Path], object]]
     "a pickle": (_ANY, lambda file, *_: file.write_bytes(b"\x80\x04K\x01.")),
     "nothing in it": ("state.json", lambda file, *_: (shutil.rmtree(file.parent), file.parent.mkdir())),
 }
-"""By name: the files of which one is damaged, and how, given the same file of the checkpoint before."""
+"""By name: files, one of which is damaged, and what damages it, given the same file of the checkpoint before."""
 
 
 def corrupt(name: str, draw: random.Random, newest: Path, before: Path) -> None:

@@ -36,7 +36,7 @@ def may_mount(folder: Path) -> bool:
 
 
 def fill(disk: Path, room: int) -> None:
-    """Fill a file system but for `room` bytes."""
+    """Fill a file system except for `room` bytes."""
     ballast = disk / "ballast"
     with ballast.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
         while True:

@@ -49,7 +49,7 @@ class Site:
 
     folder: Path
     program: str = ""
-    """Runs first in every process of the disturbed runs: breaks moe_lm on purpose, to test the campaign."""
+    """Runs first in every process of the disturbed runs, to break moe_lm and so test the campaign."""
     outcomes: dict[int, dict] = field(default_factory=dict)
     timelines: dict[int, Timeline] = field(default_factory=dict)
 
@@ -93,7 +93,7 @@ class Trial:
         self._children: list[Child] = []
 
     def start(self, program: str = "", ranks: str = "0,1", torchrun: bool = False, **settings: object) -> Child:
-        """Start the run's command, `program` first in the processes of these ranks; `a__b=1` sets the key a.b."""
+        """Start the run's command; `program` runs first in processes of these ranks, and `a__b=1` sets the key a.b."""
         log = self.site.folder / "logs" / f"{self.name}-{len(self._children)}.txt"
         arguments = self.arguments | {key.replace("__", "."): value for key, value in settings.items()}
         program, ranks = f"{self.site.program}\n{program}".strip(), ranks if program else "0,1"

@@ -1,4 +1,4 @@
-"""Faults and delays inside a training's process: a program calls some of these functions before everything else."""
+"""Faults and delays inside a training's process: a program that runs first calls some of these functions."""
 
 import json
 import os
@@ -27,12 +27,12 @@ def before(target: str, action: Callable[..., object]) -> None:
 
 
 def slow(seconds: float) -> None:
-    """Make every step wait, so that it can be hit in its middle."""
+    """Make every step wait, so that a signal can arrive in the middle of it."""
     before("moe_lm.data.batching:Batches.step", lambda *_: time.sleep(seconds))
 
 
 def unaware_of_full_disk() -> None:
-    """Let the disk look empty, so that writing itself fails."""
+    """Make the disk look empty, so that no check but the write itself fails."""
     wrap("moe_lm.checkpoint.saver:free_disk", lambda _: lambda _folder: 2**50)
 
 
