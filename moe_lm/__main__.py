@@ -15,11 +15,14 @@ from moe_lm.parallel.signals import launcher_gone
 
 USER_ERROR, FAILURE, BROKEN_PIPE = 2, 1, 141
 _PATIENCE = 10
-"""Seconds in which, even on a busy machine, the first process prints the same error and the launcher ends the rest."""
+"""Seconds that a process other than the first waits before it prints its error.
+
+Even on a busy machine, this is enough for the first process to print the same error and the launcher to end the rest.
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command and return its exit code: 2 for a user's error, 1 for a failing machine, each in one line."""
+    """Run a command and return its exit code: 2 for a user's error, 1 for a machine's failure, each in one line."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         code = _run(*arguments)
@@ -66,7 +69,7 @@ def _run(name: str | None = None, *arguments: str) -> int:
 
 
 def _print_error(line: str, peer_lost: bool = False) -> None:
-    """Print an error once, although several processes may raise it: the others wait for the first one to print it.
+    """Print an error once, although all processes may raise it: every other process waits for the first to print it.
 
     A process that lost a peer waits longer, as the peer's own error explains more.
     """

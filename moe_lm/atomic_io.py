@@ -1,4 +1,4 @@
-"""Files that stay whole through a crash or a full disk: replaced atomically, or appended to by whole lines."""
+"""Files that stay whole through a crash or a full disk: they are replaced atomically or grow by whole lines."""
 
 import contextlib
 import os
@@ -32,7 +32,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def replace_files(folder: Path, contents: Mapping[str, bytes], sometimes: Iterable[str] = ()) -> tuple[Path, ...]:
-    """Replace each file atomically, and delete the files of `sometimes` that are not among the new ones.
+    """Replace each file atomically, and delete the files named in `sometimes` that `contents` does not name.
 
     Raises `UserError` if the folder is not writable.
     """
@@ -85,7 +85,7 @@ class GrowingFile:
             )
 
     def _write(self) -> str | None:
-        """Write all waiting lines, or none and return the reason."""
+        """Write all waiting lines; if that fails, write none and return the reason."""
         try:
             self._append_waiting()
         except OSError as error:

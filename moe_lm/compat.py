@@ -1,6 +1,6 @@
-"""Names that runs, exports and commands of commit 5ce4160 hold, and what they are called since.
+"""Old names in runs, exports and commands of commit 5ce4160, and the names that replaced them.
 
-Old names are read, with a notice, by this version only. They are still written where a folder's name or its identity
+Only this version still reads old names, with a notice. It also writes them where a folder's name or its identity
 depends on their spelling (`stored_key`, `stored_targets`).
 """
 
@@ -39,7 +39,7 @@ KEYS = {
 }
 METRICS = {"dropped": "dropped_fraction", "unserved": "unrouted_fraction"}
 PARAMETERS = {"embedding_VD": "embedding.weight_VD"}
-"""Parameter names of checkpoints and exports."""
+"""Names of parameters in checkpoints and exports."""
 
 _STORED_KEYS = {new: old for old, new in KEYS.items()}
 _STORED_TARGETS = {new: old for old, new in TARGETS.items()}
@@ -84,7 +84,7 @@ def current_overrides(overrides: list[str]) -> list[str]:
 
 
 def log_deprecation(line: str) -> None:
-    """Print a line to stderr, from the first of several processes only."""
+    """Print a line to stderr, on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         print(f"moe-lm: {line}", file=sys.stderr, flush=True)
 

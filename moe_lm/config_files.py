@@ -1,4 +1,4 @@
-"""The packaged configuration: where its YAML files lie, the choices of each group, the targets that they name."""
+"""The packaged configuration: the folder of its YAML files, the choices of each group, and the targets they name."""
 
 import re
 from functools import cache
@@ -18,7 +18,7 @@ def choices(group: str) -> list[str]:
 
 @cache
 def packaged_targets(group: str = "") -> frozenset[str]:
-    """Return every `_target_` that a YAML of the package, or of one of its groups, names."""
+    """Return every `_target_` that the packaged YAML files name, or only those in the files of one group."""
     text = "\n".join(path.read_text(encoding="utf-8") for path in (folder() / group).rglob("*.yaml"))
     return frozenset(re.findall(r"^\s*_target_:\s*([\w.]+)\s*$", text, re.MULTILINE))
 

@@ -1,4 +1,4 @@
-"""A resolved configuration to objects: the only code that follows `_target_`, strictly and without Hydra."""
+"""Building objects from a resolved configuration: the only code that follows `_target_`, strictly and without Hydra."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ _ALLOWED_KEYS = {"_target_", "_partial_"}
 def build(config: dict) -> object:
     """Return the object that one part of a configuration describes, built from targets of packaged YAML only.
 
-    A constructor's ValueError becomes a `UserError` with the same message; its RuntimeError and MemoryError pass.
+    A constructor's ValueError becomes a `UserError` with the same message; RuntimeError and MemoryError are not caught.
     """
     check_targets(config)
     if not isinstance(config, dict) or "_target_" not in config:
@@ -43,13 +43,13 @@ def _user_errors() -> Iterator[None]:
 
 @_user_errors()
 def build_model(config: dict, vocabulary_size: int) -> LanguageModel:
-    """Return the whole model of a resolved configuration, its layers in `model.order`."""
+    """Return the whole model of a resolved configuration, with its layers in the order `model.order`."""
     model = config["model"]
     order, layers = model["order"], model["layers"]
     unknown = [name for name in order if name not in layers]
     if unknown or len(set(order)) != len(order):
         raise UserError(
-            f"model.order={order}: name each layer once, of {', '.join(layers)}"
+            f"model.order={order}: name layers out of {', '.join(layers)}, each once"
             + (f" (add one with +layer@model.layers.{unknown[0]}=lstm)" if unknown else "")
         )
     return LanguageModel(
@@ -62,7 +62,7 @@ def build_model(config: dict, vocabulary_size: int) -> LanguageModel:
 
 
 def check_targets(config: object) -> None:
-    """Raise `UserError` for a target that no packaged YAML names exactly, and for anything a resolver would run."""
+    """Raise `UserError` for a target that no packaged YAML names, and for keys and values that Hydra interprets."""
     allowed = packaged_targets()
     for key, value in _walk(config):
         if key == "_target_" and not (isinstance(value, str) and value in allowed):

@@ -19,5 +19,5 @@ def in_a_line(error: BaseException, most: int = 160) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch or Python reports that memory is too small."""
+    """Return whether an error says that torch or Python ran out of memory."""
     return isinstance(error, MemoryError) or re.search(_OUT_OF_MEMORY, str(error)) is not None

@@ -15,7 +15,7 @@ from moe_lm.data.vocabulary import Vocabulary
 from moe_lm.errors import UserError
 
 MAX_SENTENCES, MAX_WORDS = 256, 16_384
-"""Size of a batch, the default of configs/evaluate.yaml; it changes memory and speed, not the result."""
+"""Limits of a batch, the defaults of configs/evaluate.yaml; they change memory and speed, not the result."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class LoadedModel:
     """Fingerprint of the training data."""
 
     def perplexity(self, sentences: Iterable[str]) -> float:
-        """Return the perplexity per word, `</S>` included, of sentences of words separated by spaces.
+        """Return the perplexity per word, `</S>` included, of sentences whose words are separated by spaces.
 
         It equals the result of `moe-lm evaluate`; empty sentences are skipped. Raises `UserError` if none is left.
         """
@@ -38,7 +38,7 @@ class LoadedModel:
             raise UserError("perplexity takes a list of sentences: perplexity([sentence])")
         split = split_of(self.vocabulary, (sentence for sentence in sentences if sentence.strip()))
         if split.num_sentences == 0:
-            raise UserError("perplexity needs a sentence: all that were given are empty")
+            raise UserError("perplexity needs a sentence: all given sentences are empty")
         start = self.vocabulary.start
         return evaluate(self.model, split, start=start, max_sentences=MAX_SENTENCES, max_words=MAX_WORDS).perplexity
 

@@ -21,10 +21,10 @@ IDENTITY = (
     *("model", "corpus", "vocabulary", "batch", "softmax", "optimizer", "schedule", "balance"),
     *("seed", "init_from"),
 )
-"""Keys that identify a run: another value under the same name is refused."""
+"""Keys of the configuration that identify a run: a different value is refused under the same run name."""
 
 _NOT_IDENTITY = {"softmax.chunk_logits"}
-"""Keys of these groups that change memory and time only."""
+"""Keys within `IDENTITY` that change only memory and time."""
 
 
 class Run:
@@ -43,9 +43,9 @@ class Run:
     def claim(self, config: dict) -> None:
         """Create the directory or resume it, locked against other processes until this one ends.
 
-        A directory without checkpoint, metrics and result accepts any configuration.
+        A directory without checkpoints, metrics and result accepts any configuration.
 
-        Raises `UserError` if it holds another run, is in use, or cannot be written.
+        Raises `UserError` if the directory holds another run, is in use, or cannot be written.
         """
         if (self.folder / "export.json").exists():
             raise UserError(f"{self.folder} is an export, not a run: choose another name=... or runs=...")
@@ -65,14 +65,14 @@ class Run:
         return self.config() if self.config_file.exists() and self._has_begun() else None
 
     def config(self) -> dict:
-        """Return the stored configuration as plain data, renamed keys and targets translated.
+        """Return the stored configuration as plain data, with old keys and targets renamed.
 
         Raises `UserError` if it is missing or damaged.
         """
         try:
             text = self.config_file.read_text(encoding="utf-8")
             if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-                # moe-lm writes no aliases; a few of them can expand to more than the memory holds, or endlessly.
+                # moe-lm writes no aliases, and a few aliases can expand endlessly or to more than fits into memory.
                 raise UserError(f"{self.config_file} is damaged: it refers to parts of itself")
             stored = yaml.safe_load(text)
             config = current_config(stored) if isinstance(stored, dict) else {}
@@ -103,7 +103,8 @@ class Run:
     def keep_vocabulary(self, save: Callable[[Path], None]) -> None:
         """Copy the vocabulary into the run, so that scoring text needs this directory only.
 
-        A vocabulary beside checkpoints stays; without checkpoints it may be left over from another attempt.
+        A vocabulary beside checkpoints is kept. Without checkpoints it may be left over from another attempt and is
+        replaced.
         """
         if self.vocabulary.exists() and any(self.checkpoints.glob("[0-9]*")):
             return
@@ -150,7 +151,7 @@ class Run:
         write_text(self.result_file, json.dumps(result, indent=1) + "\n")
 
     def _has_begun(self) -> bool:
-        """Whether there is anything to lose: an attempt that ended with an error leaves only a configuration."""
+        """Return whether there is anything to lose: an attempt that failed early leaves only a configuration."""
         return self.metrics_file.exists() or self.checkpoints.exists() or self.result_file.exists()
 
     def _compare(self, config: dict) -> None:
@@ -168,5 +169,5 @@ class Run:
 
 @cache
 def _log_stored_names(file: Path, keys: tuple[str, ...]) -> None:
-    """Log once for each file which of its keys have another name since."""
+    """Log, once for each file, which of its keys have been renamed since it was written."""
     log_deprecation(f"{file} was written by an earlier version: {', '.join(f'{k} is now {KEYS[k]}' for k in keys)}")

@@ -14,6 +14,6 @@ def derive_seed(*parts: object) -> int:
 def random_keys(count: int, *parts: object) -> np.ndarray:
     """Return uint64 keys seeded from `parts`; their order is a random permutation.
 
-    NumPy promises that raw Philox bits stay the same in later versions, and does not for `permutation`.
+    NumPy promises that raw Philox bits stay the same in later versions, but not the results of `permutation`.
     """
     return np.random.Philox(key=derive_seed(*parts)).random_raw(count)

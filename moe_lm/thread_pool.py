@@ -1,4 +1,4 @@
-"""A thread pool for CPU work, each of whose threads multiplies with one thread."""
+"""A thread pool for CPU work, in which torch uses a single thread within each task."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -8,11 +8,11 @@ from os import getpid
 import torch
 
 _MAX_THREADS = 256
-"""Threads of a process; each starts when it is first needed."""
+"""Maximum number of threads in a process; each starts when it is first needed."""
 
 
 def run_parallel(tasks: Sequence[Callable[[], object]]) -> None:
-    """Run each task in a thread of its own, without autograd; a single task runs in the calling thread, as it is.
+    """Run each task in a thread of its own, without autograd; a single task runs unchanged in the calling thread.
 
     Waits until all have ended, then raises the first exception in the order of the tasks.
     """
@@ -24,7 +24,8 @@ def run_parallel(tasks: Sequence[Callable[[], object]]) -> None:
         futures = [pool.submit(task) for task in tasks]
         wait(futures)
     finally:
-        # Each thread has its own number, but a thread that starts later, anywhere, takes the number last set.
+        # torch keeps a number of threads for each thread, but a new thread, here or elsewhere, takes the number that
+        # was last set, which is the 1 of `_start_thread`.
         torch.set_num_threads(threads)
     for future in futures:
         future.result()
@@ -37,6 +38,6 @@ def _pool(_: int) -> ThreadPoolExecutor:
 
 
 def _start_thread() -> None:
-    torch.get_num_threads()  # the first use in a thread, whenever it is, sets the number last set anywhere
+    torch.get_num_threads()  # the first call in a thread takes the number last set anywhere: make it before setting 1
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)

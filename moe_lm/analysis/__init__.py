@@ -1,1 +1,1 @@
-"""Analysis of trained models: perplexity, scores, samples, causality, experts; and what training costs, in advance."""
+"""Analysis of trained models (perplexity, scores, samples, causality, experts) and the predicted cost of training."""

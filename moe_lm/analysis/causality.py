@@ -48,17 +48,17 @@ class RoutingStats:
 
     perplexity: float
     experts_per_token: float | None
-    """Mean over the gated layers; None for a model without any."""
+    """Mean number of experts per token over the gated layers; None for a model without gated layers."""
     unrouted_fraction: float | None
     """Fraction of the tokens without an expert; None for a model without gated layers."""
 
 
 @dataclass(frozen=True)
 class Audit:
-    """Result of the probes. Perplexities are reported under the routing of evaluation.
+    """Result of the probes, under evaluation-time and training-time routing; reported perplexities use the former.
 
-    Replacing words keeps the number and lengths of the other sentences, so the leaks of training are lower bounds.
-    For evaluation the other sentences and later words are also removed.
+    Replacing words keeps the number and lengths of the other sentences, so the leaks under training-time routing are
+    lower bounds. Under evaluation-time routing, the other sentences and the later words are also removed altogether.
     """
 
     probes: int
@@ -68,21 +68,21 @@ class Audit:
     words: int
     """Predicted words of the probed micro-batches."""
     evaluation: Leak
-    """All later words and all other sentences replaced, and also removed."""
+    """Leak under evaluation-time routing when all later words and all other sentences are replaced, or removed."""
     training: Leak
-    """The same words replaced under training-time routing, without dropout and with noise at its mean."""
+    """Leak when the same words are replaced, under training-time routing without dropout and with noise at its mean."""
     later_words: Leak
-    """Only later words of the same sentence replaced, under training-time routing."""
+    """Leak when only later words of the same sentence are replaced, under training-time routing."""
     other_sentences: Leak
-    """Only the other sentences replaced, under training-time routing."""
+    """Leak when only the other sentences are replaced, under training-time routing."""
     by_evaluation: RoutingStats
-    """The probed micro-batches under the routing of evaluation."""
+    """The probed micro-batches under evaluation-time routing."""
     by_training: RoutingStats
     """The probed micro-batches under training-time routing, which may use the whole micro-batch."""
 
     @property
     def causal(self) -> bool:
-        """Whether no prediction changed under the routing of evaluation."""
+        """Whether no prediction changed under evaluation-time routing."""
         return self.evaluation.largest_bits <= TOLERANCE_BITS
 
 
@@ -120,7 +120,7 @@ class _ProbedBatch:
         self.model, self.batch, self.replacement_T = model, batch, replacement_T
         self.step_T = batch.layout.step_T
         self.routing: dict[str, tuple[int, ...]] = {}
-        """Tokens of the gated layers, their assignments, and unrouted tokens, by routing rule."""
+        """Numbers of tokens, assignments and unrouted tokens, each summed over the gated layers, by routing rule."""
         self.nats = {"evaluation": self._nats(batch), "training": self._nats(batch, training=True)}
 
     def changes(self, sentence: int, step: int) -> dict[str, list[Tensor]]:
@@ -146,7 +146,7 @@ class _ProbedBatch:
         return self._nats(batch, training, compared_T) - nats_T[compared_T]
 
     def _nats(self, batch: MicroBatch, training: bool = False, compared_T: Tensor | None = None) -> Tensor:
-        """Return the nats of the targets, or only of those compared, as the softmax is the most expensive part."""
+        """Return the nats of all targets, or only of the compared ones, as the softmax is the most expensive part."""
         batch = batch.to(self.model.device)
         with _training_routing(self.model) if training else contextlib.nullcontext():
             (hidden_TD, gatings), target_T = self.model.hidden(batch), batch.target_T
@@ -161,7 +161,7 @@ class _ProbedBatch:
 
 
 class _MeanNoise(TorchFunctionMode):
-    """Replaces random draws by their mean: a row's noise depends on its index in the batch, which is no leak."""
+    """Replaces random draws by their mean: a row's noise depends on its index in the batch, and that is not a leak."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         drawn = func(*args, **(kwargs or {}))
@@ -180,7 +180,7 @@ def _training_routing(model: nn.Module) -> Iterator[None]:
 
 
 def _draw_cuts(split: Split, words: int, count: int, seed: int) -> list[np.ndarray]:
-    """Draw micro-batches of sentences of similar length, as in training, without replacement: at most all of them."""
+    """Draw at most `count` micro-batches, without replacement; as in training, each has sentences of similar length."""
     cuts = list(iter_eval_indices(split, max_sentences=words, max_words=words))
     if not cuts:
         raise UserError("the split holds no sentence to probe")

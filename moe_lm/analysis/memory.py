@@ -16,7 +16,7 @@ from moe_lm.parallel.context import expert_parallel_size
 from moe_lm.parallel.group import Group, shard_rows
 
 FLOAT32, BFLOAT16 = 4, 2
-"""Bytes of a number."""
+"""Bytes per number."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class StepSizes:
         return math.ceil(self.tokens / self.micro_tokens)
 
     def expert_processes(self, num_experts: int) -> int:
-        """Return the number of processes that shard so many experts."""
+        """Return the number of processes that shard a layer of `num_experts` experts."""
         return expert_parallel_size(self.num_processes, num_experts, self.expert_parallel_size)
 
 
@@ -92,7 +92,7 @@ class ParameterMemory:
 
 
 def parameter_memory(model: nn.Module, recipe: OptimizerRecipe, step: StepSizes) -> dict[str, ParameterMemory]:
-    """Return the memory of each kind of parameters in the process with the most experts.
+    """Return the memory of each kind of parameter in the process with the most experts.
 
     Exact except for gradients of embedding rows, which are counted as if every token were a different word.
     """
@@ -108,7 +108,7 @@ def parameter_memory(model: nn.Module, recipe: OptimizerRecipe, step: StepSizes)
 
 
 def accumulation_bytes(model: nn.Module, recipe: OptimizerRecipe, step: StepSizes) -> int:
-    """Return the further gradient memory of gradient accumulation: 0 where a step is one micro-batch.
+    """Return the additional bytes that gradient accumulation needs: 0 where a step is one micro-batch.
 
     While a micro-batch's gradients are added to the sum, one layer's expert gradients and the rows of the vocabulary
     exist twice.
@@ -126,15 +126,15 @@ def accumulation_bytes(model: nn.Module, recipe: OptimizerRecipe, step: StepSize
 
 
 def activation_bytes(model: nn.Module, step: StepSizes) -> int:
-    """Return the activations that one micro-batch keeps for its backward pass.
+    """Return the bytes of activations that one micro-batch keeps for its backward pass.
 
-    An estimate for a CPU, which the tests hold to 15 %; cuDNN keeps other tensors of an LSTM.
+    An estimate for a CPU, tested to be within 15 %; on a GPU, cuDNN keeps other tensors of an LSTM.
     """
     width = model.width
-    # Inputs of all layers and the last hidden states; with dropout a factor for each number.
+    # Inputs of all layers and the last hidden states; with dropout, also a factor for each of these numbers.
     stream = (len(model.layers) + 1) * (2 if model.dropout > 0 else 1) * width * FLOAT32
     layers = sum(_kept_by_layer(layer, step) for layer in model.layers.values())
-    # The softmax computes its gradients in the forward pass: those of the hidden states and of the targets' rows.
+    # The softmax computes the gradients of the hidden states and of the targets' rows already in the forward pass.
     softmax = 2 * width * FLOAT32
     # Sampled candidates' rows are gathered, so both they and their gradients are kept.
     candidates = (2 if is_sampled(model) else 1) * num_candidates(model) * width * FLOAT32
@@ -144,7 +144,7 @@ def activation_bytes(model: nn.Module, step: StepSizes) -> int:
 def logits_bytes(model: nn.Module, step: StepSizes) -> int:
     """Return the memory of one chunk of logits, an upper bound for training on a CPU.
 
-    Without `chunk_logits` of its own, a softmax takes larger chunks on a GPU, which bfloat16 stands for here.
+    A softmax without its own `chunk_logits` uses larger chunks on a GPU; here bfloat16 is taken to mean a GPU.
     """
     candidates = num_candidates(model)
     rows = max(1, model.softmax.chunk_logits_on(gpu=step.bfloat16) // candidates)
@@ -215,7 +215,7 @@ def _kept_by_layer(layer: nn.Module, step: StepSizes) -> int:
 
 
 def _kept_by_lstm(lstm: nn.Module) -> int:
-    """Return the numbers per token that an LSTM keeps, as measured: torch keeps more than the equations need."""
+    """Return how many numbers per token an LSTM keeps, as measured: torch keeps more than the equations need."""
     units = len(lstm.bias_ih_l0) // 4
     if getattr(lstm, "proj_size", 0):
         # Four gates, cell, tanh of the cell and output, all seen by autograd, and the projected output.
@@ -232,7 +232,7 @@ def _kept_by_moe(layer: nn.Module, step: StepSizes, product: int) -> int:
     expert_numbers = rows * (travelling + (0 if step.recompute else hidden)) + width
     # A gate keeps some 5 numbers per expert (logits, noise, standard deviation, ...) and 12 per assignment.
     gate_numbers = 5 * layer.gate.num_experts
-    if hasattr(layer, "primary_gate"):  # the secondary gate reads one row for each group of a token
+    if hasattr(layer, "primary_gate"):  # the secondary gate reads a token's row once for each of its groups
         secondary = layer.groups_per_token * (6 * layer.gate.num_experts + width + 12)
         gate_numbers = 5 * layer.primary_gate.num_experts + secondary
     return round(expert_numbers * product + (gate_numbers + 12 * rows) * FLOAT32)

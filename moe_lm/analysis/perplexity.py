@@ -1,9 +1,9 @@
 """Perplexity of a split: exp(sum of nats / number of predicted words).
 
 The sum runs over every token of every sentence, `</S>` included and `<S>` excluded: a token's nats are its negative
-log-probability by the exact softmax over the whole vocabulary, added in float64. The divisor counts words, `</S>`
-included: a word made of several subword pieces counts once, so perplexities of different vocabularies compare. Sums are
-taken over the whole split, over all processes, and divided once; batches are never averaged.
+log-probability under the exact softmax over the whole vocabulary. The divisor counts words, `</S>` included: a word
+made of several subword pieces counts once, so perplexities of different vocabularies are comparable. Nats are summed in
+float64 over the whole split and all processes, and divided once; batches are never averaged.
 """
 
 import math
@@ -58,8 +58,9 @@ def evaluate(
 ) -> EvalResult:
     """Evaluate a language model on each sentence of the split once, or on its first `limit` sentences.
 
-    A batch holds `max_sentences` sentences and at most `max_words` padded tokens; processes take batches in turn.
-    Neither changes the result. `start` is the id of `<S>`; `on_progress` receives the number of words of each batch.
+    A batch holds at most `max_sentences` sentences and `max_words` padded tokens; processes take batches in turn.
+    Neither changes the result. `start` is the id of `<S>`. After each batch, `on_progress` receives its number of words
+    times the number of processes.
     """
     was_training = model.training
     model.eval()

@@ -47,7 +47,7 @@ class SampledSentence:
     """A sampled sentence."""
 
     sentence: str
-    """The words of the prefix and those sampled."""
+    """The words of the prefix, followed by the sampled words."""
     ended: bool
     """Whether `</S>` was sampled; otherwise the sentence was cut at the maximum number of words."""
     log10: float
@@ -57,7 +57,7 @@ class SampledSentence:
 def sample(
     model: nn.Module, vocabulary: Vocabulary, prefix: str, *, seed: int, number: int, config: SamplingConfig
 ) -> SampledSentence:
-    """Sample sentence `number` of `seed`, which begins with the words of `prefix`; other numbers do not affect it.
+    """Sample the sentence that `seed` and `number` determine; it begins with the words of `prefix`.
 
     The language model must be in eval mode. Raises `UserError` where the prefix has `max_words` words or more.
     """
@@ -86,7 +86,7 @@ def sample(
 def next_log_probabilities(model: nn.Module, vocabulary: Vocabulary, ids: list[int]) -> Tensor:
     """Return log_p_V, the log-probability of every next token after a sentence's first `ids` (float64).
 
-    One forward pass over one sentence: a batch of several would change the rounding and occasionally a sample.
+    The forward pass takes one sentence: a batch of several would change the rounding and occasionally a sample.
     """
     tokens = np.array([*ids, vocabulary.end], dtype=np.int32)
     split = Split(tokens=tokens, starts=np.array([0, len(tokens)]), words=np.array([len(tokens)]))
@@ -97,9 +97,9 @@ def next_log_probabilities(model: nn.Module, vocabulary: Vocabulary, ids: list[i
 
 
 def sample_token(log_p_V: Tensor, uniform: float, banned: list[int], config: SamplingConfig) -> int:
-    """Return the token at `uniform`, in [0, 1), of the cumulative distribution; among equal logits the lower id first.
+    """Return the token at which the cumulative distribution exceeds `uniform`, a number in [0, 1).
 
-    Tokens in `banned` have probability 0.
+    Tokens are in the order of their ids; with top-k, the likeliest come first. Tokens in `banned` have probability 0.
     """
     score_V = log_p_V.clone()
     score_V[banned] = -torch.inf
@@ -109,7 +109,7 @@ def sample_token(log_p_V: Tensor, uniform: float, banned: list[int], config: Sam
         score_V, order = score_V[: config.top], order[: config.top]
     cumulative_V = ((score_V - score_V.max()) / config.temperature).exp().cumsum(dim=0)
     total = cumulative_V[-1].item()
-    # Rounding must not reach the total itself, beyond which there is no token.
+    # uniform * total must not round up to the total, beyond which there is no token.
     place = int(torch.searchsorted(cumulative_V, min(uniform * total, math.nextafter(total, 0)), right=True))
     return place if order is None else int(order[place])
 

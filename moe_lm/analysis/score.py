@@ -34,7 +34,7 @@ class ScoredSentence:
 
 
 def split_of(vocabulary: Vocabulary, sentences: Iterable[str]) -> Split:
-    """Return sentences of words separated by spaces as an in-memory split."""
+    """Return an in-memory split of sentences whose words are separated by spaces."""
     tokens, starts, words = array("i"), array("q", [0]), array("I")
     for sentence in sentences:
         sentence_words = sentence.split()

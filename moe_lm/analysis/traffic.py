@@ -17,15 +17,15 @@ from moe_lm.analysis.memory import (
 from moe_lm.optim import EXPERTS, VOCABULARY, OptimizerRecipe
 
 INT64, FLOAT64 = 8, 8
-"""Bytes of a number."""
+"""Bytes per number."""
 
 
 def bytes_sent(model: nn.Module, recipe: OptimizerRecipe, step: StepSizes) -> dict[str, int]:
     """Return the bytes sent by purpose, averaged over processes, as `Group` counts them.
 
-    `tokens`: rows to experts and back, if gates choose the experts of all processes alike. `gradients`: ring all-reduce
-    of replicated parameters. `rows`: rows of embedding and softmax, an upper bound in which every token is a different
-    word. Counts and statistics, a few numbers per expert, are left out.
+    `tokens`: rows sent to experts and back, if the experts of all processes are chosen equally often. `gradients`: ring
+    all-reduce of replicated parameters. `rows`: rows of embedding and softmax, an upper bound in which every token is a
+    different word. Counts and statistics, a few numbers per expert, are left out.
     """
     tokens = sum(_token_bytes(layer, model, step) for layer in model.layers.values() if hasattr(layer, "experts"))
     gradients = rows = 0.0
@@ -42,9 +42,9 @@ def bytes_sent(model: nn.Module, recipe: OptimizerRecipe, step: StepSizes) -> di
 
 
 def _token_bytes(layer: nn.Module, model: nn.Module, step: StepSizes) -> float:
-    """Bytes of rows sent to experts and back, and of their gradients.
+    """Return the bytes of the rows sent to experts and back, and of their gradients.
 
-    With several micro-batches a first pass, which collects statistics, sends the rows once more.
+    With several micro-batches, a first pass that collects statistics sends the rows there and back once more.
     """
     remote = _remote(step.expert_processes(layer.experts.num_experts))
     trips = 4 if step.num_micro_batches == 1 else 6
@@ -53,16 +53,17 @@ def _token_bytes(layer: nn.Module, model: nn.Module, step: StepSizes) -> float:
 
 
 def _replica_bytes(layer: nn.Module, parameter: nn.Parameter, step: StepSizes) -> float:
-    """Bytes of the all-reduce between processes that hold the same experts."""
+    """Return the bytes of the all-reduce between processes that hold the same experts."""
     replicas = step.num_processes // step.expert_processes(layer.experts.num_experts)
     return _ring(replicas) * expert_shard(layer, step)(parameter).numel() * parameter.element_size()
 
 
 def _row_bytes(model: nn.Module, name: str, parameter: nn.Parameter, touched: int, step: StepSizes) -> float:
-    """Bytes of row indices, rows and row gradients of an embedding or sampled softmax matrix.
+    """Return the bytes of row indices, rows and row gradients of an embedding or sampled softmax matrix.
 
-    Vocabulary-parallel, each micro-batch sends indices and receives rows, then sends their gradients. Replicated, each
-    process sends every gradient with its row index to the process that sums it, which sends the sum to all others.
+    If the matrix is sharded, each micro-batch sends indices and receives rows, then sends the gradients of the rows. If
+    it is replicated, each process sends a row's gradient and index to the process that sums gradients of that row, and
+    this process sends the sum to all others.
     """
     row = parameter[0].numel() * parameter.element_size()
     remote, others = _remote(step.num_processes), step.num_processes - 1
@@ -78,10 +79,10 @@ def _row_bytes(model: nn.Module, name: str, parameter: nn.Parameter, touched: in
 
 
 def _vocab_parallel_softmax_bytes(parameter: nn.Parameter, step: StepSizes) -> float:
-    """Bytes of the exact softmax over a sharded vocabulary, which sends tokens instead of rows.
+    """Return the bytes of the exact softmax over a sharded vocabulary, which sends tokens instead of rows.
 
-    Every process receives each token's target and hidden state and returns the gradient of the hidden state. Each
-    process's sum of exponentials goes to all others in turn; the target's logit is all-reduced.
+    Every process receives each token's target and hidden state and returns the gradient of the hidden state. Sums of
+    exponentials are all-gathered, and targets' logits all-reduced.
     """
     if parameter.dim() == 1 or step.num_processes == 1:  # the bias sends nothing besides its matrix
         return 0

@@ -1,9 +1,9 @@
-"""Checkpoints: one folder per step with safetensors and a JSON state, which counts once it is complete; no pickle.
+"""Checkpoints: one folder per step with safetensors files and a JSON state, without pickle; only complete ones count.
 
 checkpoints/0000001000/model/*.safetensors  optimizer/*.safetensors  state.json
 
-Each file holds the tensors or rows of one process; any number of processes reads them. `state.json` lists every file
-with its size and checksum.
+Each file holds the tensors or rows of one process; any number of processes can read them. `state.json` lists every
+file with its size and checksum.
 """
 
 import json
@@ -47,12 +47,12 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def partial_path(path: Path) -> Path:
-    """Return the folder of a checkpoint while it is written or deleted, whose name does not count."""
+    """Return the folder of a checkpoint while it is written or deleted; it does not count as a checkpoint."""
     return path.with_name(f".{path.name}.partial")
 
 
 def manifest(partial: Path, parallel: ParallelContext) -> dict[str, list]:
-    """Return size and checksum of this process's share of the files, as they are read back from the disk."""
+    """Return the size and checksum of each file in this process's share, as read back from the disk."""
     files = sorted(file for file in partial.rglob("*") if not file.is_dir())
     own = files[parallel.rank :: parallel.size]
     return {str(file.relative_to(partial)): [file.stat().st_size, checksum(file)] for file in own}
@@ -68,7 +68,7 @@ def commit(partial: Path, path: Path, state: dict) -> None:
 
 
 def prune(folder: Path, keep_last: int, keep: set[int]) -> None:
-    """Delete what crashes left over, and all checkpoints but the last `keep_last` and the steps in `keep`."""
+    """Delete the leftovers of crashes, and all checkpoints but the last `keep_last` and the steps in `keep`."""
     for leftover in folder.glob(".*.partial"):
         shutil.rmtree(leftover)
     for step in steps(folder)[:-keep_last]:
@@ -102,7 +102,7 @@ def newest(folder: Path, parallel: ParallelContext, log: Callable[[str], None]) 
 
 
 def verify(path: Path, parts: tuple[str, ...] = PARTS, parallel: ParallelContext = SINGLE_PROCESS) -> dict:
-    """Return the state of a checkpoint after checking all files of its parts; the processes share the files.
+    """Return the state of a checkpoint after checking all files of `parts`; each process checks a share of them.
 
     Raises `CheckpointError` on every process if a file is missing, altered, additional or not safetensors.
     """
@@ -110,7 +110,7 @@ def verify(path: Path, parts: tuple[str, ...] = PARTS, parallel: ParallelContext
     try:
         state = load_state(path)
         if state["step"] != int(path.name):
-            raise _damaged(path, f"it is that of step {state['step']}")
+            raise _damaged(path, f"its state is that of step {state['step']}")
         _check_names(path, state["files"])
         files = [name for name in sorted(state["files"]) if name.split("/")[0] in parts]
         for name in files[parallel.rank :: parallel.size]:
@@ -134,7 +134,7 @@ def load_state(path: Path) -> dict:
             raise UserError(
                 f"{path} has format {record['format']}, this version of moe-lm reads {FORMAT}: train the model again"
             )
-        if record["format"] != FORMAT or not intact:  # an intact checksum was computed with this very format
+        if record["format"] != FORMAT or not intact:  # an intact checksum was made with FORMAT
             raise _damaged(path, "state.json does not match its checksum")
         return _check_types(record["state"])
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError) as error:
@@ -160,7 +160,7 @@ def load_model(path: Path, model: nn.Module, shards: Shards, *, verified: bool =
 
 
 def load_optimizer_state(path: Path, model: nn.Module, shards: Shards, *, verified: bool = False) -> OptimizerState:
-    """Return the optimizer's state of the model's parameters, of sharded parameters the local rows."""
+    """Return the optimizer state of the model's parameters; of sharded parameters, only the local rows."""
     if not verified:
         verify(path, ("optimizer",))
     parameters = dict(model.named_parameters())

@@ -29,7 +29,7 @@ _NAMES = re.compile(
     rf"{re.escape(WEIGHTS)}|{re.escape(INDEX)}|{_SPLIT_WEIGHTS.pattern}|config\.yaml|README\.md|vocabulary/\w[\w.]*"
 )
 _PICKLE = re.compile(rb"\x80[\x00-\x05]|PK\x03\x04")
-"""First bytes of a pickle since protocol 2, and of the zip archive of pickles that torch.save writes."""
+"""First bytes of a pickle of protocol 2 or later, and of the zip archive of pickles that torch.save writes."""
 _AGAIN = "export or copy the model again"
 
 
@@ -56,12 +56,13 @@ def verify(folder: Path) -> dict:
     if missing := sorted(listed.keys() - present):
         raise UserError(f"{folder / missing[0]} is missing: {_AGAIN}")
     if additional := sorted(present - listed.keys()):
-        raise UserError(f"{folder / additional[0]} is no part of the export: take it away")
+        raise UserError(f"{folder / additional[0]} is no part of the export: remove it")
     for name, entry in listed.items():
         path = folder / name
         try:
             with path.open("rb") as stream:
-                # safetensors begins with a length, which may look like a pickle; a pickle in it fails to load.
+                # A safetensors file begins with a length, which may look like a pickle. A pickle with this suffix would
+                # fail to load.
                 if _PICKLE.match(stream.read(4)) and path.suffix != ".safetensors":
                     raise UserError(f"{path} holds pickled data, which could run any program: refused")
             if path.stat().st_size != entry["bytes"] or checksum(path) != entry["blake2b"]:
@@ -72,9 +73,9 @@ def verify(folder: Path) -> dict:
 
 
 def write(folder: Path, record: dict, save: Callable[[Path], None]) -> None:
-    """Let `save` fill a temporary folder, add export.json, and rename the folder: it is there whole or not at all.
+    """Let `save` fill a temporary folder, add export.json and rename it: the export appears whole or not at all.
 
-    Raises `UserError` if it cannot be written or another process is writing it.
+    Raises `UserError` if the export cannot be written or another process is writing it.
     """
     partial = folder.parent / f".{folder.name}.partial"
     try:
@@ -92,11 +93,11 @@ def write(folder: Path, record: dict, save: Callable[[Path], None]) -> None:
     except Timeout:
         raise UserError(f"{folder} is being written by another process: wait for it") from None
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {folder}: {error}; choose another to=... or mend that") from error
+        raise UserError(f"cannot write {folder}: {error}; mend this or choose another to=...") from error
 
 
 def save_weights(folder: Path, model: nn.Module, max_file_bytes: int) -> None:
-    """Write the model's tensors into an existing folder; a file exceeds the limit only for a tensor that does."""
+    """Write the model's tensors into an existing folder; a file exceeds the limit only if a single tensor does."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     parts = _split({name: tensor.nbytes for name, tensor in tensors.items()}, max_file_bytes)
     files = [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
@@ -111,7 +112,7 @@ def save_weights(folder: Path, model: nn.Module, max_file_bytes: int) -> None:
 
 
 def load_weights(folder: Path, model: nn.Module, shards: Mapping[str, Shard]) -> None:
-    """Load the model's tensors in place, of sharded parameters the local rows.
+    """Load the model's tensors in place; of sharded parameters, only the local rows.
 
     Raises `UserError` unless files and model agree in every name, shape and type.
     """
@@ -181,7 +182,7 @@ def _weight_files(folder: Path) -> list[str]:
         if wrong := [file for file in files if not _SPLIT_WEIGHTS.fullmatch(file)]:
             raise UserError(f"{folder / INDEX} is damaged: it names {wrong[0]!r}")
     if unread := {path.name for path in folder.glob("*.safetensors")} - set(files):
-        raise UserError(f"{folder / min(unread)} is not in the index of the model's files: take it away")
+        raise UserError(f"{folder / min(unread)} is not in the index of the model's files: remove it")
     return files
 
 
@@ -208,7 +209,7 @@ def _split(sizes: Mapping[str, int], max_file_bytes: int) -> list[list[str]]:
 
 
 def _finish(partial: Path, record: dict) -> None:
-    """Write export.json, make all files as readable as it, and flush them to the disk."""
+    """Write export.json, give its permissions to all files, and flush them to the disk."""
     files = {name: partial / name for name in sorted(_file_names(partial))}
     listed = {name: {"bytes": path.stat().st_size, "blake2b": checksum(path)} for name, path in files.items()}
     text = json.dumps({"format": FORMAT, **record, "files": listed}, indent=1, ensure_ascii=False)
@@ -225,7 +226,7 @@ def _read_record(folder: Path) -> dict:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["format"] != FORMAT:
             raise UserError(
-                f"{path} is of format {record['format']!r}, this version reads {FORMAT}: take another version"
+                f"{path} has format {record['format']!r}; this version reads {FORMAT}: use another version of moe-lm"
             )
         sound = type(record["step"]) is int and all(isinstance(record[key], str) for key in ("name", "data"))
         for entry in record["files"].values():

@@ -1,4 +1,4 @@
-"""From the folder of a run or an export to its model and vocabulary."""
+"""Loading a model and its vocabulary from the folder of a run or an export."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def load(folder: Path, which: str, device: torch.device) -> dict[str, object]:
 
 
 def fill(model: nn.Module, folder: Path, vocabulary: Path, parallel: ParallelContext = SINGLE_PROCESS) -> None:
-    """Load the weights that a training starts from: another run's last checkpoint, or an export.
+    """Load the weights that a training run starts from: another run's last checkpoint, or an export.
 
     Raises `UserError` if shapes differ, or the source's vocabulary differs from the one in the folder `vocabulary`.
     """
@@ -51,13 +51,13 @@ def fill(model: nn.Module, folder: Path, vocabulary: Path, parallel: ParallelCon
     if ours != theirs:
         file = source.vocabulary / "vocabulary.txt"
         raise UserError(
-            f"init_from={folder} has another vocabulary than this training: the same corpus and vocabulary keys make "
-            "the same one" + (f", or vocabulary.file={file}" if file.exists() else "")
+            f"init_from={folder} has another vocabulary than this training: use the corpus and vocabulary keys that it "
+            "was trained with" + (f", or vocabulary.file={file}" if file.exists() else "")
         )
     if is_export:
         export.load_weights(folder, model, parallel.shards)
     else:
-        # Found by one process for all, because a run that still trains may save another checkpoint meanwhile.
+        # One process finds it for all, because a run that is still training may save another checkpoint meanwhile.
         checkpoint.load_model(parallel.first(lambda: find_checkpoint(source, "last")), model, parallel.shards)
 
 

@@ -84,8 +84,8 @@ class Saver:
     ) -> None:
         """Save this step's checkpoint, then delete all but the last few and the steps in `keep`.
 
-        Returns once the tensors are copied and may change or, with `wait`, once the checkpoint is written. A failure
-        is logged and does not stop the training.
+        Returns once the tensors are copied, so that they may change, or, with `wait`, once the checkpoint is written. A
+        failure is logged and does not stop the training.
         """
         self._wait()
         path = checkpoint.path_of(self._folder, step)
@@ -140,7 +140,7 @@ class Saver:
         )
 
     def _fits_in_memory(self, parts: dict[str, NamedTensors]) -> bool:
-        """Whether each machine can hold a copy of its processes' tensors, and the file each process assembles."""
+        """Whether each machine can hold a copy of its processes' tensors, and the file that each process assembles."""
         copy = sum(map(sharded_safetensors.local_bytes, parts.values()))
         machine, free = socket.gethostname(), free_memory()
         mine = (machine, copy + min(copy, sharded_safetensors.FILE_BYTES))
@@ -185,14 +185,14 @@ class Saver:
             folder.mkdir(exist_ok=True)
 
     def _run_on_all(self, call: Callable[[], Result], only_first: bool = False) -> list[Result]:
-        """Run a function on all processes, or the first; return all results, or raise `_WriteError` on all."""
+        """Run a function on all processes, or only on the first; return all results, or raise `_WriteError` on all."""
         result, reason = None, None
         if self._writers.is_first or not only_first:
             try:
                 result = call()
             except CheckpointException as error:
                 reason = "; ".join(_reason(failure[0]) for failure in error.failures.values())
-            except Exception as error:  # of any kind: a dead thread would look like one that has finished
+            except Exception as error:  # whatever its type: a thread that died would look finished
                 reason = _reason(error)
         outcomes = self._writers.each((result, reason))
         if reasons := [reason for _, reason in outcomes if reason is not None]:

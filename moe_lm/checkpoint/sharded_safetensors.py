@@ -1,7 +1,7 @@
 """Named tensors in a folder of safetensors files, written and read by torch.distributed.checkpoint.
 
-Each process writes the rows that it holds, and any number of processes reads what any number wrote. Only tensors are
-stored: torch would write a Python number in a format that can run code when it is read.
+Each process writes the rows that it holds, and a different number of processes can read them. Only tensors are stored:
+torch would write a Python number in a format that can run code when it is read.
 """
 
 import warnings
@@ -22,12 +22,12 @@ from moe_lm.compat import current_parameter
 from moe_lm.parallel.group import Group, Shard
 
 FILE_BYTES = 2**30
-"""Size above which further tensors go to another file, because each file is assembled in memory."""
+"""Size at which tensors begin to go to the next file, because each file is assembled in memory."""
 
 
 @dataclass(frozen=True)
 class RowShard:
-    """This process's rows of a tensor, with the methods that torch.distributed.checkpoint asks a sharded tensor for."""
+    """This process's rows of a tensor, with the methods that torch.distributed.checkpoint calls on a sharded tensor."""
 
     tensor: Tensor
     shard: Shard
@@ -65,7 +65,7 @@ class _SavePlanner(dcp.DefaultSavePlanner):
     """torch's planner, extended to row shards."""
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        # Copied here, because torch's writer synchronises a GPU copy with its own thread's stream only.
+        # Copied to the CPU here, because torch's writer synchronises its own GPU copies only with its thread's stream.
         return _local(self.state_dict[index.fqn]).cpu()
 
 
@@ -79,7 +79,7 @@ class _LoadPlanner(dcp.DefaultLoadPlanner):
 
 
 def sharded(tensor: Tensor, shard: Shard | None) -> Tensor | RowShard:
-    """Return the tensor as a row shard if it is one; scalars are never sharded."""
+    """Return the tensor, as a row shard if `shard` is given; scalars are never sharded."""
     return tensor if shard is None or tensor.dim() == 0 else RowShard(tensor, shard)
 
 
@@ -99,7 +99,7 @@ def copy_to_cpu(tensors: NamedTensors) -> dict[str, Tensor | RowShard]:
 
 
 def write(folder: Path, tensors: NamedTensors, group: Group) -> None:
-    """Write the tensors of every process of the group; one process writes a replicated tensor.
+    """Write the tensors of every process of the group; a replicated tensor is written by one process.
 
     Raises `OSError` or torch's `CheckpointException` on every process if one of them fails.
     """
@@ -140,13 +140,13 @@ def check_is_safetensors(file: Path) -> None:
 
 
 def _current(key: str) -> str:
-    """Return this version's key for a stored one: a parameter's name, or the optimizer's "kind/name"."""
+    """Return this version's key for a stored key, which is a parameter's name or the optimizer's "kind/name"."""
     kind, slash, name = key.rpartition("/")
     return f"{kind}{slash}{current_parameter(name)}"
 
 
 def _file_numbers(tensors: NamedTensors) -> dict[str, int]:
-    """Return the file number of each tensor, from 1, the same on every process."""
+    """Return the file number of each tensor, counted from 1 and the same on every process."""
     numbers, file, filled = {}, 1, 0
     for name, x in tensors.items():
         size = _whole_bytes(x)

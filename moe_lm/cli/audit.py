@@ -20,7 +20,7 @@ NOT_CAUSAL = 3
 
 
 def main(arguments: list[str]) -> int:
-    """Print the findings and write them to audit.json; 3 if the evaluation is not causal."""
+    """Print the findings and write them to audit.json; return 3 if the evaluation is not causal."""
     config = resolved(composed("audit", arguments))
     if config["split"] not in SPLITS:
         raise UserError(f"split={config['split']}: choose {', '.join(SPLITS)}")
@@ -80,7 +80,7 @@ def table(run: str, figures: dict) -> str:
     causal, by_training = figures["by_evaluation"], figures["by_training"]
     lines += [
         f"perplexity of these {figures['words']:,} words {causal['perplexity']:.3f}{_routing(causal)}",
-        f"  with training's choice, which is no causal model's, {by_training['perplexity']:.3f}{_routing(by_training)}",
+        f"  with training's choice, which is not causal, {by_training['perplexity']:.3f}{_routing(by_training)}",
     ]
     return "\n".join([*lines, *(f"{key}: {note}" for key, note in figures["gates"].items() if note)])
 

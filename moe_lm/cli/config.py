@@ -1,4 +1,4 @@
-"""Overrides to a checked configuration: composing it, explaining wrong overrides, naming runs."""
+"""From overrides to a checked configuration: composing it, explaining wrong overrides, naming runs."""
 
 import difflib
 import re
@@ -39,7 +39,7 @@ SEVERAL = ("balance",)
 
 
 def composed(command: str, arguments: list[str]) -> DictConfig:
-    """Return the command's configuration with these overrides; raises `UserError` for a wrong one."""
+    """Return the command's configuration with these overrides; raises `UserError` for a wrong override."""
     overrides = [quoted(argument) for argument in arguments]
     parsed = parse(overrides)
     for text, override in zip(overrides, parsed, strict=True):
@@ -67,7 +67,7 @@ def resolved(config: DictConfig) -> dict:
 
 
 def parse(arguments: list[str]) -> list[Override]:
-    """Parse overrides by Hydra's grammar; raises `UserError` naming the wrong one."""
+    """Parse overrides by Hydra's grammar; raises a `UserError` that names the wrong override."""
     parser, parsed = OverridesParser.create(), []
     for argument in arguments:
         if "=" not in argument and not argument.startswith("~"):
@@ -96,7 +96,7 @@ def preset_of(arguments: list[str]) -> str:
 
 
 def default_name(preset: str, arguments: list[str]) -> str:
-    """Return the preset and, sorted, the overrides that change the result: `moe_4,seed=2`.
+    """Return a run's default name: the preset and, sorted, the overrides that change the result (`moe_4,seed=2`).
 
     Renamed keys keep their first spelling, so that the command finds a run which was begun with it.
     """
@@ -113,12 +113,12 @@ def default_name(preset: str, arguments: list[str]) -> str:
 
 @cache
 def _defaults(command: str, selections: tuple[str, ...]) -> DictConfig:
-    """Compose the defaults that these choices bring; cached, as the runs of a sweep share them."""
+    """Compose the configuration with these choices and no other overrides; cached, as the runs of a sweep share it."""
     return _compose(command, list(selections), known=[])
 
 
 def _compose(command: str, overrides: list[str], known: list[str]) -> DictConfig:
-    """Compose; a wrong override is explained by the keys of the configuration with the `known` overrides alone."""
+    """Compose a configuration; the error for a wrong override suggests keys that exist with the `known` overrides."""
     try:
         return compose(command, overrides=overrides)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
@@ -128,7 +128,7 @@ def _compose(command: str, overrides: list[str], known: list[str]) -> DictConfig
 
 
 def _selects(override: Override) -> bool:
-    """Whether an override chooses from a group, which may bring keys, rather than sets a value."""
+    """Return whether an override chooses from a group, which may add keys, rather than setting a value."""
     return "@" in override.key_or_group or (folder() / override.key_or_group).is_dir()
 
 
@@ -174,7 +174,7 @@ def _unread_size(arguments: list[str], config: DictConfig) -> str | None:
 
 
 def explain(error: Exception, keys: Sequence[str], groups: Mapping[str, Sequence[str]]) -> str:
-    """Return one line for an error of Hydra with the nearest right name among `keys` and the choices of `groups`."""
+    """Return one line for an error of Hydra, with the nearest valid name among `keys` and the choices of `groups`."""
     text = f"{error}\n{error.__cause__ or ''}"
     if match := re.search(r"Could not (?:find|load) '([\w/.\-]+)/([^'/]*)'", text):
         group, choice = match.groups()

@@ -18,9 +18,9 @@ from moe_lm.inference import LoadedModel
 
 
 def prepared_data(config: dict, log: Callable[[str], None]) -> Prepared:
-    """Return the token ids of `corpus` and `vocabulary`, prepared now unless the folder `data` has them already.
+    """Return the token ids of the configuration's corpus and vocabulary, prepared now unless its `data` holds them.
 
-    `processes` of the configuration share the preparation of a large text, by default one per core.
+    The key `processes` says how many processes share the preparation of a large text; by default it is one per core.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return prepare(
@@ -35,22 +35,22 @@ def prepared_data(config: dict, log: Callable[[str], None]) -> Prepared:
 
 
 def data_of(trained: LoadedModel, run: str, folder: str | None, log: Callable[[str], None]) -> Prepared:
-    """Return the prepared text of a run's training, from `folder` or where the training had it.
+    """Return the token ids that a run was trained on, from `folder` or else from the folder in its configuration.
 
-    Missing token ids are prepared again. Raises `UserError` where text or vocabulary differ from the training's. An
-    export may come from another machine, so the folder that its configuration names is not used.
+    An export may come from another machine, so for an export `folder` is `data` by default. Missing token ids are
+    prepared again. Raises `UserError` if the text or the vocabulary is not the one of the training.
     """
     had = "data" if is_export(Path(run)) else str(trained.config.get("data", "data"))
     settings = trained.config | {"data": folder or had}
-    # With the training's token ids at hand the text itself may be missing or changed.
+    # If the token ids of the training are there, the text itself may be missing or changed.
     data = existing_data(settings, trained.fingerprint)
     if data is None:
         log(f"the token ids of its training are not in {settings['data']}: preparing them there")
         data = prepared_data(settings, log)
     if data.fingerprint != trained.fingerprint:
-        raise UserError(f"{run} was trained on other data than those in {settings['data']}: the text changed")
+        raise UserError(f"{run} was trained on other data than {settings['data']} now holds: the text changed")
     if _words(data.vocabulary) != _words(trained.vocabulary):
-        raise UserError(f"{run} has another vocabulary than the data that it was trained on: it was altered")
+        raise UserError(f"{run} has another vocabulary than the data of its training: the vocabulary was altered")
     return data
 
 
@@ -59,7 +59,7 @@ def _words(vocabulary: Vocabulary) -> list[str]:
 
 
 def existing_data(config: dict, fingerprint: str) -> Prepared | None:
-    """Return this configuration's data in `data` if they have the fingerprint; nothing is prepared."""
+    """Return this configuration's prepared data if they exist and have the fingerprint; nothing is prepared."""
     try:
         data = open_prepared(data_folder(config), build(config["vocabulary"]))
     except UserError:
@@ -76,5 +76,5 @@ def data_folder(config: dict) -> Path:
 
 
 def _settings(config: dict) -> dict:
-    """Return what identifies prepared data, in the spelling that data prepared by earlier versions have."""
+    """Return the settings that identify prepared data, spelled as earlier versions spelled them."""
     return stored_targets({"corpus": config["corpus"], "vocabulary": config["vocabulary"]})

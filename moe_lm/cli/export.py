@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     whole = size(sum(path.stat().st_size for path in to.rglob("*") if path.is_file()))
     print(f"{to}: step {trained.step} of {source}, {whole}; open it with run={to}")
     if "perplexity" not in record:
-        print("its perplexity at this step is in no result.json, so the model card has none", file=sys.stderr)
+        print("no result.json holds its perplexity at this step, so the model card has none", file=sys.stderr)
     return 0
 
 

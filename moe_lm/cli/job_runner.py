@@ -1,4 +1,4 @@
-"""The runs of a sweep as processes: started as GPUs and `parallel` allow, watched, stopped with the sweep."""
+"""The runs of a sweep as processes: started as GPUs and `parallel` allow, watched, and stopped with the sweep."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ STOPPED = (signals.INTERRUPTED, signals.REQUEUE, -signal.SIGINT, -signal.SIGTERM
 
 @dataclass(frozen=True)
 class Job:
-    """One process of the sweep: a training, or the audit of a finished run."""
+    """One process of the sweep: a training run, or the audit of a finished run."""
 
     folder: Path
     """The run's directory."""
@@ -34,7 +34,7 @@ class Job:
 
     @property
     def log(self) -> Path:
-        """The file for the process's output: beside the directory, which a failed run may never create."""
+        """The file for the process's output; it lies beside the directory, which a failed run may never create."""
         return self.folder.with_name(self.folder.name + ".log")
 
 
@@ -59,7 +59,7 @@ class Devices:
 
 
 def visible(environment: Mapping[str, str] = os.environ, count: int | None = None) -> list[str]:
-    """Return the names of the GPUs that a process with this environment sees; `count` is CUDA's number of them.
+    """Return the names of the GPUs that a process with this environment sees; `count` is the number that CUDA reports.
 
     Child processes need the names that this process was given, numbers or UUIDs: with CUDA_VISIBLE_DEVICES=2,3 the
     numbers 0 and 1 would be other GPUs.
@@ -74,7 +74,7 @@ def visible(environment: Mapping[str, str] = os.environ, count: int | None = Non
 
 
 def run_all(jobs: list[Job], runs: Path, *, parallel: int | None, audit: bool, devices: Devices) -> int:
-    """Run every job, at most `parallel` at a time (None: as many as have GPUs, at least one); return the exit code."""
+    """Run every job, at most `parallel` at a time (None: as GPUs allow, but at least one); return the exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGHUP, _interrupt)
     waiting, running, failed = list(jobs), {}, []
@@ -135,7 +135,7 @@ def _audit_result(job: Job) -> dict | None:
 
 
 def _outcome(job: Job) -> str:
-    """Return a finished job in one line: the last line of its log, or the result of an audit."""
+    """Return one line about a finished job: the last line of its log, or the result of an audit."""
     if job.command == "audit" and (found := _audit_result(job)) is not None and found["causal"]:
         return f"{job.folder} is causal; training's choice leaks {found['training']['mean_bits']:.4f} bits a token"
     return _last_line(job.log)
@@ -143,7 +143,7 @@ def _outcome(job: Job) -> str:
 
 def _stop(running: dict[Job, subprocess.Popen]) -> None:
     for child in running.values():
-        child.terminate()  # it finishes its step and saves
+        child.terminate()  # a training run finishes its step and saves
     for child in running.values():
         child.wait()
 
@@ -169,7 +169,7 @@ def _last_line(log: Path) -> str:
 
 
 def _status(text: str) -> None:
-    """Show a line on the terminal that the next one replaces."""
+    """Show a line on the terminal; the next line replaces it."""
     if sys.stderr.isatty():
         print("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1], end="", file=sys.stderr, flush=True)
 

@@ -1,4 +1,7 @@
-"""The `machine` group of a configuration: device, precision, threads, memory; and the objects to build on it."""
+"""The `machine` group of a configuration: device, precision, threads and memory.
+
+This module re-exports the functions that build a configuration's objects.
+"""
 
 import contextlib
 import ctypes
@@ -15,7 +18,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def device(name: str, several: bool = False) -> torch.device:
-    """Return the torch device of `machine.device`; with several processes, the GPU of this one's LOCAL_RANK.
+    """Return the torch device of `machine.device`; with several processes, this process's GPU by its LOCAL_RANK.
 
     Raises `UserError` where the machine has no such device.
     """
@@ -29,7 +32,7 @@ def device(name: str, several: bool = False) -> torch.device:
         return torch.device(name)
     place = int(os.environ.get("LOCAL_RANK", 0))
     if place >= torch.cuda.device_count():
-        raise UserError(f"process {place} of this machine finds no GPU: it has {torch.cuda.device_count()}")
+        raise UserError(f"process {place} of this machine finds no GPU: the machine has {torch.cuda.device_count()}")
     torch.cuda.set_device(place)
     return torch.device(name, place)
 
@@ -52,9 +55,9 @@ def set_threads(threads: int | None) -> None:
 
 
 def leave_threads(threads: int | None, on: torch.device) -> None:
-    """Keep one CPU thread for training on a GPU unless `machine.threads` is set; the host's work needs no more.
+    """Use one CPU thread for training on a GPU unless `machine.threads` is set, as the CPU's work needs no more.
 
-    Several trainings on one machine would otherwise compete for its cores with a thread each per core.
+    Otherwise several training runs on one machine would compete for its cores, each with a thread per core.
     """
     if threads is None and on.type == "cuda":
         torch.set_num_threads(1)
@@ -70,8 +73,9 @@ def be_deterministic(on: torch.device) -> None:
 def keep_memory() -> None:
     """Let glibc keep freed memory for the next step instead of returning it, and use huge pages (2 MiB).
 
-    With 256 experts of 1 M parameters, the layer's forward and backward pass take 0.52 of the time, and huge pages make
-    that 0.91 (docs/performance.md). To be called before the first tensor, when torch decides on its pages.
+    For a layer of 256 experts of 1 M parameters, keeping memory reduces the time of a forward and backward pass to 0.52
+    of what it was, and huge pages reduce that to 0.91 of it (docs/performance.md). Call this before the first tensor is
+    made, as torch then decides on its pages.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with contextlib.suppress(AttributeError, OSError):
@@ -81,7 +85,7 @@ def keep_memory() -> None:
 
 
 def ready_to_read(config: dict) -> torch.device:
-    """Apply the settings that the commands reading text with a model share; return the device."""
+    """Apply the settings common to all commands that read text with a model; return the device."""
     for key, value in config.get("batch", {}).items():
         if value < 1:
             raise UserError(f"batch.{key}={value}: must be at least 1")

@@ -13,7 +13,7 @@ def main(arguments: list[str]) -> int:
     """Prepare the data and print their statistics."""
     config = resolved(composed("prepare", arguments))
     if config["processes"] is not None and config["processes"] < 1:
-        raise UserError(f"processes={config['processes']}: must be at least 1, or null for one a core")
+        raise UserError(f"processes={config['processes']}: must be at least 1, or null for one per core")
     lines = []
 
     def log_and_keep(line: str) -> None:

@@ -11,11 +11,11 @@ from moe_lm.errors import UserError
 from moe_lm.report.write import write_report
 
 WITHOUT_EFFECT = ("machine.", "logging.", "checkpoint.", "parallel.", "num_processes=")
-"""Keys that do not change what a study's notes say."""
+"""Overrides that do not affect what a study's notes say."""
 
 
 def main(arguments: list[str]) -> int:
-    """Write <runs>/report/ and print the table and where the page is."""
+    """Write <runs>/report/ and print the table and the path of the page."""
     folder = Path(resolved(composed("report", arguments))["runs"])
     study, notes = _study(folder / "study.yaml")
     report = write_report(folder, cache(_preset), notes, study)
@@ -30,7 +30,7 @@ def _preset(name: str) -> dict:
 
 
 def _study(path: Path) -> tuple[str, list[str]]:
-    """Return the study of a sweep in words, and its notes; both empty for runs of no study."""
+    """Return the name and scale of a sweep's study as text, and its notes; both are empty for runs without a study."""
     if not path.is_file():
         return "", []
     try:

@@ -25,7 +25,7 @@ from moe_lm.train.trainer import Trainer
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Return the versions of these packages, Python and moe-lm, which may run from a checkout without installation."""
+    """Return the versions of these packages, of Python, and of moe-lm, which may run uninstalled from a checkout."""
     return {"moe-lm": __version__, **{name: version(name) for name in packages}, "python": platform.python_version()}
 
 
@@ -38,7 +38,7 @@ def measure_split(
     on_progress: Callable[[int], object] = int,
     parallel: ParallelContext = SINGLE_PROCESS,
 ) -> EvalResult:
-    """Measure the model on a split, or on its first `limit` sentences, in micro-batches of the training's size."""
+    """Measure the model on a split, or on its first `limit` sentences, with micro-batches of the training's size."""
     words, start = config["batch"]["micro_words"], data.vocabulary.start
     return evaluate(
         model,

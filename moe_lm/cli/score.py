@@ -36,7 +36,7 @@ class Sums:
         self.log10 += other.log10
 
     def text(self, name: str) -> str:
-        """Return the two lines of SRILM's `ngram -ppl`: `ppl` counts `</S>` as a word, `ppl1` does not."""
+        """Return two lines as SRILM's `ngram -ppl` prints them: `ppl` counts `</S>` as a word, `ppl1` does not."""
         with_end = _power(-self.log10 / (self.words + self.sentences))
         without_end = _power(-self.log10 / self.words) if self.words else math.nan
         return (
@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> int:
 
 
 def allow_any_letter() -> None:
-    """Print letters that the terminal's encoding lacks as escapes instead of failing."""
+    """Make print escape the letters that the terminal's encoding lacks, instead of failing."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 

@@ -1,4 +1,4 @@
-"""moe-lm sweep: a study or a grid, one process a run; finished runs are skipped, a failed one stops no other."""
+"""moe-lm sweep: train a study or a grid, a process per run; finished runs are skipped, a failed run stops no other."""
 
 import shlex
 from dataclasses import asdict, dataclass, field, replace
@@ -26,7 +26,7 @@ class Study:
     scale: str | None
     """The scale's name, None where the study has only one."""
     notes: list[str]
-    """What the study can show and what it cannot, for the report."""
+    """Notes for the report: what the study can show and what it cannot."""
     parallel: int | str
     """Runs at a time, or `auto`."""
     overrides: list[str]
@@ -49,7 +49,7 @@ class Study:
 
 
 def study_of(name: str, scale: str | None) -> Study:
-    """Return a study in a scale, by default the study's own choice; raises `UserError` for an unknown one."""
+    """Return a study at a scale, by default the study's default scale; raises `UserError` if either is unknown."""
     if name not in choices("study"):
         raise UserError(f"study={name}: no such study; there are {', '.join(choices('study'))}")
     content = yaml.safe_load((folder() / "study" / f"{name}.yaml").read_text(encoding="utf-8"))
@@ -64,11 +64,11 @@ def study_of(name: str, scale: str | None) -> Study:
 
 
 def main(arguments: list[str]) -> int:
-    """Train what is not finished yet; 1 if a run failed, 130 if interrupted."""
+    """Train the runs that are not finished yet; return 1 if a run failed, 130 if interrupted."""
     arguments = [a for a in arguments if a not in ("-m", "--multirun")]
     runs, study, parallel = _own(arguments)
     devices = Devices(visible())
-    # Every run is composed here, so that a misspelt key is one error and not one failed run for each model.
+    # Every run is composed here, so that a misspelt key gives one error instead of one failed run for each model.
     jobs = [with_gpus(job, len(devices.names)) for job in jobs_of(arguments)]
     runs.mkdir(parents=True, exist_ok=True)
     try:
@@ -88,7 +88,7 @@ def main(arguments: list[str]) -> int:
 
 
 def with_gpus(job: Job, num_visible: int) -> Job:
-    """Return a training with its number of GPUs, one a process; raises `UserError` for more than are visible."""
+    """Return a training job with its number of GPUs, one per process; raises `UserError` if too few are visible."""
     config = composed("train", list(job.arguments))
     if not num_visible or config.machine.device == "cpu":
         return job
@@ -121,7 +121,7 @@ def jobs_of(given: list[str]) -> list[Job]:
         arguments += [f"name={name}", f"runs={runs}"]
         if jobs.setdefault(runs / name, arguments) != arguments:
             raise UserError(
-                f"two runs of the grid would be called {name}: give no name, or sweep what changes the result"
+                f"two runs of the grid would be called {name}: omit name=..., or sweep a key that changes the result"
             )
     return [Job(path, tuple(arguments)) for path, arguments in jobs.items()]
 
@@ -137,7 +137,7 @@ def _name(job: list[str], grid: list[list[str]], given: set[str]) -> str:
 
 
 def _own(arguments: list[str]) -> tuple[Path, Study | None, int | None]:
-    """Return the sweep's own arguments: folder of the runs, study, and runs at a time (None: as GPUs allow)."""
+    """Return the sweep's own arguments: folder of the runs, study, number of runs at a time (None: as GPUs allow)."""
     own = dict(a.split("=", 1) for a in arguments if _key(a) in OWN_KEYS and "=" in a)
     own = {key: value for key, value in own.items() if value not in ("", "null")}
     study = study_of(own["study"], own.get("scale")) if "study" in own else None

@@ -32,7 +32,7 @@ from moe_lm.train.trainer import Trainer
 
 
 def main(arguments: list[str]) -> int:
-    """Train to the end and write result.json; 130 if Ctrl-C, 75 if another signal asked to stop first."""
+    """Train to the end and write result.json; return 130 if Ctrl-C stopped it before, 75 if another signal did."""
     config, preset = _configuration(arguments)
     check(config)
     started = expected_size()
@@ -83,7 +83,7 @@ def _train(config: dict, preset: str, on: torch.device, stop: SignalHandler, par
         return 0
     made: list[Prepared] = []
     parallel.first(lambda: made.append(prepared_data(config, log_line)))
-    data = made[0] if made else prepared_data(config, log_line)  # the other processes open what the first one wrote
+    data = made[0] if made else prepared_data(config, log_line)  # other processes open what the first one prepared
     trainer, counts = trainer_of(config, data, run, on, log_line, parallel)
     if trainer.resume():
         log_line(f"{run.folder}: resumed at step {trainer.progress.step}, {trainer.progress.words:,} words")
@@ -103,7 +103,7 @@ def _train(config: dict, preset: str, on: torch.device, stop: SignalHandler, par
 
 
 def _claimed(config: dict, run: Run) -> tuple[dict, str | None]:
-    """Claim the run directory; return the configuration with its micro-batch size, and a finished run's summary."""
+    """Claim the run directory; return the configuration with its micro-batch size, and a summary if it is finished."""
     batch = config["batch"]
     if batch["micro_words"] is None:
         # Chosen once, as it belongs to the run's identity: a resumed run keeps it with any number of processes.
@@ -141,8 +141,8 @@ def _naming_memory(micro_words: int) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"out of memory ({in_a_line(error)}): a smaller batch.micro_words than {micro_words} needs less, "
-            "under another name=...; machine.recompute=true and optimizer.experts=factored too"
+            f"out of memory ({in_a_line(error)}): a batch.micro_words below {micro_words} needs less, under another "
+            "name=...; so do machine.recompute=true and optimizer.experts=factored"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""A resolved configuration to the trainer of a run, on this process."""
+"""From a resolved configuration to the trainer of a run in this process."""
 
 from collections.abc import Callable
 from functools import partial
@@ -89,12 +89,12 @@ def trainer_of(
 
 
 def _materialised(model: LanguageModel, config: dict, on: torch.device, parallel: ParallelContext) -> ParallelContext:
-    """Shard a model of the meta device, draw its weights on the CPU, and return the context with the shards."""
+    """Shard a model on the meta device, draw its weights on the CPU, and return the context with the shards."""
     machine, sharding = config["machine"], config["parallel"]
     parallel = parallelize(model, parallel, on, expert_size=sharding["expert_size"], vocab=sharding["vocab"])
     torch.manual_seed(config["seed"])
     model.to_empty(device="cpu").reset_parameters()
-    make.leave_threads(machine["threads"], on)  # only drawing weights needs many threads beside a GPU
+    make.leave_threads(machine["threads"], on)  # with a GPU, only drawing weights needs many threads
     set_recompute(model, machine["recompute"])
     return parallel
 
@@ -104,7 +104,7 @@ def _train_step(
 ) -> TrainStep:
     balance = _balance(config)
     require_statistics(model, balance)
-    optimizer = recipe.build(model)  # before the reducer: it decides which gradients are sparse
+    optimizer = recipe.build(model)  # before the reducer: the optimizer decides which gradients are sparse
     return TrainStep(
         model=model,
         objective=Objective(balance),
@@ -142,8 +142,8 @@ def _idle(batches: Batches, parallel: ParallelContext) -> list[str]:
     if places == count:
         return []
     return [
-        f"NOTE: {count} micro-batches a step for {parallel.size} processes, idle for {1 - count / places:.0%} of the "
-        "time; not so where batch.micro_words is batch.words / num_processes, under another name=..."
+        f"NOTE: {count} micro-batches a step leave {parallel.size} processes idle for {1 - count / places:.0%} of the "
+        "time; batch.micro_words = batch.words / num_processes avoids this, under another name=..."
     ]
 
 

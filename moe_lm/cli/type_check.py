@@ -1,4 +1,4 @@
-"""Type checks of overrides: Hydra accepts a value of any type, so each is compared with its default."""
+"""Type checks of overrides: Hydra accepts a value of any type, so each value is compared with the key's default."""
 
 import re
 
@@ -34,7 +34,7 @@ _IN_WORDS = {
 
 
 def check_types(defaults: DictConfig, config: DictConfig) -> None:
-    """Raise `UserError` for a value of the wrong type; convert 1e6 to a whole number and a text to a list of one."""
+    """Raise `UserError` for a value of the wrong type; convert 1e6 to an integer and a single text to a list of one."""
     known = flatten(OmegaConf.to_container(defaults, resolve=True))
     values = flatten(OmegaConf.to_container(config, resolve=True))
     for key, value in values.items():

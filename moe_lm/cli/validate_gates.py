@@ -1,4 +1,4 @@
-"""Checks that a model's gates and its balance losses fit together, and what gates look at in training."""
+"""Checks that a model's gates and balance losses fit together, and notes on gates that are not causal in training."""
 
 from collections.abc import Iterator, Mapping
 
@@ -36,12 +36,12 @@ def check_losses(model: LanguageModel, balance: Mapping[str, BalanceLoss]) -> No
             kept = ",".join(other for other in balance if _teaches(model, balance[other]))
             raise UserError(
                 f"the balance loss {name} has no gradient for {' and '.join(gates)}: 'balance=[{kept}]' leaves it out; "
-                f"there {_alternatives(model)}"
+                f"{_alternatives(model)}"
             )
 
 
 def require_statistics(model: LanguageModel, balance: Mapping[str, BalanceLoss]) -> None:
-    """Let the gates compute no statistics but those that a balance loss reads."""
+    """Make the gates compute only the statistics that a balance loss reads."""
     for _, gate in gates_of(model):
         gate.required_stats = frozenset(loss.stat for loss in balance.values())
 
@@ -50,7 +50,7 @@ def non_causal_notes(model: LanguageModel) -> Iterator[str]:
     """Yield a line for each gate whose choice for a token depends on other tokens in training."""
     for key, gate in gates_of(model):
         if gate.non_causal_note is not None:
-            yield f"{key}, not causal in training: it {gate.non_causal_note}, and so do all perplexities"
+            yield f"{key}, not causal in training: it {gate.non_causal_note}, and all perplexities use that rule"
 
 
 def _teaches(model: LanguageModel, loss: BalanceLoss) -> bool:
@@ -58,9 +58,9 @@ def _teaches(model: LanguageModel, loss: BalanceLoss) -> bool:
 
 
 def _alternatives(model: LanguageModel) -> str:
-    """Return which of all balance losses would teach a gate of this model."""
+    """Return the end of a message: which balance losses would teach a gate of this model."""
     names = []
     for name in choices("balance"):
         [part] = OmegaConf.to_container(OmegaConf.load(folder() / "balance" / f"{name}.yaml")).values()
         names += [name] if _teaches(model, build(part)) else []
-    return f"may be {', '.join(names)}" if names else "is none that would"
+    return f"losses with a gradient are {', '.join(names)}" if names else "no loss has one"

@@ -1,1 +1,1 @@
-"""Text to token ids on disk, and token ids to batches."""
+"""From text to token ids on disk, and from token ids to batches."""

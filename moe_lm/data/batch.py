@@ -45,12 +45,12 @@ class MicroBatch:
     """Whole sentences that pass through the model together; targets are the inputs one timestep later."""
 
     inputs: UniqueIndices
-    """`<S>` and all tokens of each sentence but its last, ordered as `layout` says: rows to take from the embedding."""
+    """`<S>` and all tokens of each sentence but its last, in the order of `layout`: the embedding rows to gather."""
     targets: UniqueIndices
-    """The token that follows each input, `</S>` at the end of each sentence: rows to take from the softmax."""
+    """The token that follows each input, `</S>` at the end of each sentence: the softmax rows to gather."""
     layout: PaddedLayout
     num_words: int
-    """Words that the targets spell, `</S>` included: what perplexity divides by."""
+    """Words that the targets spell, `</S>` included: the divisor of perplexity."""
 
     @property
     def input_T(self) -> Tensor:
@@ -63,17 +63,17 @@ class MicroBatch:
         return self.targets.row_T
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """Return a copy on this device; the ids stay known on the CPU."""
+        """Return a copy on this device; the CPU keeps the ids too."""
         if device.type == "cpu":
             return self
         return self.pin_memory().map(lambda x: x.to(device, non_blocking=True))
 
     def pin_memory(self) -> "MicroBatch":
-        """Return a copy in page-locked memory, from which a GPU copies by itself."""
+        """Return a copy in page-locked memory, from which a GPU copies asynchronously."""
         return self.map(lambda x: x.pin_memory())
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "MicroBatch":
-        """Return the micro-batch with its tensors changed."""
+        """Return the micro-batch with `function` applied to each of its tensors."""
         index_T = None if self.layout.index_T is None else function(self.layout.index_T)
         layout = replace(self.layout, index_T=index_T)
         return replace(self, inputs=self.inputs.map(function), targets=self.targets.map(function), layout=layout)

@@ -1,4 +1,4 @@
-"""Which sentences make which micro-batch: global batches as a pure function of (data, seed, step).
+"""How sentences form micro-batches: global batches as a pure function of (data, seed, step).
 
 A *pool* holds the sentences of many steps. They are drawn in a shuffled order, sorted by length and cut into
 micro-batches of equal words, so that the sentences of a micro-batch need little padding. The micro-batches are then
@@ -38,7 +38,7 @@ class GlobalBatch(Sequence[MicroBatch]):
 
     @cached_property
     def num_words(self) -> int:
-        """Words of all micro-batches: what the summed nats are divided by."""
+        """Words of all micro-batches: the divisor of the summed nats."""
         return sum(int(self.split.words[indices].sum()) for indices in self.indices)
 
     @cached_property
@@ -84,7 +84,7 @@ class Batches:
         self._pool = lru_cache(maxsize=1)(self._cut_pool)
 
     def step(self, step: int) -> GlobalBatch:
-        """Return the step's global batch: `batch.words` words, up to a sentence more or less in each micro-batch."""
+        """Return the step's global batch: `batch.words` words, give or take a sentence in each micro-batch."""
         pool, step_in_pool = divmod(step, POOL_STEPS)
         first = step_in_pool * self.micro_batches_per_step
         return GlobalBatch(self.split, self.start, self._pool(pool)[first : first + self.micro_batches_per_step])
@@ -123,13 +123,13 @@ class Batches:
 
 
 class Prefetcher:
-    """Returns the global batches of `Batches`; a thread collates the next step's while the current step runs."""
+    """Returns the global batches of `Batches`; a thread collates the next step's batch while the current step runs."""
 
     def __init__(self, batches: Batches, assigned: Callable[[int], list[int | None]], *, pin_memory: bool):
         """`assigned(n)` returns which of a step's n micro-batches this process runs, None for the dummy.
 
-        `pin_memory` prepares micro-batches for a GPU, which then need not wait for the CPU at the start of a step:
-        they lie in page-locked memory, and the unique ones of their inputs are found.
+        `pin_memory` spares a GPU from waiting for the CPU at the start of a step: micro-batches are copied to
+        page-locked memory, and their distinct inputs are found in advance.
         """
         self.batches, self._assigned, self._pin_memory = batches, assigned, pin_memory
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
@@ -140,13 +140,13 @@ class Prefetcher:
         return self.batches.epoch(step)
 
     def step(self, step: int) -> GlobalBatch:
-        """Return the step's global batch, and start collating the next step's."""
+        """Return the step's global batch, and start collating the next step's batch."""
         batch = self._prefetched(step) or self._collated(step)
         self._next = step + 1, self._thread.submit(self._collated, step + 1)
         return batch
 
     def _prefetched(self, step: int) -> GlobalBatch | None:
-        """Return the thread's batch if it is this step's; wait for the thread anyway, as both use the same caches."""
+        """Return the thread's batch if it is for this step; wait for the thread anyway, as both use the same caches."""
         if self._next is None:
             return None
         number, future = self._next
@@ -170,7 +170,7 @@ class Prefetcher:
 def iter_eval_batches(
     split: Split, *, start: int, max_sentences: int, max_words: int, limit: int | None = None
 ) -> Iterator[tuple[np.ndarray, MicroBatch]]:
-    """Yield each of the split's first `limit` sentences once (default: all), by length, with the sentences' indices."""
+    """Yield the split's first `limit` sentences (default: all) in micro-batches, in order of length, with indices."""
     for indices in iter_eval_indices(split, max_sentences=max_sentences, max_words=max_words, limit=limit):
         yield indices, collate(split, indices, start)
 
@@ -180,7 +180,8 @@ def iter_eval_indices(
 ) -> Iterator[np.ndarray]:
     """Yield the sentence indices of each micro-batch of `iter_eval_batches`.
 
-    A micro-batch has at most `max_sentences` sentences, and at most `max_words` tokens with padding or one sentence.
+    A micro-batch has at most `max_sentences` sentences and, unless it is a single sentence, at most `max_words` tokens
+    with padding.
     """
     count = split.num_sentences if limit is None else min(limit, split.num_sentences)
     length_N = lengths(split, np.arange(count))

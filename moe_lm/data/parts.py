@@ -1,7 +1,7 @@
 """Work on the parts of a corpus, on one process or several: counting, encoding, and joining the encoded parts.
 
-Each part leaves files in the folder of a preparation. A file counts as complete from the moment it has its final
-name, and the arrays of a part from the moment its statistics are there, so an interrupted preparation can resume.
+Each part leaves files in the folder of a preparation. A file counts as complete once it has its final name, and the
+arrays of a part once its statistics exist, so an interrupted preparation can resume.
 
 Shape suffix: V vocabulary.
 """
@@ -43,9 +43,9 @@ def run_on_parts(
     num_processes: int,
     progress: bool,
 ) -> Iterator[tuple[int, bool]]:
-    """Yield each task's index and whether it was run now: those already done first, then the others as they end.
+    """Yield each task's index and whether it was run now: tasks already done come first, then the others as they end.
 
-    The last item of a task is its part; `work` reports sentences, which a progress bar shows.
+    The last item of a task is its part; `work` reports numbers of sentences, which a progress bar shows.
     """
     left = [index for index, done in enumerate(is_done) if not done]
     sizes = [task[-1].size for task in tasks]
@@ -167,9 +167,9 @@ def part_statistics(stem: Path) -> dict[str, int] | None:
 
 
 def join_parts(stems: list[Path], folder: Path, split: str, size: int, digest) -> np.ndarray:
-    """Write the arrays of a split from those of its parts; return how often each of `size` ids occurs (V).
+    """Join the arrays of a split's parts and write them; return how often each of `size` ids occurs (V).
 
-    `digest` is updated with the tokens. Memory stays that of a few buffers.
+    `digest` is updated with the tokens. Only a few buffers are in memory at a time.
     """
     counts_V, num_tokens = np.zeros(size, np.int64), 0
     with ExitStack() as stack:

@@ -1,7 +1,7 @@
 """Preparation of a corpus: text to a folder of token ids, on several processes, resumed after an interruption.
 
-Stages: count the words, build the vocabulary, encode each part, join the parts. Until they are done, their files stand
-in `.<folder>.partial`: `plan.json` (what is being prepared), `counts/` (word counts of each part), `vocabulary/`,
+Stages: count the words, build the vocabulary, encode each part, join the parts. Until all are done, their files are in
+`.<folder>.partial`: `plan.json` (what is being prepared), `counts/` (word counts of each part), `vocabulary/`,
 `parts/` (arrays and statistics of each part) and `whole/`, which becomes the folder.
 """
 
@@ -39,7 +39,7 @@ from moe_lm.data.vocabulary import Vocabulary, VocabularyRecipe
 from moe_lm.errors import UserError
 
 LARGE = 32 << 20
-"""Bytes of text from which worker processes, waiting for the disk and reports of speed are worth their time."""
+"""Bytes of text from which a preparation uses worker processes, flushes arrays to the disk and reports its speed."""
 _SAMPLE = 1000
 """Sentences from which the size of the arrays is estimated."""
 # Errors of a disk; a corpus read over a network raises OSError for other reasons.
@@ -59,8 +59,8 @@ def prepare(
 ) -> Prepared:
     """Prepare `folder` unless it is up to date; raises `UserError` for text that cannot be read and for a full disk.
 
-    `settings` is the configuration of corpus and vocabulary: any change of it prepares the text again. The number of
-    processes changes nothing in the folder.
+    `settings` is the configuration of corpus and vocabulary; after any change to it the text is prepared again. The
+    number of processes does not affect the folder's content.
     """
     inputs = {"settings": settings, "corpus": corpus.inputs(), "vocabulary": recipe.inputs()}
     inputs = json.loads(json.dumps(inputs | {"max_words": corpus.max_words}))
@@ -77,7 +77,7 @@ def prepare(
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        reason = f"{error.strerror}; mend that and repeat the command, or choose another folder"
+        reason = f"{error.strerror}; mend this and repeat the command, or choose another folder"
         raise UserError(f"cannot write {folder}: {reason}") from error
     return open_prepared(folder, recipe)
 
@@ -141,7 +141,7 @@ class Preparation:
         shutil.rmtree(self._partial, ignore_errors=True)
 
     def _start_or_resume(self, inputs: dict) -> None:
-        """Keep the files of an interrupted preparation with the same plan, and remove those of any other."""
+        """Keep the files of an interrupted preparation if its plan is the same, and remove them otherwise."""
         plan = {"format": FORMAT, "inputs": inputs}
         plan["parts"] = {split: [part.name for part in parts] for split, parts in self._parts.items()}
         if self._partial.exists() and read_json(self._partial / "plan.json") == plan:
@@ -174,7 +174,7 @@ class Preparation:
             self.log(note)
         vocabulary = self._build_vocabulary()
         self.log(f"vocabulary: {vocabulary.size:,} tokens")
-        if self._is_large and not any((self._partial / "counts").iterdir()):  # else checked after counting
+        if self._is_large and not any((self._partial / "counts").iterdir()):  # otherwise checked after counting
             self._check_disk_space_by_sample()
         parts = self._encode()
         fingerprint, statistics = self._join(vocabulary, parts)
@@ -235,7 +235,7 @@ class Preparation:
     def _run_stage(
         self, name: str, tasks: list[tuple], is_done: list[bool], work: Callable, read: Callable[[int], dict]
     ) -> Iterator[tuple[int, dict]]:
-        """Run the tasks that are not done; yield each task's index and what `read` finds of it, then log the speed."""
+        """Run the tasks that are not done; yield each task's index and the result of `read`, then log the speed."""
         started, new_words = time.perf_counter(), 0
         processes = self._num_processes
         for index, is_new in run_on_parts(name, tasks, is_done, work, num_processes=processes, progress=self._progress):
@@ -270,10 +270,10 @@ class Preparation:
         return digest.hexdigest(), statistics
 
     def _check_disk_space_by_sample(self) -> None:
-        """Raise where the disk cannot hold four fifths of the arrays' size as estimated from the first sentences.
+        """Raise if the disk cannot hold four fifths of the arrays, whose size is estimated from the first sentences.
 
-        The estimate is too low for compressed text, of which only the bytes on disk are known, and for subwords, of
-        which a word may take several.
+        The estimate is too low for compressed text, as only the compressed size is known, and for subwords, as a word
+        may be several tokens.
         """
         lines = chain.from_iterable(part.sentences() for part in self._parts["train"])
         sample = [(len(line.split()), len(line.encode()) + 1) for line in islice(lines, _SAMPLE)]
@@ -282,7 +282,7 @@ class Preparation:
         self._check_disk_space(int(scale * sum(lengths)), int(scale * len(lengths)))
 
     def _check_disk_space(self, num_tokens: int, num_sentences: int) -> None:
-        """Raise where the disk cannot hold the arrays twice: those of the parts, and those of the splits."""
+        """Raise if the disk cannot hold the arrays twice: once as parts, once joined to splits."""
         written = sum(path.stat().st_size for path in (self._partial / "parts").iterdir() if path.suffix != ".json")
         needed = (4 + 4) * num_tokens + (8 + 12) * num_sentences - written
         free = shutil.disk_usage(self._partial).free

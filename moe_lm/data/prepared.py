@@ -27,9 +27,9 @@ class Split:
     tokens: np.ndarray
     """Ids of each sentence followed by `</S>` (int32)."""
     starts: np.ndarray
-    """Index in `tokens` at which each sentence begins, and the number of tokens (int64, N + 1)."""
+    """Index in `tokens` at which each sentence begins, then the number of tokens (int64, N + 1)."""
     words: np.ndarray
-    """Words of each sentence, `</S>` included, which perplexity divides by (uint32, N)."""
+    """Words of each sentence, `</S>` included; perplexity divides by their sum (uint32, N)."""
 
     @property
     def num_sentences(self) -> int:
@@ -54,7 +54,7 @@ class Prepared:
     """Per split `sentences words tokens unknown_words empty_lines longer_than_max_words`, and for the held-out splits
     `unigram_perplexity` per word. Sentences longer than `max_words` are left out of the training split only."""
     reference_counts: dict = field(default_factory=dict)
-    """Published counts, by `<split>.<statistic>` or `vocabulary`: `expected` and `found`."""
+    """Published counts (`expected`) and counts of this text (`found`), by `<split>.<statistic>` or `vocabulary`."""
 
 
 def open_prepared(folder: Path, recipe: VocabularyRecipe) -> Prepared:

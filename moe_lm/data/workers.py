@@ -1,6 +1,6 @@
 """One function on many tasks, in this process or in several: results as they come, and no process left behind.
 
-Unlike `concurrent.futures`, tasks report their progress, and workers end with their parent even if that is killed.
+Unlike in `concurrent.futures`, tasks report their progress, and workers end with their parent even if it is killed.
 """
 
 import multiprocessing
@@ -25,8 +25,8 @@ def map_unordered(
 ) -> Iterator[tuple[int, Result]]:
     """Yield `(index, work(task, report))` in the order in which tasks end; `work` and tasks are pickled.
 
-    Every worker ends with this iterator, however that ends, and with this process, even if it is killed. Raises
-    `UserError` where a worker is killed, and whatever `work` raises.
+    Every worker ends when this iterator ends, for whatever reason, or when this process ends, even if it is killed.
+    Raises `UserError` if a worker is killed, and whatever `work` raises.
     """
     if min(num_processes, len(tasks)) <= 1:
         for index, task in enumerate(tasks):
@@ -100,7 +100,7 @@ def _worker_killed() -> UserError:
 
 @contextmanager
 def _interrupts_ignored() -> Iterator[None]:
-    """Let processes started here inherit that Ctrl-C is ignored: their parent ends them."""
+    """Make processes that are started here ignore Ctrl-C from the beginning, as their parent ends them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

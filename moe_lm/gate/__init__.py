@@ -30,7 +30,7 @@ class Gating:
     gate_A: Tensor
     """Weight of the expert's output, G(x)_i (float32)."""
     num_tokens: int
-    """Number of tokens, those without any expert included."""
+    """Number of tokens, including tokens without any expert."""
     importance_E: Tensor
     """Sum of the gate values that each expert received (eq. 6)."""
     load_E: Tensor
@@ -42,9 +42,9 @@ class Gating:
     sums: Mapping[str, Tensor] = field(default_factory=dict)
     """Further additive statistics by name, for balance losses and for the gate's `adapt`.
 
-    For each expert: `requested_E` counts its choices before any capacity limit, `first_choice_E` the first choices
-    among them, `probability_E` sums its probabilities. Scalars: `log_z_squared` sums logsumexp(logits)^2 over
-    `num_tokens` tokens.
+    For each expert: `requested_E` counts the tokens that chose it, before any capacity limit, `first_choice_E` the
+    tokens that chose it first, `probability_E` sums its probabilities. Scalars: `log_z_squared` sums
+    logsumexp(logits)^2 over `num_tokens` tokens.
     """
 
     @classmethod
@@ -58,7 +58,7 @@ class Gating:
         load_E: Tensor | None = None,
         sums: Mapping[str, Tensor] | None = None,
     ) -> "Gating":
-        """Return the gating of tokens that each chose K of `num_experts` experts, without those not `kept_TK`."""
+        """Return the gating of tokens that each chose K of `num_experts` experts, without choices not in `kept_TK`."""
         num_tokens, k = expert_TK.shape
         expert_A, order_A = stable_sort_below(expert_TK.reshape(-1), num_experts)
         if kept_TK is not None:
@@ -87,7 +87,7 @@ class Gating:
         return segment_sizes(self.expert_A, self.num_experts)
 
     def num_unrouted(self) -> Tensor:
-        """Return the number of tokens without any expert: dropped by all of theirs, or chosen by none."""
+        """Return the number of tokens without any expert: dropped by all that they chose, or chosen by none."""
         routed_T = torch.zeros(self.num_tokens, dtype=torch.bool, device=self.token_A.device)
         return self.num_tokens - routed_T.index_fill_(0, self.token_A, True).sum()
 
@@ -112,7 +112,7 @@ class TokenGroups:
         self.group_T, self.num_groups = group_T, num_groups or 1
 
     def matmul(self, x_TD: Tensor, weight: Tensor) -> Tensor:
-        """Return x W (T, E), each token's with the matrix of its group."""
+        """Return x W (T, E), where each token is multiplied by the matrix of its group."""
         return x_TD @ weight if self.group_T is None else grouped_linear(x_TD, weight, self.group_T)
 
     def sizes(self) -> Tensor:
@@ -128,7 +128,7 @@ class TokenGroups:
         return segment_sum(x_TE, self.group_T, self.num_groups)
 
     def per_token(self, x_GE: Tensor) -> Tensor:
-        """Return the row of each token's group (T, E); without groups the only row (1, E), to be broadcast."""
+        """Return the row of each token's group (T, E); without groups, the single row (1, E), to be broadcast."""
         return x_GE if self.group_T is None else x_GE.index_select(0, self.group_T)
 
     def expert_numbers(self, expert_TK: Tensor) -> Tensor:
@@ -137,9 +137,9 @@ class TokenGroups:
 
 
 class Gate(nn.Module):
-    """A gating network G(x) or, made with `num_groups`, one for each group of experts (Appendix B).
+    """A gating network G(x) or, if `num_groups` is given, one for each group of experts (Appendix B).
 
-    A subclass implements `choose` and declares where it differs from the class attributes below. It may replace
+    A subclass implements `choose` and overrides the class attributes below that do not fit it. It may also override
     `init_matrix_`, `check_k`, `logits` and `adapt`.
     """
 
@@ -148,15 +148,15 @@ class Gate(nn.Module):
     only_k: ClassVar[int | None] = None
     """The only k that the gate is defined for; None: any."""
     has_noise: ClassVar[bool] = False
-    """Whether the gate has a second matrix, W_noise; in training its products follow the logits (T, 2 E)."""
+    """Whether the gate has a second matrix, W_noise; in training `logits` then also returns x W_noise (T, 2 E)."""
     differentiable_stats: ClassVar[frozenset[str]] = frozenset({"importance_E", "log_z_squared"})
     """Statistics through which the gradient of a balance loss reaches the gate."""
     needs_loss: ClassVar[str | None] = None
-    """Name of the balance loss without which the gate would not learn what it reads in evaluation."""
+    """Name of the balance loss without which the gate would not learn the numbers that it uses in evaluation."""
     non_causal_note: ClassVar[str | None] = None
-    """How a choice in training depends on other tokens, and what evaluation does instead; None: it does not."""
+    """How a training choice depends on other tokens, and what evaluation does instead; None if it does not depend."""
     required_stats: frozenset[str] | None = None
-    """Statistics that the balance losses read, so that no others need be computed; None: all."""
+    """Statistics that the balance losses read; others are not computed. None: all are computed."""
 
     def __init__(self, *, width: int, num_experts: int, k: int, num_groups: int | None = None):
         super().__init__()
@@ -171,7 +171,7 @@ class Gate(nn.Module):
         self.reset_parameters()
 
     def check_k(self) -> None:
-        """Raise ValueError for more experts a token than there are, none, or another k than `only_k`."""
+        """Raise ValueError unless 1 <= k <= `num_experts` and k is the one that `only_k` allows."""
         k, num_experts = self.k, self.num_experts
         if not 1 <= k <= num_experts:
             sizes = f"model.k={k} experts a token of model.num_experts={num_experts}"
@@ -199,12 +199,12 @@ class Gate(nn.Module):
             getattr(self, name).fill_(value)
 
     def init_matrix_(self, weight: Tensor) -> None:
-        """Draw from a truncated normal of variance 0.1 / width, as the Switch Transformer; zeros would need noise."""
+        """Draw from a truncated normal of variance 0.1 / width, as in the Switch Transformer."""
         deviation = math.sqrt(0.1 / weight.shape[-2])
         nn.init.trunc_normal_(weight, std=deviation, a=-2 * deviation, b=2 * deviation)
 
     def forward(self, x_TD: Tensor, group_T: Tensor | None = None) -> Gating:
-        """Assign tokens to experts; with groups, token t to those of group `group_T[t]` (int64, ascending).
+        """Assign tokens to experts; with groups, token t to experts of group `group_T[t]` (int64, ascending).
 
         All computations are in the matrices' type, whatever the autocast type.
         """
@@ -213,7 +213,7 @@ class Gate(nn.Module):
             return self.choose(self.logits(x_TD.to(self.gate_DE.dtype), groups), groups)
 
     def logits(self, x_TD: Tensor, groups: TokenGroups) -> Tensor:
-        """Return x W_g (T, E), in training with noise x W_g and x W_noise side by side (T, 2 E)."""
+        """Return x W_g (T, E) or, for a gate with noise in training, x W_g and x W_noise side by side (T, 2 E)."""
         if self.has_noise and self.training:  # a single product, as a wide one is faster than two narrow ones
             return groups.matmul(x_TD, torch.cat([self.gate_DE, self.noise_DE], dim=-1))
         return groups.matmul(x_TD, self.gate_DE)
@@ -235,8 +235,8 @@ class Gate(nn.Module):
     ) -> Gating:
         """Return the gating of tokens that each chose K experts of their group, first choices first.
 
-        `probability_TE` (default: Softmax of the logits) is what `probability_E` sums; an assignment is dropped where
-        `kept_TK` is false; `load_E` replaces the number of assignments.
+        The statistic `probability_E` sums `probability_TE` (default: Softmax of the logits). An assignment is dropped
+        where `kept_TK` is false. `load_E` replaces the number of assignments as the load.
         """
         expert_TK, sums = groups.expert_numbers(expert_TK), {}
         num_experts = self.num_experts * groups.num_groups
@@ -259,7 +259,7 @@ class Gate(nn.Module):
         groups: TokenGroups,
         sums: Mapping[str, Tensor] | None = None,
     ) -> Gating:
-        """Return the gating of experts that take the tokens where `mask_TE`; `sums` are kept in training only."""
+        """Return the gating of experts that take the tokens where `mask_TE` is true; `sums` are for training only."""
         sums = self._logit_sums(logit_TE) | dict(sums or {}) if self.training else {}
         column_A, token_A = mask_TE.t().nonzero(as_tuple=True)
         expert_A, num_experts = column_A, self.num_experts * groups.num_groups
@@ -280,10 +280,10 @@ class Gate(nn.Module):
         )
 
     def adapt(self, statistics: Mapping[str, Tensor]) -> None:
-        """Move buffers that no gradient moves, after an update, by the statistics of its global batch alone."""
+        """After an update, change buffers without gradients, by the statistics of the update's global batch alone."""
 
     def operations_per_timestep(self) -> int:
-        """Return the multiply-adds a token costs in the gate's matrices, with groups those of one group."""
+        """Return the multiply-adds per token in the gate's matrices; with groups, in the matrices of one group."""
         return sum(weight.numel() for weight in self._matrices()) // (self.num_groups or 1)
 
     def _matrices(self) -> list[nn.Parameter]:

@@ -24,11 +24,11 @@ def capped_choice(
     entropy_weight: float,
     max_iterations: int,
 ) -> Tensor:
-    """Return which expert takes which token (bool, T by E): its m largest entries in the plan, at most b a token.
+    """Return which expert takes which token (bool, T by E): by the plan, m tokens per expert and b experts per token.
 
-    The m largest entries can give a token more than b experts, as the plan is not whole. Such a token keeps its b
-    largest, and the experts that lose it take their next best tokens with room, if need be after other tokens have
-    changed experts. Every expert gets its m; a token has more than b only where no choice could avoid it.
+    As the plan holds fractions, an expert's m largest entries can give a token more than b experts. Such a token keeps
+    its b largest, and the experts that lose it take their next best tokens with room, if need be after other tokens
+    have changed experts. Every expert gets m tokens; a token has more than b experts only if no choice could avoid it.
     """
     plan_TE = transport_plan(
         score_TE, per_token, max_experts, groups, entropy_weight=entropy_weight, max_iterations=max_iterations
@@ -47,7 +47,7 @@ def capped_choice(
 
 
 def at_most(value_TE: Tensor, mask_TE: Tensor, count: int) -> Tensor:
-    """Return the mask with each token's `count` experts of largest value only, the first of equal ones."""
+    """Return the mask with only each token's `count` experts of largest value left; of equal ones, the first stay."""
     if count >= mask_TE.shape[1]:
         return mask_TE
     value_TE = value_TE.masked_fill(~mask_TE, -torch.inf)
@@ -58,7 +58,7 @@ def at_most(value_TE: Tensor, mask_TE: Tensor, count: int) -> Tensor:
 def _relieved(mask_TE: Tensor, plan_TE: Tensor, max_experts: int, groups: TokenGroups) -> Tensor:
     """Take experts from tokens that have too many, along chains that end at a token with room.
 
-    The loop over tokens is short: few are left when the experts' next best tokens had room.
+    The loop over tokens is short: once experts have taken their next best tokens, few tokens have too many experts.
     """
     device, mask_TE, plan_TE = mask_TE.device, mask_TE.cpu().clone(), plan_TE.cpu()
     sizes = groups.sizes().long().tolist()
@@ -70,9 +70,10 @@ def _relieved(mask_TE: Tensor, plan_TE: Tensor, max_experts: int, groups: TokenG
 
 
 def _relieve_(mask_TE: Tensor, plan_TE: Tensor, max_experts: int, token: int) -> bool:
-    """Take one expert from a token, in place: it takes another token, whose expert takes another, to one with room.
+    """Take one expert from a token, in place, along a chain of experts; return whether there is such a chain.
 
-    The search is breadth first, so the chain is a shortest one. False if there is none: no choice has room then.
+    Each expert of the chain takes over a token of the next expert, and the last takes a token with room. The search is
+    breadth first, so the chain is a shortest one. Without a chain, no choice of experts could relieve the token.
     """
     room_T1 = mask_TE.sum(dim=1, keepdim=True) < max_experts
     queue = [expert for expert in plan_TE[token].argsort().tolist() if mask_TE[token, expert]]
@@ -107,9 +108,9 @@ def transport_plan(
 ) -> Tensor:
     """Return the A (T, E) that maximises <S, A> + entropy_weight * H(A) with H(A) = -sum A log A.
 
-    Every expert's sum is m, every token's at most b, and 0 <= A <= 1. From exp(S / entropy_weight), Bregman
-    projections on the three sets in turn, in logs; the two sets of inequalities have Dykstra's corrections. Each
-    group stops separately, once its experts' sums have converged.
+    Every expert's sum is m, every token's sum is at most b, and 0 <= A <= 1. Starting from exp(S / entropy_weight), A
+    is projected in turn on these three sets by Bregman projections, in logs; the two sets of inequalities have
+    Dykstra's corrections. Each group stops separately, once its experts' sums have converged.
     """
     log_TE = score_TE / entropy_weight
     size_G1 = groups.sizes().to(score_TE.device).unsqueeze(1)

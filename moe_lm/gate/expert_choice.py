@@ -14,23 +14,23 @@ from moe_lm.gate.capped_choice import at_most, capped_choice
 from moe_lm.gate.routing import batchwise_mask, equal_share
 
 _MAX_STEP = 0.5
-"""Largest step of a log threshold: with thousands of experts m is small, and many tokens may lie above."""
+"""Largest step of a log threshold: with thousands of experts m is small, and n_i may be many times m."""
 _MIN_LOG_THRESHOLD = -60.0
-"""With `max_experts` an expert may get too few tokens however low its threshold is."""
+"""Lower limit, as with `max_experts` an expert may get too few tokens however low its threshold is."""
 
 
 class ExpertChoice(Gate):
     """G(x)_i = S_i for the experts i that take x, else 0, with S = Softmax(x W_g), not renormalised.
 
-    In training each expert takes the m = c * tokens / experts tokens of the call with the largest S_i, so c experts a
-    token on average, with `max_experts` at most that many for any token (section 3.3). In evaluation expert i takes a
-    token whose S_i exceeds threshold_i, a rule that looks at one token only; with `max_experts`, a token's largest S_i
-    count. After each update log threshold_i += threshold_rate * (n_i - m) / m, where n_i is the number of the batch's
-    tokens that expert i would take by the rule of evaluation.
+    In training each expert takes the m = c * tokens / experts tokens of the call with the largest S_i. A token thus has
+    c experts on average and at most `max_experts`, if that is given (section 3.3). In evaluation expert i takes every
+    token whose S_i exceeds threshold_i, a rule that looks at one token only; with `max_experts`, only a token's largest
+    S_i count. After each update log threshold_i += threshold_rate * (n_i - m) / m, where n_i is the number of tokens in
+    the batch that expert i would take by the rule of evaluation.
     """
 
     non_causal_note = (
-        "lets each expert take the tokens it scores highest in the micro-batch; evaluation goes by running thresholds"
+        "lets each expert take the tokens it scores highest in the micro-batch; evaluation uses running thresholds"
     )
 
     def __init__(
@@ -53,11 +53,11 @@ class ExpertChoice(Gate):
 
     @property
     def threshold_E(self) -> Tensor:
-        """What S_i must exceed in evaluation; 1 / experts at first."""
+        """The value that S_i must exceed in evaluation; 1 / experts at first."""
         return self.log_threshold_E.exp()
 
     def choose(self, logit_TE: Tensor, groups: TokenGroups) -> Gating:
-        """Give each expert its m best tokens, in evaluation those above its threshold."""
+        """Give each expert its m best tokens or, in evaluation, the tokens above its threshold."""
         score_TE = logit_TE.softmax(dim=1)
         fixed_TE, sums = score_TE.detach(), {}
         mask_TE = fixed_TE > groups.per_token(self.threshold_E.view(-1, self.num_experts))
@@ -84,7 +84,7 @@ class ExpertChoice(Gate):
 
     @torch.no_grad()
     def adapt(self, statistics: Mapping[str, Tensor]) -> None:
-        """Move the thresholds by `above_E`, the tokens taken by the rule of evaluation, and `share_E`, m."""
+        """Move the thresholds so that `above_E` (n_i of each expert) approaches `share_E` (its m)."""
         above_E, share_E = statistics["above_E"], statistics["share_E"]
         step_E = self.threshold_rate * (above_E - share_E) / share_E.clamp(min=1)
         step_E = step_E.clamp(-_MAX_STEP, _MAX_STEP).to(self.log_threshold_E.dtype)
@@ -94,13 +94,13 @@ class ExpertChoice(Gate):
         factor, most = self.assignments_per_token, self.max_experts
         if not 0 < factor <= self.num_experts:
             raise ValueError(
-                f"capacity_factor={factor:g} of the gate expert_choice, experts a token of {self.num_experts}: "
-                "must be positive and at most as many"
+                f"capacity_factor={factor:g} of the gate expert_choice, in experts a token: must be positive and "
+                f"at most as many as there are, {self.num_experts}"
             )
         if most is not None and not most >= factor:
             raise ValueError(
-                f"max_experts={most} of the gate expert_choice: must be at least the {factor:g} experts a token "
-                "on average"
+                f"max_experts={most} of the gate expert_choice: must be at least the {factor:g} experts that a token "
+                "has on average"
             )
         if not self.entropy_weight > 0 or self.max_iterations < 1:
             raise ValueError(

@@ -22,7 +22,7 @@ class GShard(Gate):
     only_k = 2
     differentiable_stats = Gate.differentiable_stats | {"probability_E"}
     non_causal_note = (
-        "drops what exceeds an expert's capacity, second choices after everybody's first; evaluation has no capacity"
+        "drops choices beyond an expert's capacity, second choices after all first ones; evaluation drops none"
     )
 
     def __init__(self, *, capacity_factor: float, **sizes: int | None):
@@ -32,7 +32,7 @@ class GShard(Gate):
         self.capacity_factor = capacity_factor
 
     def choose(self, logit_TE: Tensor, groups: TokenGroups) -> Gating:
-        """Send each token to its two likeliest experts, in training to the second by chance and within capacity."""
+        """Send each token to its two likeliest experts; in training within capacity, to the second only by chance."""
         top_TK, expert_TK = logit_TE.topk(self.k, dim=1)
         gate_TK, kept_TK = top_TK.softmax(dim=1), None  # the two largest of a softmax, renormalised
         if self.training:

@@ -15,12 +15,12 @@ def within_capacity(
     """Return which assignments find a place with their expert.
 
     An expert has capacity_factor * K * tokens / experts places, rounded up, at least 1. All first choices come before
-    any second one, each in the order of the tokens. Assignments not `queued_TK` find none and take none.
+    any second one, each in the order of the tokens. Assignments where `queued_TK` is false take no place.
     """
     num_tokens, k = expert_TK.shape
     numbers_TK = groups.expert_numbers(expert_TK)
     if queued_TK is not None:
-        numbers_TK = numbers_TK.masked_fill(~queued_TK, -1)  # a queue of their own
+        numbers_TK = numbers_TK.masked_fill(~queued_TK, -1)  # they form a queue of their own
     place_TK = _places(numbers_TK.t().reshape(-1)).view(k, num_tokens).t()
     size_G1 = groups.sizes().to(place_TK.device).unsqueeze(1)
     capacity_G1 = (capacity_factor * k * size_G1 / groups.num_experts).ceil().clamp(min=1).long()
@@ -37,7 +37,7 @@ def _places(expert_A: Tensor) -> Tensor:
 
 
 def equal_share(per_token: float, groups: TokenGroups) -> Tensor:
-    """Return each group's m (int64, G): an expert's tokens where all experts have equally many.
+    """Return each group's m (int64, G): the number of tokens per expert if all experts have equally many.
 
     m = per_token * tokens / experts to the nearest whole number (a half upwards), at least 1 and at most all tokens.
     """
@@ -46,7 +46,7 @@ def equal_share(per_token: float, groups: TokenGroups) -> Tensor:
 
 
 def batchwise_mask(x_TE: Tensor, per_token: float, groups: TokenGroups) -> Tensor:
-    """M_batchwise: each expert takes the m tokens of its group with the largest x, the earlier of equal ones.
+    """Return M_batchwise (T, E): each expert takes its group's m tokens with the largest x, the earlier of equal ones.
 
     m is `equal_share`, so a token gets `per_token` experts on average, or more where tokens are few.
     """
@@ -55,7 +55,8 @@ def batchwise_mask(x_TE: Tensor, per_token: float, groups: TokenGroups) -> Tenso
 
 
 def _top_m(x_ET: Tensor, m: int) -> Tensor:
-    # By the m-th value, as topk does not promise which of equal values its indices are. It takes a tenth of a sort.
+    # Tokens are compared with the m-th largest value, because topk does not promise which of several equal values it
+    # returns. This takes a tenth of the time of a sort.
     least_E1 = x_ET.topk(m, dim=1).values[:, -1:]
     above_ET, equal_ET = x_ET > least_E1, x_ET == least_E1
     left_E1 = m - above_ET.sum(dim=1, keepdim=True)

@@ -14,14 +14,14 @@ from moe_lm.gate import Gate, Gating, TokenGroups
 
 
 class Sinkhorn(Gate):
-    """G(x)_i = sigmoid(x W_g)_i where k = 1, else Softmax(x W_g)_i, for the k experts chosen, else 0.
+    """G(x)_i = sigmoid(x W_g)_i if k = 1, else Softmax(x W_g)_i, for the k chosen experts, and 0 for all others.
 
-    Chosen are, in training, the k largest of the transport plan of exp(x W_g) that gives every token the mass 1/T and
-    every expert 1/E; in evaluation, the k largest of x W_g.
+    In training a token chooses the experts with its k largest entries in the transport plan of exp(x W_g), in which
+    every token has the mass 1/T and every expert the mass 1/E; in evaluation, with the k largest entries of x W_g.
     """
 
     non_causal_note = (
-        "assigns all tokens of the micro-batch together, evenly; evaluation gives each its own likeliest experts"
+        "assigns all tokens of the micro-batch together, evenly; evaluation gives each token its likeliest experts"
     )
 
     def __init__(self, *, tolerance: float, max_iterations: int, **sizes: int | None):
@@ -34,7 +34,7 @@ class Sinkhorn(Gate):
         self.tolerance, self.max_iterations = tolerance, max_iterations
 
     def choose(self, logit_TE: Tensor, groups: TokenGroups) -> Gating:
-        """Send each token to the k largest entries of its row of the plan, in evaluation of its logits."""
+        """Send each token to the experts with the k largest entries of its plan or, in evaluation, of its logits."""
         gate_TE = logit_TE.sigmoid() if self.k == 1 else logit_TE.softmax(dim=1)
         score_TE = logit_TE.detach()
         if self.training:
@@ -46,8 +46,8 @@ class Sinkhorn(Gate):
 def transport_plan(logit_TE: Tensor, groups: TokenGroups, tolerance: float, max_iterations: int) -> Tensor:
     """Return d_0 K d_1 (T, E) with K = exp(logits), for each group separately.
 
-    Alternately d_0 = (1/T) / (K d_1), so that every token has the mass 1/T, and d_1 = (1/E) / (K^T d_0), so that every
-    expert has 1/E, from d_1 = 1, until the mean change of d_1 is below the tolerance.
+    From d_1 = 1, alternates d_0 = (1/T) / (K d_1), which gives every token the mass 1/T, and d_1 = (1/E) / (K^T d_0),
+    which gives every expert the mass 1/E, until the mean change of d_1 is below the tolerance.
     """
     num_experts = logit_TE.shape[1]
     # Dividing a row by its largest entry changes d_0 only, and keeps exp from overflowing.

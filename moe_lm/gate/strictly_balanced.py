@@ -14,15 +14,15 @@ class StrictlyBalanced(Gate):
     """G(x)_i = G_sigma(x)_i M(G_sigma(x))_i / sum_j G_sigma(x)_j M(G_sigma(x))_j, G_sigma(x) = Softmax(x W_g).
 
     In training M is the batchwise mask, which looks at all tokens of the call; in evaluation M is the threshold mask,
-    G_sigma(x)_i > T_i, which looks at one. A token may get more than k experts, fewer, or none. The loss `needs_loss`
-    learns T from two additive sums of training: `threshold_gap`,
+    G_sigma(x)_i > T_i, which looks at one token. A token may get more than k experts, fewer, or none. T is learned by
+    the loss that `needs_loss` names, from two additive sums computed in training: `threshold_gap`,
     sum_j sum_i (M_threshold - M_batchwise)(G_sigma(x_j)_i - T_i), and `threshold_tokens`, the number of tokens.
     """
 
     needs_loss = "batchwise"
     differentiable_stats = Gate.differentiable_stats | {"threshold_gap"}
     non_causal_note = (
-        "lets each expert take equally many tokens of the micro-batch; evaluation goes by learned thresholds"
+        "lets each expert take equally many tokens of the micro-batch; evaluation uses the learned thresholds"
     )
 
     def __init__(self, **sizes: int | None):
@@ -31,14 +31,14 @@ class StrictlyBalanced(Gate):
         self.register_per_expert("threshold_E", 1 / self.num_experts, learned=True)
 
     def init_matrix_(self, weight: Tensor) -> None:
-        """Draw small numbers: with zeros all experts would take the same tokens.
+        """Draw small numbers; with zeros, all experts would take the same tokens.
 
-        Small, so that a token's experts have about equal weights at first.
+        As the numbers are small, a token's experts have about equal weights at first.
         """
         weight.normal_(std=0.01)
 
     def choose(self, logit_TE: Tensor, groups: TokenGroups) -> Gating:
-        """Give each expert equally many tokens, in evaluation those above its threshold."""
+        """Give each expert equally many tokens or, in evaluation, the tokens above its threshold."""
         threshold_TE = groups.per_token(self.threshold_E.view(-1, self.num_experts))
         gate_TE = logit_TE.softmax(dim=1)
         mask_TE, sums = gate_TE > threshold_TE, {}
@@ -53,7 +53,7 @@ class StrictlyBalanced(Gate):
 def masked_softmax(logit_TE: Tensor, mask_TE: Tensor) -> Tensor:
     """Return Softmax(logits) M / sum_j (Softmax(logits) M)_j where M = 1, also where Softmax(logits) underflows to 0.
 
-    A row without any M = 1 keeps its whole softmax, which nobody reads: a row of -inf alone would be NaN.
+    A row without any M = 1 keeps its whole softmax, which is never read; masked with -inf everywhere, it would be NaN.
     """
     left_out_TE = ~mask_TE & mask_TE.any(dim=1, keepdim=True)
     return logit_TE.masked_fill(left_out_TE, -torch.inf).softmax(dim=1)

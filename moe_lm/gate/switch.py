@@ -14,13 +14,13 @@ class Switch(Gate):
     """G(x)_i = p_i(x) for i = argmax p(x), else 0, with p = Softmax(x W_g): not renormalised, so that W_g learns.
 
     In training W_g reads x times U(1 - jitter, 1 + jitter), and an expert takes at most capacity_factor * tokens /
-    experts tokens of the call, in their order; the others are dropped and counted. Evaluation has neither, so that no
-    prediction depends on the rest of the batch.
+    experts tokens of the call, in their order; further tokens are dropped and counted. Evaluation has neither jitter
+    nor capacity, so that no prediction depends on the rest of the batch.
     """
 
     only_k = 1
     differentiable_stats = Gate.differentiable_stats | {"probability_E"}
-    non_causal_note = "drops what exceeds an expert's capacity, by the tokens before it; evaluation has no capacity"
+    non_causal_note = "drops a token if earlier ones have filled its expert's capacity; evaluation drops none"
 
     def __init__(self, *, capacity_factor: float, jitter: float, **sizes: int | None):
         super().__init__(**sizes)
@@ -31,7 +31,7 @@ class Switch(Gate):
         self.capacity_factor, self.jitter = capacity_factor, jitter
 
     def logits(self, x_TD: Tensor, groups: TokenGroups) -> Tensor:
-        """Return x W_g, in training of x with jitter."""
+        """Return x W_g, where x has jitter in training."""
         if self.training and self.jitter > 0:
             x_TD = x_TD * (1 - self.jitter + 2 * self.jitter * torch.rand_like(x_TD))
         return super().logits(x_TD, groups)

@@ -14,7 +14,7 @@ class TopK(Gate):
     differentiable_stats = Gate.differentiable_stats | {"probability_E"}
 
     def check_k(self) -> None:
-        """Refuse one of several experts too: its gate value is the constant 1."""
+        """Also refuse k = 1 of several experts, as the gate value would be the constant 1."""
         super().check_k()
         if self.k == 1 < self.num_experts:
             raise ValueError(

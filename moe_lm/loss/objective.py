@@ -1,6 +1,6 @@
 """What training minimises: nats per predicted word of the global batch plus the weighted balance losses.
 
-Balance losses penalise how unevenly a gate serves its experts, from additive statistics of the global batch.
+Balance losses penalise how unevenly a gate uses its experts; they read additive statistics of the global batch.
 
 Shape suffixes: E experts.
 """
@@ -54,7 +54,7 @@ class SwitchLoss(BalanceLoss):
     """E sum_i f_i P_i (Fedus et al. 2021, arXiv 2101.03961, eq. 4-6).
 
     f_i is expert i's share of all choices before any capacity, P_i its mean probability. Only P carries a gradient.
-    The loss is 1 where all are equal, the least for equal f and P.
+    The loss is 1 if all f_i and all P_i are equal; this is its minimum for f = P.
     """
 
     stat = "probability_E"
@@ -67,8 +67,9 @@ class SwitchLoss(BalanceLoss):
 class GShardLoss(BalanceLoss):
     """E sum_i f_i P_i with f_i expert i's share of the first choices alone (Lepikhin et al. 2020, arXiv 2006.16668).
 
-    That is E^2 times what Algorithm 1 prints, (1/E) sum_e (c_e/S) m_e, as in the authors' code: the loss is 1 where all
-    are equal, so a weight means the same for any number of experts. Only P, the mean probability, carries a gradient.
+    This is E^2 times the loss in Algorithm 1, (1/E) sum_e (c_e/S) m_e, as in the authors' code. The loss is 1 if all
+    f_i and all P_i are equal, so a weight means the same for any number of experts. Only P, the mean probability,
+    carries a gradient.
     """
 
     stat = "probability_E"
@@ -94,9 +95,9 @@ class ZLoss(BalanceLoss):
 class Batchwise(BalanceLoss):
     """L_batchwise(X, T, m) = sum_j sum_i (M_threshold - M_batchwise)(X_ji - T_i) over |X|, masks constant (Appendix F).
 
-    It teaches a strictly balanced gate its thresholds. The paper gives the sum over tokens and no weight: a mean per
-    token, like the nats per word, does not depend on the batch. In a hierarchical layer the mean is over the decisions
-    of both levels.
+    It teaches a strictly balanced gate its thresholds. The paper sums over tokens and gives no weight; this is a mean
+    over tokens, which, like nats per word, does not depend on the size of the batch. In a hierarchical layer the mean
+    is over the decisions of both levels.
     """
 
     stat = "threshold_gap"
@@ -118,7 +119,7 @@ def _mean(gating: Gating, total: str, count: str) -> Tensor:
 
 
 def _dot_of_shares(gating: Gating, counted: str) -> Tensor:
-    """Return E sum_i f_i P_i, f from the counts of this name and P the mean probability; 0 where either is missing."""
+    """Return E sum_i f_i P_i, with f from the counts `counted` and P the mean probability; 0 if either is missing."""
     sums = gating.sums
     if counted not in sums or "probability_E" not in sums:
         return gating.importance_E.new_zeros(())
@@ -152,10 +153,10 @@ class Objective:
     ) -> tuple[Tensor, dict[str, float]]:
         """Return a micro-batch's part of the objective, and the unweighted value of each balance loss.
 
-        `num_words` is the global batch's. With `global_stats`, the statistics summed over the global batch, a balance
-        loss reads global values while its gradient reaches this micro-batch's part of the sums; added over the
-        micro-batches that is the gradient of the whole batch's loss. Without them each micro-batch has balance losses
-        of its own, which count by its `share` of the batch's words.
+        `num_words` counts the words of the global batch. With `global_stats`, the statistics summed over the global
+        batch, a balance loss reads global values while its gradient reaches this micro-batch's part of the sums; these
+        gradients, summed over the micro-batches, are the gradient of the loss of the whole batch. Without
+        `global_stats` each micro-batch has its own balance losses, weighted by its `share` of the batch's words.
         """
         total = nats / num_words
         values = dict.fromkeys(self.balance, 0.0)
@@ -185,5 +186,5 @@ def add_statistics(total: Statistics | None, more: Statistics) -> Statistics:
 
 
 def _with_global_values(gating: Gating, values: Mapping[str, Tensor]) -> Gating:
-    """Return the gating with global values whose gradient is that of its own statistics."""
+    """Return the gating with global values, whose gradient flows to the gating's own statistics."""
     return gating.with_statistics({name: values[name] + (x - x.detach()) for name, x in gating.statistics().items()})

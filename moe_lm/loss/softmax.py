@@ -1,4 +1,4 @@
-"""The output layer: hidden states and target words to nats, over sampled words or over the whole vocabulary.
+"""The output layer: from hidden states and target words to nats, over sampled words or the whole vocabulary.
 
 Shape suffixes: T tokens, D width, V vocabulary, S sampled words.
 """
@@ -21,13 +21,13 @@ _CHUNK_LOGITS_CPU, _CHUNK_LOGITS_GPU = 1 << 24, 1 << 28
 class Softmax(RowSparseModule):
     """A softmax over the vocabulary with at most `chunk_logits` logits in memory; exact in evaluation mode.
 
-    `chunk_logits=None` takes as many as suit the device. The module holds the rows of the words `held` alone, by
-    default of all.
+    `chunk_logits=None` chooses a number that suits the device. The module holds only the rows of the words in `held`,
+    by default of all words.
     """
 
     parameter_group = "vocabulary"
     exact_in_training: bool
-    """Whether training's nats too are over the whole vocabulary."""
+    """Whether nats are over the whole vocabulary in training too."""
 
     def __init__(self, width: int, vocabulary_size: int, chunk_logits: int | None, held: range | None):
         super().__init__()
@@ -45,7 +45,7 @@ class Softmax(RowSparseModule):
         nn.init.zeros_(self.bias_V)
 
     def forward(self, hidden_TD: Tensor, targets: UniqueIndices, seed: int) -> Tensor:
-        """Return the summed nats of the targets (float64 scalar); `seed` fixes what is drawn."""
+        """Return the summed nats of the targets (float64 scalar); `seed` fixes all random draws."""
         raise NotImplementedError
 
     @property
@@ -64,7 +64,7 @@ class Softmax(RowSparseModule):
         return token_nats(hidden_TD, self.weight_VD, self.bias_V, target_T, self.chunk_logits)
 
     def operations_per_timestep(self) -> int:
-        """Return the multiply-adds per token of training's forward pass (not in the paper's ops/timestep)."""
+        """Return the multiply-adds per token of the forward pass in training, which ops/timestep excludes."""
         raise NotImplementedError
 
 
@@ -91,10 +91,11 @@ class FullSoftmax(Softmax):
 
 
 class SampledSoftmax(Softmax):
-    """In training the target against `num_sampled` distinct words, drawn log-uniformly (Jozefowicz et al. 2016).
+    """In training, a softmax over the target and `num_sampled` words drawn log-uniformly (Jozefowicz et al. 2016).
 
-    The batch shares the sampled words. Every logit is lowered by the log of its word's expected count among the sampled
-    words, and a sampled word that is the target itself is left out. Exact for vocabularies of at most `num_sampled`.
+    The sampled words are distinct, and shared by all tokens of the batch. Every logit is lowered by the log of its
+    word's expected count among the sampled words, and a sampled word that is the target itself is left out. The softmax
+    is exact for vocabularies of at most `num_sampled` words.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class SampledSoftmax(Softmax):
         else:
             sampled_S, num_tries = draw_distinct(self.num_sampled, size, seed)
         candidate_S = copy_to_device(sampled_S, target_T.device)
-        # One gather for candidates and targets, because its gradient may be a whole (V, D) matrix.
+        # Candidates and targets share one gather, because the gradient of each may be a whole (V, D) matrix.
         words = UniqueIndices(torch.cat([candidate_S, target_T]), targets.preceded_by(sampled_S))
         rows, bias = self.rows_of(words)
         if num_tries is not None:
@@ -136,7 +137,7 @@ class SampledSoftmax(Softmax):
         return take_rows(self.weight_VD, words), take_rows(self.bias_V, words)
 
     def operations_per_timestep(self) -> int:
-        """Return the multiply-adds of the products with the sampled rows and the target's."""
+        """Return the multiply-adds of the products with the sampled rows and the target's row."""
         num_rows = self.num_sampled + 1 if self.num_sampled < self.vocabulary_size else self.vocabulary_size
         return num_rows * self.width
 
@@ -171,7 +172,7 @@ def _first_positions(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _log_expected_count(word: Tensor, num_tries: int, size: int) -> Tensor:
-    """Return the log of the chance that a word is among the distinct ones, 1 - (1 - P(word))^tries (float64)."""
+    """Return the log of the chance that a word is among the words drawn, 1 - (1 - P(word))^tries (float64)."""
     word = word.double()
     probability = torch.log1p(1 / (word + 1)) / math.log(size + 1)
     return torch.log(-torch.expm1(num_tries * torch.log1p(-probability)))

@@ -36,4 +36,4 @@ class Layer(nn.Module):
         return frozenset()
 
     def adapt(self, statistics: Mapping[str, Tensor]) -> None:
-        """Let the gates move their buffers (a bias, a threshold) by the global batch's statistics, after an update."""
+        """After an update, let the gates change buffers (biases, thresholds) by the global batch's statistics."""

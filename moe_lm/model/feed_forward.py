@@ -1,4 +1,4 @@
-"""The dense layer that stands in the mixture's place: MoE-1-Wide and MoE-1-Deep (Appendix C.1).
+"""The dense layer that replaces the mixture in MoE-1-Wide and MoE-1-Deep (Appendix C.1).
 
 Shape suffixes: T tokens, D width.
 """

@@ -22,8 +22,8 @@ _PRODUCTS = ("load_E", "requested_E", "first_choice_E", "probability_E")
 class HierarchicalMoE(Layer):
     """y = sigmoid(sum_i sum_j G_primary(x)_i G_i(x)_j E_ij(x)) (eq. 12; the sigmoid: Appendix C.1).
 
-    There are `num_experts` in `num_groups` equal groups; a token goes to `primary_k` groups (k by default), and to k
-    experts in each.
+    There are `num_experts` experts in `num_groups` equal groups; a token goes to `primary_k` groups (k by default), and
+    to k experts in each.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class HierarchicalMoE(Layer):
         return self.experts(x_TD, gating).sigmoid(), gating
 
     def operations_per_timestep(self) -> int:
-        """Return the multiply-adds of the primary gate and, for each of a token's groups, its gate and experts."""
+        """Return the multiply-adds of the primary gate and, for each of a token's groups, of its gate and experts."""
         secondary = self.gate.operations_per_timestep() * self.groups_per_token
         experts = self.assignments_per_token * self.experts.operations_per_row()
         return self.primary_gate.operations_per_timestep() + round(secondary + experts)
@@ -83,8 +83,8 @@ class HierarchicalMoE(Layer):
     def differentiable_stats(self) -> frozenset[str]:
         """Return the statistics through which a balance loss's gradient reaches a gate.
 
-        Importance, load and scalars depend on both levels whatever the gates; other statistics per expert exist only
-        where both levels have them.
+        Importance, load and scalars depend on both levels, whatever the gates are; any other statistic per expert
+        exists only if both levels have it.
         """
         primary, secondary = self.primary_gate.differentiable_stats, self.gate.differentiable_stats
         always = {"importance_E", "load_E"}
@@ -92,21 +92,21 @@ class HierarchicalMoE(Layer):
         return (primary & secondary) | either
 
     def adapt(self, statistics: Mapping[str, Tensor]) -> None:
-        """Let the gates of both levels move their buffers by the global batch's statistics."""
+        """Let the gates of both levels change their buffers by the global batch's statistics."""
         for level, gate in (("primary_", self.primary_gate), ("secondary_", self.gate)):
             gate.adapt({name.removeprefix(level): x for name, x in statistics.items() if name.startswith(level)})
 
 
 @dataclass(frozen=True)
 class HierarchicalGating(Gating):
-    """A gating over the experts of all groups; statistics that are not additive come from sums that are."""
+    """A gating over the experts of all groups; its statistics that are not additive are computed from additive sums."""
 
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     """Additive sums of both levels, as primary_... and secondary_..., and `num_received_G`, |X^(i)|."""
 
     @classmethod
     def of_levels(cls, primary: Gating, secondary: Gating, k: int) -> "HierarchicalGating":
-        """Return both levels as one gating; the secondary's tokens are the rows that the primary sent.
+        """Return both levels as one gating; the tokens of `secondary` are the rows that `primary` sent.
 
         The gate value of an expert is G_primary(x)_i G_i(x)_j (eq. 12), the importance the sum of gate values (eq. 13).
         A row that the primary drops loses k assignments.
@@ -143,7 +143,7 @@ class HierarchicalGating(Gating):
 
 
 def combined_statistics(parts: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the load of the experts of all groups and the further sums, from those of both levels.
+    """Return the load of the experts of all groups and the other statistics, from the sums of both levels.
 
     Load_H(X)_ij = Load_primary(X)_i Load_i(X^(i))_j / |X^(i)| (eq. 14); a group without tokens has no load. Choices and
     probabilities combine in the same way; scalars are added.

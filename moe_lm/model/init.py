@@ -1,6 +1,6 @@
-"""Initial weights, drawn so that any subset of a matrix's rows can be drawn alone and is the same as in the whole.
+"""Initial weights, drawn so that any subset of a matrix's rows can be drawn alone and equals those rows of the whole.
 
-The paper gives no standard deviations; docs/decisions/model.md says why these are chosen.
+The paper gives no standard deviations; docs/decisions/model.md gives the reasons for those chosen here.
 """
 
 import math

@@ -18,12 +18,12 @@ from moe_lm.ops.sparse_rows import RowSparseModule, RowSparseParameter, UniqueIn
 
 
 class Embedding(RowSparseModule):
-    """Rows by word id; the optimizer may ask for the gradient of the rows that a step touches alone."""
+    """Embedding rows by word id; the optimizer may ask for the gradient of only the rows that a step touches."""
 
     parameter_group = "vocabulary"
 
     def __init__(self, *, vocabulary_size: int, width: int, held: range | None = None):
-        """The module holds the rows of the words `held` alone, by default of all."""
+        """The module holds only the rows of the words in `held`, by default of all words."""
         super().__init__()
         self.held = range(vocabulary_size) if held is None else held
         self.weight_VD = RowSparseParameter(torch.empty(len(self.held), width))
@@ -91,6 +91,6 @@ class LanguageModel(nn.Module):
     def _dropout(self, x_TD: Tensor) -> Tensor:
         if x_TD.is_cuda or not self.training or self.dropout == 0:
             return F.dropout(x_TD, self.dropout, self.training)
-        # On a CPU torch's Bernoulli draws take twice as long as uniform numbers, for which 16 bits are too few.
+        # On a CPU torch's Bernoulli draws take twice as long as uniform draws, which need more than 16 bits.
         kept_TD = torch.rand_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32)).ge_(self.dropout)
         return x_TD * kept_TD.mul_(1 / (1 - self.dropout)).to(x_TD.dtype)

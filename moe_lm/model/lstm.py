@@ -19,9 +19,9 @@ def lstm(
 ) -> Tensor:
     """Return every timestep's outputs (L, B, U) from a zero state, differentiable in the inputs and the weights.
 
-    It is PyTorch's own, by cuDNN or oneDNN, in the weights' type whatever the autocast type: under autocast cuDNN would
-    take float16 also for bfloat16, and lose the small gradients of a mean over hundreds of thousands of words. cuDNN
-    computes no gradients without `training`.
+    This is PyTorch's own LSTM, by cuDNN or oneDNN, in the weights' type whatever the autocast type: under autocast
+    cuDNN would use float16 even where bfloat16 is asked for, and lose the small gradients of a mean over hundreds of
+    thousands of words. cuDNN computes no gradients without `training`.
     """
     with torch.autocast(x_LBD.device.type, enabled=False):
         x_LBD = x_LBD.to(weight_ih_GD.dtype)
@@ -56,21 +56,21 @@ class Lstm(Layer):
         return unpad(lstm(pad(x_TD, layout), *weights, training=self.training), layout), None
 
     def operations_per_timestep(self) -> int:
-        """4 gates of units * (inputs + recurrent inputs)."""
+        """Return units * (inputs + recurrent inputs) for 4 gates."""
         return self.lstm.weight_ih_l0.numel() + self.lstm.weight_hh_l0.numel()
 
 
 class ProjectedLstm(Layer):
-    """`units` LSTM units whose output, projected to `width`, is what recurs and leaves (Sak et al. 2014).
+    """`units` LSTM units whose projection to `width` is both output and recurrent input (Sak et al. 2014).
 
-    With inputs x_t and cells' outputs h_t the layer gives r_t = P h_t, and the gates read W_ih x_t + W_hh r_{t-1}.
+    With inputs x_t and cell outputs h_t, the layer returns r_t = P h_t, and the gates read W_ih x_t + W_hh r_{t-1}.
     """
 
     def __init__(self, *, width: int, units: int):
         super().__init__()
         if min(width, units) < 1:
             raise ValueError(f"model.width={width} model.lstm_units={units} must be at least 1")
-        # torch projects to fewer numbers than there are units, never to as many or more.
+        # torch only supports projections to fewer numbers than there are units.
         self.lstm = _NarrowProjection(width, units) if width < units else _WideProjection(width, units)
         _set_forget_bias_(self.lstm)
 
@@ -84,13 +84,13 @@ class ProjectedLstm(Layer):
         return _run(self.lstm, x_TD, layout), None
 
     def operations_per_timestep(self) -> int:
-        """4 gates of units * (inputs + recurrent inputs), and the projection."""
+        """Return units * (inputs + recurrent inputs) for 4 gates, plus units * outputs for the projection."""
         matrices = (self.lstm.weight_ih_l0, self.lstm.weight_hh_l0, self.lstm.weight_hr_l0)
         return sum(matrix.numel() for matrix in matrices)
 
 
 class _NarrowProjection(nn.LSTM):
-    """torch's own projection; oneDNN knows none, and torch would warn that it falls back."""
+    """torch's own projection; oneDNN is switched off, as it has none and torch would warn that it falls back."""
 
     def __init__(self, width: int, units: int):
         super().__init__(width, units, proj_size=width)
@@ -101,10 +101,10 @@ class _NarrowProjection(nn.LSTM):
 
 
 class _WideProjection(nn.Module):
-    """A projection to at least as many numbers as there are units, by parameters of torch's names and shapes.
+    """A projection to at least as many numbers as there are units, with parameters of torch's names and shapes.
 
-    As W_hh r_{t-1} = (W_hh P) h_{t-1}, it is an LSTM without projection whose recurrent matrix is W_hh P, and one
-    product with P for all timesteps: no more operations a step than W_hh itself costs.
+    As W_hh r_{t-1} = (W_hh P) h_{t-1}, it is computed as an LSTM without projection whose recurrent matrix is W_hh P,
+    followed by one product with P for all timesteps. A timestep costs no more operations than it does with W_hh.
     """
 
     def __init__(self, width: int, units: int):
@@ -134,7 +134,7 @@ class _WideProjection(nn.Module):
 def _run(lstm: nn.Module, x_TD: Tensor, layout: PaddedLayout) -> Tensor:
     """Run in the weights' own type whatever the autocast type.
 
-    Under autocast cuDNN would take float16, also where bfloat16 is asked for, and lose the small gradients of a mean
+    Under autocast cuDNN would use float16, even where bfloat16 is asked for, and lose the small gradients of a mean
     over hundreds of thousands of words.
     """
     with torch.autocast(x_TD.device.type, enabled=False):
@@ -158,7 +158,7 @@ def unpad(x_LBD: Tensor, layout: PaddedLayout) -> Tensor:
 
 @torch.no_grad()
 def _set_forget_bias_(lstm: nn.Module) -> None:
-    """Set the forget bias to 1 (Jozefowicz et al. 2016) and other biases to 0; PyTorch adds two, so one stays 0."""
+    """Set the forget bias to 1 (Jozefowicz et al. 2016) and all others to 0; of the two that PyTorch adds, one is 0."""
     for bias_G in (lstm.bias_ih_l0, lstm.bias_hh_l0):
         bias_G.zero_()
     units = len(lstm.bias_ih_l0) // 4

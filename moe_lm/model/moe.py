@@ -17,14 +17,14 @@ from moe_lm.ops.experts import moe_mlp
 
 
 class Experts(nn.Module):
-    """E_i(x) = ReLU(x W1_i) W2_i and their gate-weighted sum; the matrices of all experts are one tensor each."""
+    """E_i(x) = ReLU(x W1_i) W2_i and their gate-weighted sum; one tensor holds W1 of all experts, another W2."""
 
     parameter_group = "experts"
 
     def __init__(self, *, width: int, hidden: int, num_experts: int, group_size: int = 1, held: range | None = None):
-        """`group_size` experts, one after another, are one group of a hierarchical layer.
+        """`group_size` consecutive experts are one group of a hierarchical layer.
 
-        The module holds the matrices of the experts `held` alone, by default of all.
+        The module holds only the matrices of the experts in `held`, by default of all experts.
         """
         super().__init__()
         self.num_experts, self.group_size = num_experts, group_size
@@ -80,7 +80,7 @@ class MoE(Layer):
         self.experts = Experts(width=width, hidden=hidden, num_experts=num_experts)
 
     def reset_parameters(self) -> None:
-        """Draw the gate's parameters, then those of the experts."""
+        """Draw the gate's parameters, then the experts' parameters."""
         self.gate.reset_parameters()
         self.experts.reset_parameters()
 
@@ -109,5 +109,5 @@ class MoE(Layer):
         return self.gate.differentiable_stats
 
     def adapt(self, statistics: Mapping[str, Tensor]) -> None:
-        """Let the gate move its buffers by the global batch's statistics."""
+        """Let the gate change its buffers by the global batch's statistics."""
         self.gate.adapt(statistics)

@@ -1,1 +1,1 @@
-"""Products, passes over rows and losses with gradients of our own, and the kernels and loops that make them."""
+"""Matrix products, passes over rows and losses with hand-written gradients, and their kernels and loops."""

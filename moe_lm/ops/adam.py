@@ -1,4 +1,4 @@
-"""Updates of Adam without a first moment: with a factored second moment (experts), and of touched rows (vocabulary).
+"""Adam updates without a first moment: with a factored second moment (experts), or of touched rows only (vocabulary).
 
 Shape suffixes: M matrices (experts), R rows, C columns, N rows of a chunk; U touched rows, V rows, D width.
 """
@@ -11,9 +11,9 @@ from torch import Tensor
 from moe_lm.ops.operation import operation, triton_runs
 
 _CHUNK_ON_CPU = 1 << 20
-"""Numbers of the largest temporary on a CPU: 4 MiB stay in a cache; a quarter or four times as much is slower."""
+"""Numbers in the largest temporary on a CPU: 4 MiB stay in a cache; a quarter or four times as much is slower."""
 _CHUNK_ELSEWHERE = 1 << 22
-"""Numbers of the largest temporary on a GPU, where a launch costs more than a cache saves."""
+"""Numbers in the largest temporary on a GPU, where a kernel launch costs more than a cache saves."""
 
 
 @operation
@@ -41,8 +41,8 @@ def factored_adam_(
 
         V = r c^T / mean(r) / (1 - beta2^step)        w -= lr g / (sqrt(V) + epsilon)
 
-    `step` counts from 1. `known_means` are `square_means` of the unscaled gradient for versions that can use them; this
-    one walks over the matrices in chunks that fit a cache, and scales the gradient in place.
+    `step` counts from 1. `known_means` are `square_means` of the unscaled gradient, for versions that can use them.
+    This version walks over the matrices in chunks that fit a cache, and scales the gradient in place.
     """
     if not w_MRC.numel():
         return
@@ -123,7 +123,7 @@ def lazy_adam_(
 
 
 def per_row(factor_U: Tensor, value_UD: Tensor) -> Tensor:
-    """Return a factor of each row in a shape that broadcasts over the row's values."""
+    """Return factors, one per row, in a shape that broadcasts over the values of each row."""
     return factor_U.view(-1, *[1] * (value_UD.dim() - 1))
 
 

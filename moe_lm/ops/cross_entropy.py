@@ -1,4 +1,4 @@
-"""Cross-entropy over many candidate words, a chunk of tokens at a time: the logits never exist all at once.
+"""Cross-entropy over many candidate words, a chunk of tokens at a time, so that the logits never exist all at once.
 
 Shape suffixes: T tokens, D width, C candidate words, V vocabulary.
 """
@@ -12,16 +12,16 @@ from torch.autograd.function import once_differentiable
 from moe_lm.ops.operation import operation, triton_runs
 
 _MAX_ROWS_ON_CPU = 512
-"""Most tokens of a chunk in training: passes over its logits find some in the cache, and products are large enough."""
+"""Maximum tokens per chunk in training: few enough for a cache to keep some logits, enough for efficient products."""
 
 _CACHE_LINE = 16
-"""Float32 numbers of a cache line. Products take up to twice as long if rows of logits begin inside one."""
+"""Float32 numbers per cache line; products take up to twice as long if rows of logits begin inside a line."""
 
 _MIN_PROBABILITY = 1e-30
-"""Smallest probability whose logarithm float32 rounding leaves exact enough."""
+"""Smallest probability whose logarithm is exact enough in float32."""
 
 _EVALUATION_ROWS = 1024
-"""Tokens of a chunk of exact evaluation: enough to be worth reading the whole matrix."""
+"""Tokens per chunk of exact evaluation: enough to make reading the whole matrix worthwhile."""
 
 
 @operation
@@ -36,8 +36,8 @@ def candidate_nats(
     """Return the sum over tokens of -log p(true word) in float64, differentiable in the first four arguments.
 
     The candidates' logits are hidden weight^T + bias, the true word's logit is `true_T`. If the true word is itself a
-    candidate, `hit_T` (int64) is that candidate's column, which is left out; otherwise it is -1. Versions hold at most
-    `chunk_logits` logits at a time; their products have the autocast type.
+    candidate, `hit_T` (int64) is that candidate's column, which is left out; otherwise it is -1. Fast versions hold at
+    most `chunk_logits` logits at a time; their products have the autocast type.
     """
     logits_TC = hidden_TD @ weight_CD.t() + bias_C
     is_hit_TC = torch.arange(len(bias_C), device=hit_T.device) == hit_T.unsqueeze(1)
@@ -56,7 +56,8 @@ def token_nats(
 ) -> Tensor:
     """Return each token's -log p(target) over all V words, float64 (T,), without gradients.
 
-    Versions hold at most `chunk_logits` logits at a time; products have the weights' type whatever the autocast type.
+    The fast version holds at most `chunk_logits` logits at a time. Products have the weights' type, whatever the
+    autocast type.
     """
     with torch.autocast(hidden_TD.device.type, enabled=False):
         logits_TV = hidden_TD.to(weight_VD.dtype) @ weight_VD.t() + bias_V
@@ -69,7 +70,8 @@ def _token_nats_in_chunks(
 ) -> Tensor:
     num_tokens, num_words = len(hidden_TD), len(weight_VD)
     nats_T = hidden_TD.new_zeros(num_tokens, dtype=torch.float64)
-    # Chunks of few tokens would read a large vocabulary's matrix again and again: rather chunks of the vocabulary too.
+    # With few tokens per chunk, the matrix of a large vocabulary would be read again and again. The vocabulary is
+    # therefore divided into chunks too.
     rows = min(max(1, chunk_logits // _whole_lines(num_words), _EVALUATION_ROWS), chunk_logits)
     columns = chunk_logits // rows
     columns = min(columns // _CACHE_LINE * _CACHE_LINE or columns, _whole_lines(num_words))
@@ -104,8 +106,8 @@ def _chunk_nats(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor, target_T: 
 class _CandidateNats(torch.autograd.Function):
     """Gradients are computed in the forward pass, while a chunk's probabilities are in memory.
 
-    `softmax` computes the probabilities of one chunk after another. The three products, and with the kernel the
-    probabilities, have the type `product`; sums, exponentials and gradients keep the arguments' types.
+    `softmax` computes the probabilities of one chunk after another. The three products and, if the kernel computes
+    them, the probabilities have the type `product`; sums, exponentials and gradients keep the arguments' types.
     """
 
     @staticmethod
@@ -143,7 +145,7 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 class _TritonSoftmax:
-    """One kernel turns the candidates' logits into probabilities in place; the true word's are a separate tensor."""
+    """One kernel turns the candidates' logits into probabilities in place; true words' probabilities are separate."""
 
     def __init__(self, num_tokens: int, bias_C: Tensor, chunk_logits: int):
         self.rows = max(1, min(chunk_logits // len(bias_C), num_tokens))
@@ -151,7 +153,7 @@ class _TritonSoftmax:
     def __call__(
         self, hidden_TD: Tensor, weight_CD: Tensor, bias_C: Tensor, true_T: Tensor, hit_T: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the candidates' probabilities (T, C), the true word's, and -log of the latter."""
+        """Return the probabilities of the candidates (T, C) and of the true words (T), and -log of the latter."""
         from moe_lm.ops.triton.softmax import probabilities_  # Triton is not installed everywhere, and slow to import
 
         logits_TC = torch.mm(hidden_TD, weight_CD.t())
@@ -159,7 +161,7 @@ class _TritonSoftmax:
 
 
 class _TorchSoftmax:
-    """With the true word's logit as one more column `torch.softmax`, one pass, serves all columns."""
+    """Adds the true word's logit as one more column, so that one pass of `torch.softmax` serves all columns."""
 
     def __init__(self, num_tokens: int, bias_C: Tensor, chunk_logits: int):
         columns = len(bias_C) + 1
@@ -173,7 +175,7 @@ class _TorchSoftmax:
     def __call__(
         self, hidden_TD: Tensor, weight_CD: Tensor, bias_C: Tensor, true_T: Tensor, hit_T: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the candidates' probabilities (T, C), the true word's, and -log of the latter."""
+        """Return the probabilities of the candidates (T, C) and of the true words (T), and -log of the latter."""
         every, num_candidates = self._buffer_TC[: len(true_T)], len(weight_CD)
         _write_logits_(every[:, :num_candidates], hidden_TD, weight_CD, bias_C, hit_T)
         every[:, num_candidates] = true_T
@@ -182,7 +184,7 @@ class _TorchSoftmax:
         probability_T = every[:, num_candidates]
         nats_T = -probability_T.log()
         small = (probability_T < _MIN_PROBABILITY).nonzero().squeeze(1)
-        for some in small.split(max(1, len(true_T) // 8)):  # a few, as their logits need memory once more
+        for some in small.split(max(1, len(true_T) // 8)):  # a few at a time, as their logits need memory again
             nats_T[some] = _exact_nats(hidden_TD[some], weight_CD, bias_C, true_T[some], hit_T[some])
         return every[:, :num_candidates], probability_T, nats_T
 

@@ -1,6 +1,6 @@
-"""Experts: one feed-forward network each, ReLU between two matrices, no biases (eq. 1, Appendix C.1).
+"""Experts: feed-forward networks of two matrices with a ReLU between them and without biases (eq. 1, Appendix C.1).
 
-The references say what is computed. On a CPU, and in float32 on a GPU, a loop of matrix products inside one autograd
+The references define what is computed. On a CPU, and in float32 on a GPU, a loop of matrix products inside one autograd
 node takes a block of experts at a time, so that their rows stay in the cache from the gather of tokens to the sum of
 expert outputs; indexing stacked matrices inside autograd would cost a full-size gradient per expert. Only the hidden
 activations are kept. A gate's gradient, grad . E(x), is computed as (grad W2^T) . h, which needs no expert outputs.
@@ -34,7 +34,7 @@ def grouped_mlp(
     """Return y_AD, each row passed through its expert: y_a = ReLU(x_a W1_e) W2_e with e = `expert_A[a]`.
 
     `expert_A` is int64 and ascends. The result has the type of x. `recompute` saves memory: the hidden activations h_AH
-    are recomputed in the backward pass, bit for bit, instead of kept (Appendix D); the reference ignores it.
+    are not kept but recomputed in the backward pass, bit for bit (Appendix D). The reference ignores it.
     """
     x = x_AD.to(w1_EDH.dtype).split(segment_sizes(expert_A, len(w1_EDH)).tolist())
     y = [torch.relu(x_RD @ w1_DH) @ w2_HD for x_RD, w1_DH, w2_HD in zip(x, w1_EDH, w2_EHD, strict=True)]
@@ -54,33 +54,33 @@ def moe_mlp(
 ) -> Tensor:
     """Return y_TD, the sum over a token's assignments of gate * ReLU(x W1_e) W2_e (eq. 1).
 
-    Assignments (`token_A`, `expert_A`: int64) ascend by expert; a token without any gets zeros. Type and `recompute`
-    are those of `grouped_mlp`.
+    Assignments (`token_A`, `expert_A`: int64) ascend by expert; a token without assignments gets zeros. The type of the
+    result and `recompute` are as in `grouped_mlp`.
     """
     y_AD = grouped_mlp.reference(x_TD.index_select(0, token_A), expert_A, w1_EDH, w2_EHD) * gate_A.unsqueeze(1)
     return torch.zeros_like(x_TD).index_add(0, token_A, y_AD.to(x_TD.dtype))
 
 
 def products_dtype(x: Tensor) -> torch.dtype:
-    """Return the type in which experts multiply x: autocast's on a GPU, else that of x."""
+    """Return the type in which experts multiply x: the autocast type on a GPU, else the type of x."""
     return torch.get_autocast_dtype("cuda") if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype
 
 
 def _grouped_gemm_fits(x: Tensor, num_rows: int, w1_EDH: Tensor) -> bool:
-    """Return whether grouped GEMM takes these: autocast on a GPU, rows of whole 16 bytes, and at least one row."""
+    """Return whether grouped GEMM applies: autocast on a GPU, rows of a multiple of 16 bytes, and at least one row."""
     _, width, hidden = w1_EDH.shape
     return x.is_cuda and torch.is_autocast_enabled("cuda") and width % 8 == hidden % 8 == 0 and num_rows > 0
 
 
 _BLOCK_BYTES = 4 << 20
-"""Hidden activations of a block at most, unless a single expert has more: they fit into a core's cache, and many small
-experts share the cost of the operators between their products."""
+"""Maximum size of a block's hidden activations, unless a single expert has more: they fit into a core's cache, and many
+small experts share the cost of the operators between their products."""
 
 _CHUNK_BYTES = 1 << 19
-"""Hidden activations that several operators pass over in turn: they fit, with gradients, into a core's own cache."""
+"""Size of the hidden activations that several operators pass over in turn; they fit, with gradients, into a cache."""
 
 _MIN_PARALLEL_WORK = 1 << 29
-"""Multiply-adds of a product, some milliseconds, from which threads take experts of their own."""
+"""Multiply-adds of a product (some milliseconds) from which the experts are divided among threads."""
 
 _MAX_IMBALANCE = 1.25
 """Largest part of the rows that one thread may have, as a multiple of an equal share."""
@@ -120,7 +120,7 @@ def _grouped_mlp_in_blocks(
 ) -> Tensor:
     """Compute `grouped_mlp` in the type of the matrices: each row is a token with a gate of 1."""
     if len(w1_EDH) == 0:
-        return x_AD  # no rows either: there are more processes than experts
+        return x_AD  # there are more processes than experts; this one has no rows either
     token_A = torch.arange(len(x_AD), device=x_AD.device)
     return _moe_mlp_in_blocks(x_AD, token_A, expert_A, w1_EDH.new_ones(len(x_AD)), w1_EDH, w2_EHD, recompute=recompute)
 
@@ -157,7 +157,7 @@ def _sum_of_parts(add_part_: Callable[[Part, Tensor], None], parts: list[Part], 
     return sums[0]
 
 
-@torch.inference_mode()  # operators cost less than without gradients alone
+@torch.inference_mode()  # operators cost less than under no_grad
 def _add_outputs_(saved: Sequence[Tensor], part: Part, y_TD: Tensor) -> None:
     x_TD, token_A, gate_A, h_AH, w1_EDH, w2_EHD = saved
     buffer_RD = _row_buffer(part, x_TD)
@@ -202,7 +202,7 @@ def gather_rows(x_TD: Tensor, token_R: Tensor, buffer_RD: Tensor) -> Tensor:
 
 
 def add_rows_(y_TD: Tensor, token_R: Tensor, y_RD: Tensor) -> None:
-    """Add each row to that of its token."""
+    """Add each row of y_RD to its token's row of y_TD."""
     y_TD.index_add_(0, token_R, y_RD)
 
 
@@ -213,7 +213,7 @@ def _products(a: Iterable[Tensor], b: Iterable[Tensor], out: Iterable[Tensor]) -
 
 
 def hidden_gradient_(grad_RH: Tensor, h_RH: Tensor, gate_R: Tensor, grad_gate_R: Tensor) -> None:
-    """Fill each gate's gradient, grad . h, then make the gradient gate * grad where h > 0, in place."""
+    """Fill each gate's gradient, grad . h, then replace grad by gate * grad where h > 0, else by 0."""
     rows = max(1, len(h_RH) if h_RH.is_cuda else _CHUNK_BYTES // (h_RH.shape[1] * h_RH.element_size()))
     chunks = (x.split(rows) for x in (grad_RH, h_RH, gate_R.unsqueeze(1), grad_gate_R))
     for grad, h, gate, grad_gate in zip(*chunks, strict=True):
@@ -222,7 +222,7 @@ def hidden_gradient_(grad_RH: Tensor, h_RH: Tensor, gate_R: Tensor, grad_gate_R:
 
 
 def _parts(ends: list[int], w1_EDH: Tensor) -> list[Part]:
-    """Share the experts out among threads: one part where that would not be faster."""
+    """Divide the experts among threads; return a single part where dividing them would not be faster."""
     threads, row_bytes = torch.get_num_threads(), w1_EDH.shape[2] * w1_EDH.element_size()
     if w1_EDH.is_cuda or threads == 1 or ends[-1] * w1_EDH[0].numel() < _MIN_PARALLEL_WORK:
         return [_blocks(ends, _BLOCK_BYTES // row_bytes)]
@@ -255,7 +255,7 @@ def _row_buffer(part: Part, like_TD: Tensor) -> Tensor:
 def _with_hidden(blocks: list[_Block], h_AH: Tensor | None, w1_EDH: Tensor) -> Iterator[tuple[_Block, Tensor]]:
     """Yield each block with its rows of h_AH or, without h_AH, with a view of a buffer that all blocks share.
 
-    The last bits of a product depend on the alignment of its memory, so each view starts as far behind a multiple of
+    The last bits of a product depend on the alignment of its memory, so each view starts as far past a multiple of
     64 bytes (a cache line, at which PyTorch's allocations begin) as the block's slice of a whole h_AH would.
     """
     if h_AH is not None:

@@ -1,4 +1,4 @@
-"""Experts by grouped GEMM: for GPUs under autocast.
+"""Experts by grouped GEMM, for GPUs under autocast.
 
 There is no launch per expert, and the host does not wait to learn how many rows an expert has. `moe_mlp` is one
 autograd node, which keeps neither expert inputs nor expert outputs for the backward pass.
@@ -99,7 +99,7 @@ class _MoEMLP(torch.autograd.Function):
 
 @operation
 def hidden_gradient_(grad_AH: Tensor, h_AH: Tensor, gate_A: Tensor) -> Tensor:
-    """Return each gate's gradient, grad . h, and make the gradient gate * grad where h > 0, in place."""
+    """Return each gate's gradient, grad . h, and replace grad by gate * grad where h > 0, else by 0."""
     grad_gate_A = (grad_AH.to(gate_A.dtype) * h_AH).sum(dim=1)
     grad_AH.copy_(torch.where(h_AH > 0, grad_AH * gate_A.unsqueeze(1), 0))
     return grad_gate_A

@@ -1,9 +1,9 @@
 """Grouped GEMM: each row times the matrix of its expert, without a launch for each expert.
 
-PyTorch's operator is faster as long as the products bound it, but takes fewer than 1,024 matrices, all in the type of
-the rows. With more experts, reading and casting the matrices is the bound: Triton kernels take any number of matrices,
-in the type that they have. Kernels also make the products that would cost PyTorch's operator a pass over all rows
-before it (a gather) or after it (a ReLU, a cast).
+PyTorch's operator is faster as long as the products are the bottleneck, but takes fewer than 1,024 matrices, all in the
+type of the rows. With more experts, reading and casting the matrices is the bottleneck: Triton kernels take any number
+of matrices, of any type. Kernels also compute those products for which PyTorch's operator would need another pass over
+all rows, before it (a gather) or after it (a ReLU, a cast).
 
 Shape suffixes: A rows, D inputs, H outputs, E experts.
 """
@@ -17,18 +17,18 @@ from torch.nn import functional as F
 from moe_lm.ops.operation import operation, triton_runs
 
 max_torch_experts = 1023
-"""Experts up to which PyTorch's operator makes the products where Triton runs too."""
+"""Maximum number of experts for which PyTorch's operator computes the products even where Triton runs."""
 
 max_outer_rows = 1536
-"""Mean rows of an expert up to which the Triton kernel makes its gradient beside PyTorch's products: with more rows
-PyTorch's outer product and a cast take less time."""
+"""Maximum mean number of rows per expert for which a Triton kernel computes the matrices' gradient even if PyTorch's
+operator computes the products; with more rows, PyTorch's outer product and a cast take less time."""
 
 _MAX_GROUPS = 1023
-"""Matrices of one call: PyTorch's operator for Hopper GPUs takes fewer than 1,024."""
+"""Maximum number of matrices per call: PyTorch's operator for Hopper GPUs takes fewer than 1,024."""
 
 
 class ExpertRows:
-    """Which rows belong to which expert: rows are sorted, and those of expert e end at `ends_E[e]`."""
+    """Which rows belong to which expert: rows are sorted by expert, and the rows of expert e end at `ends_E[e]`."""
 
     def __init__(self, ends_E: Tensor, num_rows: int):
         self.ends_E, self.num_rows = ends_E, num_rows
@@ -47,7 +47,7 @@ class ExpertRows:
 
     @cached_property
     def parts(self) -> list[tuple[slice, slice, Tensor]]:
-        """Experts, rows and `offs` of each call of PyTorch's operator; with several calls the host waits for them."""
+        """Experts, rows and `offs` of each call of PyTorch's operator; for several calls the host waits for the GPU."""
         ends_E = self.ends_E.to(torch.int32)
         num_parts = max(1, -(-self.num_experts // _MAX_GROUPS))  # 1,024 experts make two equal parts
         starts = [part * self.num_experts // num_parts for part in range(num_parts)]
@@ -59,7 +59,7 @@ class ExpertRows:
 
 @operation
 def cast_weights(weight_EDH: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the matrices as `grouped_mm` takes them with rows of this type. Not differentiable."""
+    """Return the matrices in the type that `grouped_mm` needs for rows of type `dtype`. Not differentiable."""
     return weight_EDH.to(dtype)
 
 
@@ -77,14 +77,14 @@ def grouped_mm(
 
 @operation
 def grouped_outer(x: Tensor, token_A: Tensor | None, grad_AH: Tensor, rows: ExpertRows, dtype: torch.dtype) -> Tensor:
-    """Return x^T grad over each expert's rows (E, D, H), the gradient of its matrix; zeros without rows.
+    """Return x^T grad over each expert's rows (E, D, H), the gradient of its matrix; zeros for an expert without rows.
 
     Row a of x is as in `grouped_mm`. Not differentiable.
     """
     x_AD = _gathered(x, token_A)
     if len(rows.parts) == 1:
         return F.grouped_mm(x_AD.t(), grad_AH, offs=rows.parts[0][2]).to(dtype)
-    # The gradients of many experts never exist in two types at once.
+    # Each call's gradients are cast at once, so that those of all experts never exist in two types together.
     out_EDH = x.new_empty(rows.num_experts, x.shape[1], grad_AH.shape[1], dtype=dtype)
     for experts, part, ends_E in rows.parts:
         if part.stop > part.start:
@@ -96,7 +96,7 @@ def grouped_outer(x: Tensor, token_A: Tensor | None, grad_AH: Tensor, rows: Expe
 
 @operation
 def differentiable_grouped_mm(x_AD: Tensor, weight_EDH: Tensor, rows: ExpertRows) -> Tensor:
-    """Return each row times its expert's matrix (A, H) in the type of x; differentiable in both."""
+    """Return each row times its expert's matrix (A, H) in the type of x; differentiable in rows and matrices."""
     weight_EDH = weight_EDH.to(x_AD.dtype)
     y = [
         F.grouped_mm(x_AD[part], weight_EDH[experts], offs=ends_E)

@@ -20,8 +20,8 @@ def grouped_linear(x_TD: Tensor, weight_GDE: Tensor, group_T: Tensor) -> Tensor:
     """Return y_TE with y_t = x_t W_g(t), differentiable in x and W; `group_T` (int64) ascends.
 
     No version loops over groups in Python. On a CPU `F.grouped_mm` takes 0.4 to 0.9 of the padded product's time,
-    forward and backward. A GPU has no fast one for float32, the type of all gates: a Triton kernel runs where factors
-    may be rounded to TF32, else the groups are padded to the longest, for which the host waits.
+    forward and backward. On a GPU it is not fast for float32, the type of all gates: a Triton kernel runs where factors
+    may be rounded to TF32; otherwise groups are padded to the longest, and the host waits for its length.
     """
     return torch.bmm(x_TD.unsqueeze(1), weight_GDE.index_select(0, group_T)).squeeze(1)
 

@@ -1,4 +1,4 @@
-"""The LSTM on a GPU with 16-bit products and float32 cells: of one layer and one direction, from a zero state.
+"""The LSTM on a GPU with 16-bit products and float32 cells, for one layer and one direction, from a zero state.
 
 Shape suffixes: L timesteps, B sentences, D inputs, U units, K = D + U, G = 4 U gates.
 """
@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from moe_lm.ops.operation import triton_runs
 
 _MIN_SENTENCES_MIXED = 3072
-"""With fewer sentences a GPU has done a timestep before the host has launched the next; cuDNN launches faster."""
+"""With fewer sentences a GPU finishes a timestep before the host has launched the next, and cuDNN launches faster."""
 
 
 def lstm(
@@ -39,9 +39,9 @@ def lstm_mixed(
 ) -> Tensor:
     """Return every timestep's outputs (L, B, U) in `dtype`, the type of the products; cells are float32.
 
-    cuDNN has either float32 throughout, on tensor cores as TF32, or 16 bits throughout. Here a timestep is one product,
-    of its inputs and the previous outputs side by side, and one kernel; one product over all timesteps gives the
-    gradient of the weights. Gradients of the weights are summed in float32.
+    cuDNN computes either in float32 throughout, on tensor cores as TF32, or in 16 bits throughout. Here a timestep is
+    one product, of its inputs and the previous outputs side by side, and one kernel; one product over all timesteps
+    gives the gradient of the weights, summed in float32.
     """
     return _MixedLstm.apply(x_LBD, weight_ih_GD, weight_hh_GU, bias_ih_G, bias_hh_G, dtype)
 

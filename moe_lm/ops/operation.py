@@ -12,7 +12,7 @@ the `register` calls that follow the references. Callers name the operation and 
 A version is named by its module, which is imported when the version first runs: Triton is not installed everywhere, and
 slow to import.
 
-The table is plain Python because a `torch.library.custom_op` adds more to a call than a small operation takes, and
+The table is plain Python because a `torch.library.custom_op` adds more time to a call than a small operation takes, and
 accepts no Python objects.
 """
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 triton_devices = ("cuda",)
-"""Types of devices whose tensors Triton takes; tests of its interpreter add "cpu"."""
+"""Types of devices whose tensors Triton takes; tests that run Triton's interpreter add "cpu"."""
 
 _reference_only = False
 
@@ -43,7 +43,7 @@ class Operation:
     def register(
         self, implementation: str | Callable, *, when: str | Callable[..., bool], on_gpu: bool = False
     ) -> None:
-        """Add a version for calls whose arguments satisfy `when`, with `on_gpu` only where the first one is on a GPU.
+        """Add a version for calls whose arguments satisfy `when` and, with `on_gpu`, whose first argument is on a GPU.
 
         Both functions may be given as "module:function". If several versions accept the arguments, the one registered
         first runs.
@@ -69,7 +69,7 @@ def operation(reference: Callable) -> Operation:
 def reference_only() -> Iterator[None]:
     """Run every operation by its reference inside this context, to compare fast versions with it.
 
-    The switch holds for the whole process: a backward pass on a GPU runs in threads of autograd's own.
+    The switch holds for the whole process, because a backward pass on a GPU runs in autograd's own threads.
     """
     global _reference_only
     before, _reference_only = _reference_only, True
@@ -95,7 +95,7 @@ def _triton_compiles(device: str) -> bool:
         one = torch.ones(1, 1, device=device)
         gather_weighted(one, torch.zeros(1, dtype=torch.int64, device=device), one[0])
     except Exception as error:  # the compiler's errors have no common class
-        warnings.warn(f"Triton kernels do not compile here, PyTorch operators run instead: {error}", stacklevel=2)
+        warnings.warn(f"Triton kernels do not compile here; PyTorch operators run instead: {error}", stacklevel=2)
         return False
     return True
 

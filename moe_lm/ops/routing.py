@@ -15,9 +15,9 @@ from moe_lm.ops.operation import operation, triton_runs
 
 
 def stable_sort_below(x_A: Tensor, bound: int) -> tuple[Tensor, Tensor]:
-    """Return integers from 0 to below `bound` in ascending order, and their places before; equal ones keep their order.
+    """Sort integers from 0 to `bound` - 1 stably; return them in ascending order, and where each was before.
 
-    Both are int64. Sorting takes the narrowest type that holds them, as a radix sort makes a pass for each eight bits.
+    Both are int64. Sorting uses the narrowest type that holds them, as a radix sort makes a pass for each eight bits.
     """
     narrow = torch.int16 if bound <= 2**15 else torch.int32 if bound <= 2**31 else torch.int64
     sorted_A, order_A = x_A.to(narrow).sort(stable=True)
@@ -68,7 +68,7 @@ segment_sum.register(_SegmentSum.apply, when=lambda x, *_: x.dtype == torch.floa
 
 
 _MAX_EXPERTS_IN_KERNEL, _MAX_K_IN_KERNEL = 4096, 64
-"""The Triton kernel holds a whole row in registers and searches it once for each of the largest logits."""
+"""Limits of the Triton kernel, which holds a whole row in registers and searches it once for each largest logit."""
 
 _MAX_K_BY_SEARCH = 16
 """Largest k for which k searches of a row for its maximum are faster than `torch.topk` on a CPU."""
@@ -81,7 +81,7 @@ _INDEX_BITS = (1 << 29) - 1
 def noisy_top_k(
     logit_TF: Tensor, draw_TE: Tensor, noise_epsilon: float, k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return the largest noisy logits (T, N), their experts, all noisy logits, and each expert's chance to be chosen.
+    """Return the largest noisy logits (T, N), their experts, all noisy logits, and each expert's chance of selection.
 
         H(x)_i = clean_i + draw_i * std_i            with std = Softplus(raw) + noise_epsilon       (eq. 4)
         P(x, i) = Phi((clean_i - kth_excluding(H(x), k, i)) / std_i)                                (eq. 9)
@@ -101,7 +101,7 @@ def noisy_top_k(
 
 
 class _NoisyTopK(torch.autograd.Function):
-    """One autograd node with its gradient written out, because autograd would make twice the passes over (T, E)."""
+    """One autograd node with a hand-written gradient: autograd would make twice as many passes over (T, E)."""
 
     @staticmethod
     def forward(ctx, logit_TF, draw_TE, noise_epsilon, k):
@@ -149,7 +149,7 @@ class _NoisyTopK(torch.autograd.Function):
 
 
 def _z_scores(clean_TE: Tensor, std_TE: Tensor, top_TN: Tensor, expert_TN: Tensor, k: int) -> Tensor:
-    """Return (clean - kth_excluding) / std; only the k chosen experts of a token have the (k+1)-th as threshold."""
+    """Return (clean - kth_excluding) / std; only a token's k chosen experts have the (k+1)-th logit as threshold."""
     in_T1, out_T1, expert_TK = top_TN[:, k:], top_TN[:, k - 1 : k], expert_TN[:, :k]
     z_TE = torch.sub(clean_TE, out_T1).div_(std_TE)
     # An expert whose logit equals the (k+1)-th is not counted as chosen.
@@ -161,7 +161,7 @@ def _z_scores(clean_TE: Tensor, std_TE: Tensor, top_TN: Tensor, expert_TN: Tenso
 def _with_threshold_gradient(
     grad_top_TN: Tensor, grad_clean_TE: Tensor, top_TN: Tensor, expert_TN: Tensor, k: int
 ) -> Tensor:
-    """Return the largest logits' gradient, theirs as thresholds included.
+    """Return the gradient of the largest logits, including the gradient that they have as thresholds.
 
     The k-th largest is the threshold of all experts but the chosen ones, whose threshold is the (k+1)-th.
     """
@@ -176,8 +176,8 @@ def _with_threshold_gradient(
 def _top_k(x_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the same bits as `x_TE.topk(k)`, on a CPU in a sixth of its time for 5 of 256 columns.
 
-    A float32 number leaves the low 29 bits of a float64 zero. With the column's index in them, one vectorized maximum
-    finds value and index; `topk` moves pairs of both.
+    A float32 number leaves the low 29 bits of a float64 zero. With the column's index in these bits, one vectorized
+    maximum finds value and index together, whereas `topk` moves pairs of them.
     """
     num_columns = x_TE.shape[1]
     # With 64 columns or more per result `topk` sorts partially, which is as fast.

@@ -34,7 +34,7 @@ def unique_inverse(id_T: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class SparseRowGrad(NamedTuple):
-    """The gradient of a matrix whose other rows have a gradient of zero."""
+    """The gradient of some rows of a matrix, whose other rows have a gradient of zero."""
 
     row_U: Tensor
     """The rows' numbers: int64, ascending, unique."""
@@ -45,14 +45,14 @@ class SparseRowGrad(NamedTuple):
 
 
 class RowSparseParameter(nn.Parameter):
-    """A matrix or vector whose gradient may be kept for the rows that `take_rows` took, instead of densely.
+    """A matrix or vector whose gradient may be kept for only the rows that `take_rows` took, instead of densely.
 
     Copies, pickles and loaded state dicts keep the type. `nn.Module.to` keeps the parameter itself; where PyTorch
     replaces parameters (`to_empty` of a module on the meta device), a `RowSparseModule` keeps the type.
     """
 
     sparse_grad: bool
-    """Whether `take_rows` adds gradients to `row_grads` instead of a dense `.grad`; its optimizer says so."""
+    """Whether `take_rows` adds gradients to `row_grads` instead of a dense `.grad`; the optimizer decides."""
     row_grads: list[SparseRowGrad]
     """Parts of the sparse gradient since `clear_row_grads`; `row_grad` returns their sum."""
 
@@ -72,7 +72,7 @@ class RowSparseParameter(nn.Parameter):
 
 
 class RowSparseModule(nn.Module):
-    """A module whose row-sparse parameters stay such where PyTorch replaces its parameters by plain ones."""
+    """A module whose row-sparse parameters keep their type where PyTorch would replace them by plain parameters."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RowSparseModule":
         before = dict(self._parameters)
@@ -85,10 +85,10 @@ class RowSparseModule(nn.Module):
 
 
 class UniqueIndices:
-    """Rows to take from several matrices, whose unique ones are found once.
+    """Numbers of rows to take from several matrices; the unique numbers are found only once.
 
-    `host_T` are the same rows in the host's memory if `row_T` is on a GPU; without them the host waits for the GPU to
-    count the unique ones. `unique` may be given if it is known.
+    `host_T` holds the same numbers in the host's memory if `row_T` is on a GPU; without it the host waits for the GPU
+    to count the unique ones. `unique` may be given if it is known.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class UniqueIndices:
         return "unique" in vars(self)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "UniqueIndices":
-        """Return the rows with their tensors changed, copied to a device for example; the host keeps its own."""
+        """Return the indices with `function` (such as a copy to a device) applied; the host's tensors stay the same."""
         unique = None
         if self.is_found:
             row_U, inverse_T, host_U = self.unique
@@ -128,7 +128,7 @@ class UniqueIndices:
         return UniqueIndices(function(self.row_T), self._host_T, unique)
 
     def preceded_by(self, row_S: Tensor) -> Tensor | None:
-        """Return these rows behind others in the host's memory, None if they are not there."""
+        """Return `row_S` followed by these rows, in the host's memory; None if the host does not know these rows."""
         return None if self._host_T is None else torch.cat([row_S, self._host_T])
 
 
@@ -138,7 +138,7 @@ def copy_to_device(x: Tensor, device: torch.device) -> Tensor:
 
 
 def collect_row_grads(parameter: nn.Parameter) -> None:
-    """From now on let `take_rows` leave this parameter's gradient in `row_grads`; a plain one changes its class."""
+    """Make `take_rows` leave this parameter's gradient in `row_grads`; a plain parameter changes its class."""
     if not isinstance(parameter, RowSparseParameter):
         parameter.__class__ = RowSparseParameter
         parameter.row_grads = []
@@ -166,7 +166,7 @@ def row_grad(matrix_VD: Tensor) -> SparseRowGrad | None:
 
 
 def set_row_grad(matrix_VD: RowSparseParameter, gradient: SparseRowGrad) -> None:
-    """Replace the gradient that `row_grad` returns, by that of a larger batch for example."""
+    """Replace the gradient that `row_grad` returns, for example by the gradient of a larger batch."""
     matrix_VD.row_grads[:] = [gradient]
 
 
@@ -197,10 +197,10 @@ class _TakeRows(torch.autograd.Function):
 
 
 def _add_part(parts: list[SparseRowGrad], part: SparseRowGrad) -> None:
-    """Add a part, merged with the last ones as long as they have at most twice its rows.
+    """Add a part, after merging it with the last part as long as that has at most twice as many rows.
 
-    Each part is then larger than twice the next: together they never take more than twice the rows touched, however
-    many micro-batches there are, and a row is moved a few times only.
+    Each part then has more than twice the rows of the next. Together the parts never hold more than twice the rows
+    touched, however many micro-batches there are, and a row is moved only a few times.
     """
     while parts and len(parts[-1].row_U) <= 2 * len(part.row_U):
         part = _merge(part, parts.pop())
@@ -228,7 +228,7 @@ def _sum_by_unique(grad_TD: Tensor, taken: UniqueIndices) -> Tensor:
 def _sum_by_kernel(grad_TD: Tensor, taken: UniqueIndices) -> Tensor:
     from moe_lm.ops.triton.rows import sum_segments  # Triton is not installed everywhere, and slow to import
 
-    value_UD = sum_segments(grad_TD.unsqueeze(1).flatten(1), *taken.sorted)  # a vector has columns of width 1
+    value_UD = sum_segments(grad_TD.unsqueeze(1).flatten(1), *taken.sorted)  # a vector is a matrix of width 1
     return value_UD.view(-1, *grad_TD.shape[1:])
 
 

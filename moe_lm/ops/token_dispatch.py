@@ -1,7 +1,7 @@
-"""Tokens to rows, one for each assignment to an expert, and the sums of rows back to tokens.
+"""Dispatch of tokens to rows, one for each assignment to an expert, and sums that combine rows to tokens.
 
-With 300,000 tokens, four experts each and rows of 512 and 1,024 numbers, every further pass over the rows reads or
-writes gigabytes on a GPU; each pass is therefore one Triton kernel there.
+With 300,000 tokens, four experts per token and rows of 512 and 1,024 numbers, every further pass over the rows reads or
+writes gigabytes. On a GPU each operation is therefore a single Triton kernel.
 
 Shape suffixes: T tokens, D width, A assignments.
 """

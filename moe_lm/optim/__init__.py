@@ -14,7 +14,7 @@ EXPERTS, VOCABULARY, GATES, REST = "experts", "vocabulary", "gates", "rest"
 
 
 def parameter_groups(model: nn.Module) -> dict[str, str]:
-    """Return the group of each parameter by name: what its module declares, or the nearest module around it."""
+    """Return the group of each parameter by name, as declared by its module or else the nearest module around it."""
     groups: dict[str, str] = {}
 
     def visit(module: nn.Module, prefix: str, inherited: str) -> None:
@@ -51,8 +51,8 @@ class OptimizerRecipe(Protocol):
 class CompositeOptimizer:
     """Several PyTorch optimizers, each with parameters of its own, as one.
 
-    An optimizer with a `scale` multiplies its gradients by it in its next step, so that clipping is no pass of its own;
-    one with `norms` returns the norms of gradients that it has to square anyway.
+    An optimizer with a `scale` multiplies its gradients by it in its next step, so that clipping needs no pass of its
+    own. An optimizer with `norms` returns the norms of gradients that it has to square anyway.
     """
 
     def __init__(self, parts: Sequence[Optimizer]):
@@ -60,7 +60,7 @@ class CompositeOptimizer:
 
     @property
     def param_groups(self) -> list[dict]:
-        """Return the parameter groups of all parts; a learning rate written into them counts."""
+        """Return the parameter groups of all parts; a learning rate written into them takes effect."""
         return [group for part in self.parts for group in part.param_groups]
 
     @property

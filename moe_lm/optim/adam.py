@@ -11,10 +11,11 @@ _EXPERTS, _VOCABULARY = ("adam", "factored"), ("lazy", "dense")
 
 
 class Adam:
-    """PyTorch's fused Adam; experts by choice without first and with a factored second moment (Appendix D).
+    """PyTorch's fused Adam, with other rules for experts and vocabulary if chosen.
 
-    `vocabulary=lazy` updates only the rows of embedding and softmax that a step touches, without first moment. The
-    paper gives neither betas nor epsilon nor clipping.
+    `experts=factored` has no first moment and a factored second moment (Appendix D). `vocabulary=lazy` updates only the
+    rows of embedding and softmax that a step touches, and has no first moment. The paper gives neither betas nor
+    epsilon nor clipping.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Adam:
         return CompositeOptimizer([build[rule](parameters) for rule, parameters in by_rule.items()])
 
     def gradient_bytes(self, group: str, parameter: Tensor, num_rows: int) -> int:
-        """Return the gradient's bytes; for a lazy matrix those of the touched rows and their numbers (int64)."""
+        """Return the gradient's bytes; for a lazy matrix, the bytes of the touched rows and their numbers (int64)."""
         size = parameter.element_size()
         if self._rule(group) != "lazy":
             return parameter.numel() * size

@@ -14,16 +14,16 @@ from moe_lm.ops.operation import triton_runs
 
 
 class FactoredAdam(torch.optim.Optimizer):
-    """Adam with beta1 = 0 that keeps row and column means of the squared gradient in place of every number's.
+    """Adam with beta1 = 0 that averages the squared gradient's row and column means, not every number's square.
 
-    Per matrix r and c are moving averages of the squared gradient's means over columns and over rows,
+    For each matrix, r and c are moving averages of the squared gradient's means over columns and over rows,
 
         V = r c^T / mean(r) / (1 - beta2^t)        w -= lr g / (sqrt(V) + epsilon)
 
-    which is Adam's own V where that has rank one. A parameter's last two dimensions are a matrix, so experts of
-    (E, D, H) have one factorisation each. The state of E D H numbers is `row_mean` (E, D), `column_mean` (E, H)
-    and `step`: 4 E (D + H) + 4 bytes in float32. A matrix that gets no gradient (an expert without tokens) stays
-    as it is while its averages decay.
+    which equals Adam's own V if that has rank one. A parameter's last two dimensions are a matrix, so each expert of
+    an (E, D, H) tensor has its own factorisation. The state of E D H numbers is `row_mean` (E, D), `column_mean` (E, H)
+    and `step`: 4 E (D + H) + 4 bytes in float32. A matrix that gets no gradient (an expert without tokens) stays as it
+    is while its averages decay.
 
     Raises `ValueError` for a parameter with fewer than two dimensions.
     """
@@ -44,9 +44,9 @@ class FactoredAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def norms(self, parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-        """Return the gradient norms of those parameters that a kernel updates.
+        """Return the gradient norms of the parameters that a kernel updates.
 
-        They come from the mean squares that the next step needs too, so that one pass over the gradients does for both.
+        They come from the mean squares that the next step needs too, so that one pass over the gradients serves both.
         """
         own = {parameter for group in self.param_groups for parameter in group["params"]}
         found = {}
@@ -114,7 +114,7 @@ class _SquareMeans(NamedTuple):
     gradient: Tensor
     """The gradient that they belong to."""
     version: int
-    """The gradient's version counter then; PyTorch raises it with every change in place."""
+    """The gradient's version counter at that time; PyTorch increments it with every in-place change."""
 
 
 def _merge_leading(tensor: Tensor, dims: int) -> Tensor:

@@ -13,10 +13,10 @@ from moe_lm.ops.sparse_rows import SparseRowGrad, clear_row_grads, collect_row_g
 
 
 class LazyAdam(torch.optim.Optimizer):
-    """Adam with beta1 = 0 over whole matrices, at the cost of the touched rows alone.
+    """Adam with beta1 = 0 over whole matrices, at the cost of only the touched rows.
 
-    With beta1 = 0 a row without gradient does not move; the decay that its second moment missed meanwhile is made up
-    for when the row is next touched. State: `second_moment` (V, D), `last_step` (V), `step`.
+    With beta1 = 0 a row without gradient does not move; the decay that its second moment missed is made up for when the
+    row is next touched. The state is `second_moment` (V, D), `last_step` (V) and `step`.
 
     The constructor makes `take_rows` leave the parameters' gradients as sparse row gradients.
     """
@@ -55,7 +55,7 @@ class LazyAdam(torch.optim.Optimizer):
         self.state[matrix] = {
             "step": torch.zeros(()),
             "second_moment": torch.zeros_like(matrix),
-            # Step numbers in float32 are exact up to 16.7 million: PyTorch loads all state in the parameter's type.
+            # In the parameter's type, in which PyTorch loads all state; float32 is exact up to step 16.7 million.
             "last_step": matrix.new_zeros(matrix.shape[0]),
         }
         return self.state[matrix]
@@ -80,7 +80,7 @@ def _update_all_rows(
     group: dict[str, float],
     scale: float,
 ) -> None:
-    """Update by a dense gradient, as that of a full softmax, plus the sparse one if there is any."""
+    """Update by a dense gradient, such as a full softmax has, plus the sparse gradient if there is one."""
     grad_VD, moment_VD = matrix_VD.grad, state["second_moment"]
     if touched is not None:
         grad_VD.index_add_(0, touched.row_U, touched.value_UD)

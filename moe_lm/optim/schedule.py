@@ -1,4 +1,4 @@
-"""Learning-rate schedules: step to a factor of the peak rate."""
+"""Learning-rate schedules, which map a step to a factor of the peak rate."""
 
 
 class InverseSquareRoot:

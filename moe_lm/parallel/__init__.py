@@ -1,1 +1,1 @@
-"""Processes: meeting, sending, starting, ending."""
+"""Training on several processes: rendezvous, communication, sharding, launch and signals."""

@@ -18,7 +18,7 @@ from moe_lm.parallel.group import Group, Shard
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Longest wait for a collective of the training."""
 SETUP_TIMEOUT = timedelta(days=2)
-"""Longest wait for what the first process does alone, such as preparing text; a dead process is noticed at once."""
+"""Longest wait for work of the first process alone, such as preparing text; a dead process is noticed at once."""
 AGENT_STORE_TIMEOUT = timedelta(seconds=20)
 """Longest wait for torchrun's own store, which exists before this process unless torchrun has been killed since."""
 
@@ -69,7 +69,7 @@ class ParallelContext:
         return self.world.sent
 
     def first(self, call: Callable[[], T]) -> T:
-        """Call in the first process, return its result in all; if it raises `UserError`, the others exit silently."""
+        """Call in the first process, and return its result in all; if it raises `UserError`, others exit silently."""
         if self.size == 1:
             return call()
         outcome: list = [None, False]
@@ -115,15 +115,15 @@ SINGLE_PROCESS = ParallelContext()
 
 
 def expected_size() -> int:
-    """Return the number of processes that torchrun, or a batch system with its variables, started; 0 without them."""
+    """Return how many processes torchrun, or a batch system that sets its variables, started; 0 if neither did."""
     return int(os.environ.get("WORLD_SIZE", 0)) if "RANK" in os.environ else 0
 
 
 def init_parallel(device: torch.device, init_method: str = "env://") -> ParallelContext:
     """Initialise torch.distributed from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT of the environment.
 
-    `init_method` names another rendezvous, as PyTorch writes it: file:///... Raises `UserError` where the other
-    processes do not come.
+    `init_method` names another rendezvous, as PyTorch writes it: file:///... Raises `UserError` if the other processes
+    do not join.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
@@ -152,7 +152,7 @@ def init_parallel(device: torch.device, init_method: str = "env://") -> Parallel
 
 
 def expert_parallel_size(world_size: int, num_experts: int, wanted: int | None = None) -> int:
-    """Return over how many processes experts are sharded: by default as many as divide the world and find an expert."""
+    """Return how many processes shard experts: by default the largest divisor of `world_size` up to `num_experts`."""
     sizes = (size for size in range(1, world_size + 1) if world_size % size == 0)
     return wanted or max(size for size in sizes if size <= max(1, num_experts))
 
@@ -160,7 +160,7 @@ def expert_parallel_size(world_size: int, num_experts: int, wanted: int | None =
 def with_expert_groups(
     parallel: ParallelContext, num_experts: int, expert_size: int | None, device: torch.device
 ) -> ParallelContext:
-    """Return the context with a group over which experts are sharded, and one of the processes that hold copies.
+    """Return the context with a group over which experts are sharded, and a group of processes with equal experts.
 
     Processes that share experts are neighbours by rank, so they are on one machine where possible. Raises `UserError`
     where `expert_size` does not divide the number of processes.
@@ -181,7 +181,7 @@ def with_expert_groups(
 
 
 def is_peer_loss(error: BaseException) -> bool:
-    """Return whether an error means that another process has died, not that something is wrong in this one."""
+    """Return whether an error means that another process has died, not that something is wrong in this process."""
     if not dist.is_initialized() or isinstance(error, dist.DistBackendError | dist.DistNetworkError):
         return dist.is_initialized()
     return re.search(_CONNECTION_LOST, str(error)) is not None

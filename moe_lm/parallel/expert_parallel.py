@@ -1,7 +1,7 @@
 """Experts sharded over processes: tokens travel to their experts and back (section 3.1).
 
-Each process keeps the gates and routes its own tokens; an expert gets the tokens of all processes at once, so its batch
-does not shrink with their number.
+Each process keeps the gates and routes its own tokens. An expert gets the tokens of all processes at once, so its batch
+does not shrink as processes are added.
 
 Shape suffixes: T tokens, A assignments of this process, R rows received, D width, E experts of all processes,
 P processes, L experts held here.
@@ -23,7 +23,7 @@ _ROWS, _COUNTS = "tokens", "counts"
 
 
 class ExpertParallelExperts(Experts):
-    """Experts of which this process holds its shard; `forward` takes part in an all-to-all of the shard's group."""
+    """Experts of which this process holds a shard; `forward` takes part in an all-to-all of the shard's group."""
 
     def __init__(self, experts: Experts, shard: Shard):
         super().__init__(
@@ -58,7 +58,7 @@ class ExpertParallelExperts(Experts):
 
 
 def _row_counts(expert_A: Tensor, shard: Shard) -> tuple[list[int], list[int], Tensor]:
-    """Return the rows sent to each process, the rows received from each, and the latter by expert (P, L)."""
+    """Return the numbers of rows sent to each process and received from each, and the latter by expert (P, L)."""
     counts_E = segment_sizes(expert_A, shard.total)
     sizes = list(shard.sizes)
     received = shard.group.all_to_all(counts_E, sizes, [shard.size] * len(sizes), _COUNTS)

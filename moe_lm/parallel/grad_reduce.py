@@ -17,7 +17,7 @@ from moe_lm.parallel.context import SINGLE_PROCESS, ParallelContext
 from moe_lm.parallel.group import Group
 
 BUCKET_BYTES = 25 * 2**20
-"""Size of a bucket of gradients: large enough to amortise latency, small enough that the first one leaves early."""
+"""Size of a bucket of gradients: large enough to amortise latency, small enough to send the first one early."""
 
 PURPOSE, ROWS, STATISTICS = "gradients", "rows", "statistics"
 """Purposes by which a group counts bytes: dense gradients, rows of vocabulary matrices, and gating statistics."""
@@ -134,7 +134,7 @@ class _Bucket:
         if len(self.parameters) == 1 and first is not None and first.is_contiguous():
             self._work = self._group.all_reduce_async_(first, PURPOSE)
             return
-        # A parameter without a gradient here sends zeros: the message must be as long on each process.
+        # A parameter without a gradient here sends zeros: the message must have the same length on every process.
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         message = torch.cat([grad.reshape(-1) for grad in grads])
         for parameter, part in zip(self.parameters, message.split([g.numel() for g in grads]), strict=True):
@@ -152,8 +152,9 @@ class _Bucket:
 def merged(part: SparseRowGrad, group: Group) -> SparseRowGrad:
     """Return the sum of all processes' row gradients, the same bits on each.
 
-    Process i mod n sums row i, which spreads the frequent words at the beginning of the vocabulary; then the sums are
-    gathered. A row is sent once and its sum n - 1 times, less than sending all rows to all processes.
+    Process i mod n sums row i, which spreads the frequent words, at the beginning of the vocabulary, over the
+    processes; then the sums are gathered. A row is sent once and its sum n - 1 times, which is less than sending all
+    rows to all processes.
     """
     owner_U, order_U = stable_sort_below(part.row_U % group.size, group.size)
     given_P = segment_sizes(owner_U, group.size)

@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 class Group:
     """Some of the processes, by rank; a group of one process sends nothing.
 
-    `sent` counts the bytes that this process sends to others, by purpose; an all-reduce counts as a ring's,
-    2 (n - 1) / n of the tensor.
+    `sent` counts the bytes that this process sends to others, by purpose; an all-reduce counts as a ring all-reduce
+    would, 2 (n - 1) / n of the tensor.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class Group:
         return dist.all_reduce(tensor, group=self.handle, async_op=True)
 
     def all_to_all(self, x_RD: Tensor, send: list[int], receive: list[int], purpose: str) -> Tensor:
-        """Send the first `send[0]` rows to process 0, the next to 1, ...; return the `receive[i]` rows of each.
+        """Send the first `send[0]` rows to process 0, the next to 1, ...; return `receive[i]` rows from each process i.
 
-        The gradient takes the way back.
+        The gradients of the rows are sent back.
         """
         return _AllToAll.apply(x_RD, self, send, receive, purpose)
 
     def all_to_all_equal(self, x_RD: Tensor, purpose: str) -> Tensor:
-        """Send each process an equal part of the rows; return as many rows, by process."""
+        """Send each process an equal part of the rows; return the parts received, by process."""
         part = x_RD.shape[0] // self.size
         return self.all_to_all(x_RD, [part] * self.size, [part] * self.size, purpose)
 
@@ -119,7 +119,7 @@ class Shard:
 
 
 def shard_rows(total: int, group: Group, packet: int = 1) -> Shard:
-    """Shard rows as evenly as possible; `packet` rows stay on one process where there are enough packets."""
+    """Shard rows as evenly as possible; each packet of `packet` rows stays on one process if there are enough."""
     if total % packet or total // packet < group.size:
         packet = 1
     packets, remainder = divmod(total // packet, group.size)

@@ -59,11 +59,11 @@ def program() -> tuple[str, ...]:
 
 
 def _ignored(number: int) -> bool:
-    return signal.getsignal(number) == signal.SIG_IGN  # as nohup has it
+    return signal.getsignal(number) == signal.SIG_IGN  # for example by nohup
 
 
 def _forward_to_children(received: list[int]):
-    """Return a handler that forwards a signal to every process, and ends the launcher before there is any."""
+    """Return a handler that forwards a signal to every process or, if there is none yet, ends the launcher."""
 
     def forward(number, frame):  # noqa: ARG001
         received.append(number)
@@ -109,10 +109,10 @@ def _config(num_processes: int) -> LaunchConfig:
 
 
 def _outcome(codes: dict[int, int], received: list[int]) -> int:
-    """Return one exit code for all processes, given those of the failed ones.
+    """Return one exit code for all processes, given the exit codes of the failed ones.
 
-    Where a forwarded signal stopped all of them, the code is the signal's; a process that another signal killed is
-    reported and counts as failed.
+    If a forwarded signal stopped all of them, the result is the exit code of that signal. A process that another signal
+    killed is reported and counts as failed.
     """
     stops = {REQUEUE, INTERRUPTED, STOPPED_EARLY, *(-number for number in received)}
     if received and stops.issuperset(codes.values()):

@@ -1,7 +1,7 @@
 """Shards a model over processes by substitution: modules are replaced by parallel ones with the same interface.
 
 Constructors know nothing of processes. A model is built whole on the meta device, parallelized, materialised by
-`to_empty` and initialised by `reset_parameters`, so that no process ever holds what is not its shard.
+`to_empty` and initialised by `reset_parameters`, so that no process ever holds more than its shard.
 """
 
 from dataclasses import replace
@@ -27,8 +27,8 @@ def parallelize(
 ) -> ParallelContext:
     """Shard the experts and, with `vocab`, embedding and softmax, in place; return the context with their shards.
 
-    Each layer's experts are sharded over `expert_size` processes (by default as many as find an expert each); other
-    processes hold copies. Raises `UserError` where `expert_size` does not divide the number of processes.
+    Each layer's experts are sharded over `expert_size` processes (default: see `expert_parallel_size`); other processes
+    hold copies. Raises `UserError` if `expert_size` does not divide the number of processes.
     """
     most_experts = max((experts.num_experts for _, experts in _experts(model)), default=0)
     parallel = with_expert_groups(parallel, most_experts, expert_size, device)

@@ -1,4 +1,4 @@
-"""Signals: the first lets every process finish its step and save; the exit code tells a scheduler what happened."""
+"""Signals: the first one lets every process finish its step and save; the exit code tells a scheduler what happened."""
 
 import contextlib
 import ctypes
@@ -40,7 +40,7 @@ class SignalHandler:
         self.received: list[int] = []
         self._collecting, self._several = False, several
         for number in _FROM_SCHEDULERS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            if signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
                 signal.signal(number, self._handle)
 
     @property

@@ -22,7 +22,7 @@ _PURPOSE = "rows"
 
 
 class VocabParallelEmbedding(Embedding):
-    """An embedding of which this process holds its shard; `forward` takes part in an all-to-all."""
+    """An embedding of which this process holds a shard; `forward` takes part in an all-to-all."""
 
     def __init__(self, embedding: Embedding, shard: Shard):
         width = embedding.weight_VD.shape[1]
@@ -90,7 +90,7 @@ def parallel_softmax(softmax: Softmax, shard: Shard) -> Softmax:
 def _gathered_rows(matrix_VD: Tensor, words: UniqueIndices, shard: Shard) -> Tensor:
     """Return rows of the whole matrix (T, D) by word, differentiable in the rows held here.
 
-    All processes of the shard's group take part; each row is sent once to a process, however often it needs it.
+    All processes of the shard's group take part; a row is sent to a process once, however often its tokens need it.
     """
     group = shard.group
     row_U, place_T, _ = words.unique
@@ -113,7 +113,7 @@ class _AllTokens:
         self.hidden_AD = torch.cat(group.all_gather(hidden_TD, _PURPOSE))
 
     def own(self, x_A: Tensor) -> Tensor:
-        """Return the part of this process's tokens."""
+        """Return the part of `x_A` that belongs to this process's tokens."""
         return x_A.split(self.sizes)[self._group.rank]
 
     def nats(self, weight_VD: Tensor, bias_V: Tensor, chunk_logits: int, shard: Shard) -> Tensor:
@@ -125,7 +125,7 @@ class _AllTokens:
             place, inside = _places(self.target_A[tokens], words, shard)
             found = logits.gather(1, place.unsqueeze(1)).squeeze(1).double()
             true_A[tokens] += torch.where(inside, found, 0.0)
-            # In float64 from here on: the sums of all processes meet.
+            # In float64 from here on, as the sums of all processes are combined.
             log_sum_A[tokens] = torch.logaddexp(log_sum_A[tokens], logits.logsumexp(dim=1).double())
         sums_PA = torch.stack(self._group.all_gather(log_sum_A, _PURPOSE))
         self.log_sum_A = sums_PA.logsumexp(dim=0)
@@ -149,7 +149,7 @@ class _SummedNats(torch.autograd.Function):
         hidden_AD, target_A, log_sum_A, weight_VD, bias_V = ctx.saved_tensors
         sizes, chunk_logits, shard, dtype = ctx.rest
         group = shard.group
-        # Each process's loss has a weight of its own: 0 where its tokens are not to count.
+        # The loss of each process has its own weight, which is 0 if its tokens do not count.
         grads = torch.cat(group.all_gather(grad.reshape(1).double(), _PURPOSE))
         scale_A = grads.repeat_interleave(torch.tensor(sizes, device=grads.device), output_size=sum(sizes))
         grad_hidden_AD, grad_weight_VD = torch.zeros_like(hidden_AD), torch.zeros_like(weight_VD)
@@ -171,7 +171,7 @@ class _SummedNats(torch.autograd.Function):
 
 
 def _chunks(num_tokens: int, num_words: int, chunk_logits: int) -> Iterator[tuple[slice, slice]]:
-    """Yield tokens and words of products of at most `chunk_logits` logits."""
+    """Yield slices of tokens and of words that together have at most `chunk_logits` logits."""
     tokens_at_once = max(1, min(num_tokens, chunk_logits // max(1, min(num_words, chunk_logits))))
     words_at_once = max(1, min(num_words, chunk_logits // tokens_at_once))
     for token in range(0, num_tokens, tokens_at_once):

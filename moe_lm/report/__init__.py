@@ -94,7 +94,7 @@ class RunRecord:
         return "hierarchical" if re.search(r"^\s+primary_gate:", self.config, re.MULTILINE) else "flat"
 
     def perplexity(self, split: str) -> float | None:
-        """The final perplexity on a split, None where there is none."""
+        """Return the final perplexity on a split, None where there is none."""
         return None if self.result is None else self.result["perplexity"].get(split)
 
 
@@ -122,7 +122,7 @@ class Row:
 
     @property
     def remark(self) -> str:
-        """Text after the name: what a row over several seeds holds; empty for a single run."""
+        """Text after the name that says what a row over several seeds holds; empty for a single run."""
         kinds = {"run": "", "mean": " mean", "deviation": " standard deviation"}
         return kinds[self.kind] + (f" ({self.num_seeds} seeds)" if self.num_seeds > 1 else "")
 
@@ -135,7 +135,7 @@ class Table:
     heading: str
     text: str
     formats: Mapping[Column, Callable[[Any], str]]
-    """The function that writes a column's figures, for each column."""
+    """For each column, the function that writes its figures as text."""
     rows: Sequence[Row]
     names: str = "model"
     """Heading of the column of row names."""

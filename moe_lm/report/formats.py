@@ -8,61 +8,61 @@ from moe_lm.report import Table
 
 
 def plain(value: float) -> str:
-    """Whole number with thousands separated."""
+    """Format a whole number with thousands separators."""
     return f"{value:,.0f}"
 
 
 def small(value: float) -> str:
-    """Ratio with two decimals, or two significant digits below 0.01."""
+    """Format a ratio with two decimals, or with two significant digits below 0.01."""
     if value == 0 or abs(value) >= 0.01:
         return f"{value:.2f}"
     return f"{value:.2g}" if abs(value) >= 1e-4 else f"{value:.1e}"
 
 
 def perplexity(value: float) -> str:
-    """One decimal from 10 on, two below."""
+    """Format a perplexity with one decimal from 10 on, and with two below."""
     return f"{value:,.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def millions(value: float) -> str:
-    """Count in millions: one decimal, as in the paper, or two significant digits below one million."""
+    """Format a count in millions with one decimal, as in the paper, or with two significant digits below a million."""
     value /= 1e6
     return f"{value:,.1f}" if value >= 1 else f"{value:.2g}"
 
 
 def billions(value: float) -> str:
-    """Count in billions with one decimal, as in the paper."""
+    """Format a count in billions with one decimal, as in the paper."""
     return f"{value / 1e9:,.1f}"
 
 
 def power(value: float) -> str:
-    """Large count such as 1.23e+15."""
+    """Format a large count as in 1.23e+15."""
     return f"{value:.2e}" if value else "0"
 
 
 def bits(value: float) -> str:
-    """Bits per token with four decimals, 0 where only rounding in float64 is left."""
+    """Format bits per token with four decimals, and mere rounding errors of float64 as 0."""
     return f"{value:.4f}" if value > 1e-9 else "0"
 
 
 def percent(value: float) -> str:
-    """Share of one in per cent with one decimal."""
+    """Format a fraction as a percentage with one decimal."""
     return f"{100 * value:.1f} %"
 
 
 def change(value: float) -> str:
-    """Relative change in per cent with its sign."""
+    """Format a relative change as a percentage with its sign."""
     text = f"{100 * value:+.1f} %".replace("-", "−")
     return "0.0 %" if text[1:] == "0.0 %" else text
 
 
 def times(value: float) -> str:
-    """Factor with two significant digits, or all digits before the decimal point."""
+    """Format a factor with two significant digits below 10, and as a whole number from 10 on."""
     return f"{value:,.0f} ×" if value >= 10 else f"{value:.2g} ×"
 
 
 def weight(value: float) -> str:
-    """Weight in its shortest form."""
+    """Format a weight in its shortest form."""
     return f"{value:g}"
 
 

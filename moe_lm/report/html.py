@@ -1,4 +1,4 @@
-"""HTML pages from Jinja2 templates: no script, no other file, plots inside the page, light and dark."""
+"""HTML pages from Jinja2 templates, each a single file with its plots, without scripts, in a light and a dark theme."""
 
 import json
 import re
@@ -44,5 +44,5 @@ TEMPLATES.filters |= {"inline_svg": inline_svg, "pretty_json": partial(json.dump
 
 
 def render(template: str, **context: object) -> str:
-    """Return a page of one of this folder's templates."""
+    """Return a page made from one of this folder's templates."""
     return TEMPLATES.get_template(template).render({"css": "", "body": ""} | context)

@@ -67,8 +67,8 @@ TRAINING_WORDS = {7: 10 * 798_949_912, 8: 100e9}
 TEST_WORDS = 159_658
 """Predicted words of the benchmark's test text."""
 TOLERANCE = {"operations": 0.055, "parameters": 0.055, "total": 0.065}
-"""Largest distance of a count from the printed figure, in its unit: half the last digit, except for 8.651 printed as
-8.6 and 5.94 printed as 6.0."""
+"""Largest difference between a count and the printed figure, in its unit: half a unit of the last digit, and a little
+more because 8.651 is printed as 8.6 and 5.94 as 6.0."""
 SIZES = ("width", "expert_hidden", "hidden", "lstm_units", "units", "dropout", "exact", "global_batch")
 """Last parts of keys that may differ from the paper's model: sizes, and keys that change no operation."""
 

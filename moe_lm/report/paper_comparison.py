@@ -8,7 +8,7 @@ from moe_lm.report.paper import TABLE_6, TRAINING_WORDS
 from moe_lm.report.runs import LAST_LINES, mean_figures, seed_groups
 
 BASELINES = ("moe_1_wide", "lstm_2048_512", "lstm_4x512", "news100b_lstm_4x512")
-"""Dense presets that changes are measured against; the first one in the table counts."""
+"""Dense presets against which changes are measured; the first of these that the table holds is used."""
 COMPARED = {
     Column("test_perplexity", "test perplexity"): perplexity,
     Column("paper_perplexity", "paper: after 10 epochs"): perplexity,
@@ -125,7 +125,7 @@ def scaled_table(groups: Sequence[Group]) -> Table:
 
 
 def find_baseline(groups: Sequence[list[RunRecord]]) -> list[RunRecord] | None:
-    """Return the runs of the first dense preset that occurs, None unless it occurs once among other models."""
+    """Return the runs of the first of the `BASELINES` that occurs; None unless it occurs once, among other models."""
     for preset in BASELINES:
         found = [runs for runs in groups if runs[0].paper.preset == preset]
         if found:
@@ -145,7 +145,7 @@ def relative_change(value: float | None, base: float | None) -> float | None:
 
 
 def balance_tables(runs: Sequence[RunRecord]) -> list[Table]:
-    """Return one table where MoE models with equal gates were trained with several pairs of balance loss weights."""
+    """Return a table if MoE models with equal gates were trained with several pairs of balance loss weights."""
     groups = [group for group in seed_groups(runs) if group[1][0].is_moe]
     weights = [balance_weights(members[0]) for _, members in groups]
     if len({gate_names(members[0]) for _, members in groups}) > 1 or len(set(weights)) < 2:

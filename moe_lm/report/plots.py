@@ -66,7 +66,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Model:
-    """A model of a scatter plot: a point for each seed and their mean."""
+    """A model in a scatter plot: a point for each seed, and their mean."""
 
     name: str
     index: int
@@ -81,7 +81,7 @@ class Model:
 
 @dataclass(frozen=True)
 class ScatterPanel:
-    """Test perplexity against one entry of result.json, in a unit."""
+    """Test perplexity against one entry of result.json, divided by `unit`."""
 
     key: str
     label: str
@@ -262,7 +262,7 @@ def draw_model(axes: Axes, model: Model) -> Line2D:
 
 
 def joined(models: Sequence[Model]) -> Iterator[list[Point]]:
-    """Yield a line for each kind of model: in order of parameters if these rise, else in order of cost if that does."""
+    """Yield a line per kind of model, in order of parameters if these rise by `RISE`, else of cost if that does."""
     for kind in MARKERS:
         mine = [model for model in models if model.kind == kind]
         for costs in ([model.parameters for model in mine], [model.mean[0] for model in mine]):

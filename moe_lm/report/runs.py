@@ -31,9 +31,9 @@ LAST_LINES = 5
 
 
 def read_runs(folder: Path, presets: Presets | None = None) -> list[RunRecord]:
-    """Read every run directly in `folder`, or `folder` itself, by operations and parameters; unfinished runs last.
+    """Read every run in `folder`, or `folder` itself, sorted by operations and parameters; unfinished runs come last.
 
-    `presets` returns a preset's configuration, which finds the paper's model of each run.
+    `presets` returns a preset's configuration, from which the paper's model of each run is found.
     Raises `UserError` where there is no run or a run is damaged.
     """
     folder = Path(folder)
@@ -73,7 +73,7 @@ def is_run(folder: Path) -> bool:
 
 
 def order(run: RunRecord) -> tuple:
-    """Sort key of runs in every table and legend; runs that differ only in the seed stay together."""
+    """Return a run's sort key for every table and legend; runs that differ only in the seed stay together."""
     if run.result is None:
         return (math.inf, math.inf, run.base_name, 0)
     operations = run.result["operations_per_timestep"]
@@ -167,7 +167,7 @@ def seed_groups(runs: Iterable[RunRecord]) -> list[tuple[str, list[RunRecord]]]:
     groups: dict[tuple, dict[int, RunRecord]] = {}
     for run in runs:
         if run.result is not None:
-            # Keyed by seed: `moe_4` and `moe_4,seed=1` may have the same seed and are then no second sample.
+            # Keyed by seed, because `moe_4` and `moe_4,seed=1` may be the same sample twice.
             group = groups.setdefault((run.base_name, run.result.get("preset")), {})
             group.setdefault(run.result["seed"], run)
     return [(name, list(group.values())) for (name, _), group in groups.items()]

@@ -67,12 +67,12 @@ GATES_TEXT = (
 
 
 def report_tables(runs: Sequence[RunRecord]) -> list[Table]:
-    """Return the main table, and the others for which the runs have figures."""
+    """Return the main table, and each further table for which the runs have figures."""
     return [main_table(runs), *paper_tables(runs), *balance_tables(runs), *gate_tables(runs)]
 
 
 def main_table(runs: Iterable[RunRecord]) -> Table:
-    """Return a row for each finished run and, where several differ only by seed, their mean and deviation."""
+    """Return a row for each finished run and, for runs that differ only by seed, rows of their mean and deviation."""
     runs = [run for run in runs if run.result is not None]
     seeds = {id(members[-1]): (name, members) for name, members in seed_groups(runs) if len(members) > 1}
     rows = []
@@ -104,7 +104,7 @@ def progress(run: RunRecord) -> str:
 
 
 def gate_tables(runs: Sequence[RunRecord]) -> list[Table]:
-    """Return one table where runs have several kinds of gates or an MoE model was audited."""
+    """Return a table if the runs have several kinds of gates or an MoE model was audited."""
     groups = seed_groups(runs)
     gated = [run for _, members in groups for run in members if members[0].is_moe]
     if len({gate_names(members[0]) for _, members in groups if members[0].is_moe}) < 2 and not any(
@@ -125,7 +125,7 @@ def gate_figures(runs: Sequence[RunRecord]) -> Figures:
 
 
 def audit_finding(runs: Sequence[RunRecord]) -> str:
-    """Return what the audits found about the evaluation rule: `causal` only if every run's audit did."""
+    """Return what the audits found about the evaluation rule: `causal` only if every run's audit found that."""
     found = [run.audit and run.audit["causal"] for run in runs]
     if False in found:
         return "NOT CAUSAL"

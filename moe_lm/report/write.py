@@ -29,8 +29,8 @@ class Report(NamedTuple):
 def write_report(folder: Path, presets: Presets, notes: Sequence[str] = (), study: str = "") -> Report:
     """Write the report on the runs of `folder` to `folder/report`; the same runs give the same bytes.
 
-    `presets` returns a preset's configuration, which tells whether a run is the paper's model at some size.
-    `notes` and `study` stand at the top of the page: what the study shows and what it does not, its name and scale.
+    `presets` returns a preset's configuration, which tells whether a run is the paper's model at some size. `notes`
+    (what the study shows and what it does not) and `study` (its name and scale) are shown at the top of the page.
     Raises `UserError` where there is no run, a run is damaged or the report cannot be written.
     """
     folder = Path(folder)

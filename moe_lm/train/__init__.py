@@ -1,1 +1,1 @@
-"""Batches to a trained model: what is minimised, an update, and the loop around it."""
+"""From batches to a trained model: the training step, the loop around it, and metrics."""

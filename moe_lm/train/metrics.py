@@ -1,4 +1,4 @@
-"""Training metrics: sums between two log lines, balance figures (Table 6), and where the lines go."""
+"""Training metrics: sums between two log lines, balance figures (Table 6), and the log that receives the lines."""
 
 from collections.abc import Iterable, Mapping
 
@@ -13,7 +13,7 @@ from moe_lm.train.wandb_logger import start_wandb
 
 
 class Interval:
-    """Sums of figures over the steps since the last log line, without a wait for the device until they are read."""
+    """Sums of figures over the steps since the last log line; only reading them waits for the device."""
 
     def __init__(self, sums: Mapping[str, float] | None = None):
         self._sums: dict[str, Tensor | float] = current_metrics(dict(sums or {}))
@@ -21,8 +21,8 @@ class Interval:
     def add(self, **figures: Tensor | float) -> None:
         """Add one step's figures.
 
-        A figure that earlier steps of the interval lack, as in a checkpoint of an earlier version, is left out, because
-        its mean over all steps would be wrong.
+        A figure that earlier steps of the interval lack, as after resuming a checkpoint of an earlier version, is left
+        out, because its mean over all steps would be wrong.
         """
         partial = "steps" in figures and self._sums.get("steps", 0) > 0
         for name, value in figures.items():
@@ -58,7 +58,7 @@ def _variation(x_E: Tensor) -> Tensor:
 
 
 class MetricsLog:
-    """Writes metrics.jsonl, and Weights & Biases as a view of it where asked for; only the first process writes."""
+    """Writes metrics.jsonl and, if configured, the same lines to Weights & Biases; only the first process writes."""
 
     def __init__(self, run: Run, config: dict, *, writes: bool):
         self._run, self._writes = run, writes

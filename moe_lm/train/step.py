@@ -1,7 +1,8 @@
-"""One training step: a global batch to gradients and changed weights, in one process or many.
+"""One training step: from a global batch to gradients and updated weights, in one process or many.
 
 The processes take micro-batches in turn. Gating statistics are summed over all processes before a balance loss reads
-them, gradients before the optimizer does, so the update is that of the whole batch for any number of processes.
+them, and gradients before the optimizer reads them. The update is therefore that of the whole batch for any number of
+processes.
 
 Shape suffix: E experts.
 """
@@ -22,15 +23,15 @@ from moe_lm.parallel.grad_reduce import GradReducer
 from moe_lm.seeds import derive_seed
 
 _EXPLODED = 10
-"""Multiple of log(vocabulary), the loss of guessing, above which a loss is not learned from."""
+"""A step is skipped if its loss exceeds this multiple of log(vocabulary), the loss of guessing."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step saw of its global batch, the same in every process."""
+    """Figures of a step over its global batch, the same in every process."""
 
     updated: bool
-    """Whether the weights changed: not where loss or gradient is not finite, or the loss exploded."""
+    """Whether the weights changed; they do not if loss or gradient is not finite or the loss exploded."""
     nats: Tensor
     """Nats summed over all predicted words (float64)."""
     grad_norm: Tensor
@@ -42,7 +43,8 @@ class StepResult:
     routing: Mapping[str, Tensor]
     """`dropped_fraction` of the requested assignments, `unrouted_fraction` of the tokens, and `max_over_mean_tokens`.
 
-    The last is the busiest expert's number of tokens over the mean, averaged over the gated layers. Empty without any.
+    `max_over_mean_tokens` is the busiest expert's number of tokens over the mean, averaged over the gated layers. Empty
+    without gated layers.
     """
 
 
@@ -61,7 +63,7 @@ class TrainStep:
         seed: int,
         reducer: GradReducer,
     ):
-        """With `global_balance` balance losses read the global batch's statistics, else those of each micro-batch."""
+        """With `global_balance`, balance losses read statistics of the global batch, otherwise of each micro-batch."""
         self.model, self.objective, self.optimizer = model, objective, optimizer
         self.device = model.device
         self._clip_norm, self._global_balance, self._seed = clip_norm, global_balance, seed
@@ -72,7 +74,7 @@ class TrainStep:
         self._num_processes = reducer.parallel.size
 
     def __call__(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
-        """Update the weights, unless loss or gradient is not finite, and return what the step saw."""
+        """Update the weights, unless the loss exploded or loss or gradient is not finite; return the step's figures."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         with _float32_as_tf32(self._allow_tf32):
@@ -91,7 +93,7 @@ class TrainStep:
     def _forward_backward(self, batch: GlobalBatch, step: int) -> "_Sums":
         """Run every micro-batch forward and backward; the gradients stay in the parameters."""
         micro_batches = list(self._micro_batches(batch, step))
-        # With one micro-batch a process the statistics are summed between its forward pass and the loss; with several a
+        # With one micro-batch per process, statistics are summed between the forward pass and the loss; with several, a
         # first pass collects them.
         global_balance = len(batch) == 1 or (self._global_balance and bool(self.objective.balance))
         several = len(micro_batches) > 1
@@ -117,7 +119,7 @@ class TrainStep:
     def _micro_batches(self, batch: GlobalBatch, step: int) -> Iterator[tuple[MicroBatch, int, bool]]:
         """Yield this process's micro-batches, the seed of each, and whether it counts.
 
-        Every process has as many, because experts wait for all processes; the surplus ones count for nothing.
+        Every process has equally many, because experts wait for all processes; surplus micro-batches do not count.
         """
         for number in self.parallel.round_robin(len(batch)):
             micro = batch.dummy() if number is None else batch[number]
@@ -135,7 +137,7 @@ class TrainStep:
         return self._reducer.sum_statistics(total)
 
     def _seed_generators(self, seed: int) -> None:
-        """Seed noise and dropout, which so depend on seed, step and micro-batch alone: in both passes, anywhere."""
+        """Seed noise and dropout, so that both passes draw the same for a micro-batch, on whichever process it runs."""
         # torch.manual_seed would record a traceback for each kind of GPU on a machine without any, at every call.
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
@@ -152,7 +154,8 @@ class _Sums:
         self.routing: dict[str, Tensor] = {}
         self._statistics: Statistics | None = None
         self._last_balance: Mapping[str, Tensor | float] = {}
-        # Requested, dropped, tokens, unrouted: plain numbers where possible, which need no wait for the device.
+        # Requested and dropped assignments, tokens and unrouted tokens: plain numbers, where these avoid waiting for
+        # the device.
         self._counts: list[Tensor | int] = [0, 0, 0, 0]
         self._tokens_E: dict[str, Tensor] = {}
 
@@ -179,10 +182,10 @@ class _Sums:
                 self._counts = [total + x for total, x in zip(self._counts, found, strict=True)]
 
     def reduce(self, reducer: GradReducer, global_stats: Statistics | None) -> None:
-        """Sum over all processes; losses of global statistics are the same everywhere already."""
+        """Sum over all processes; balance losses of global statistics are the same on every process already."""
         names = list(self.balance)
         own = [self.nats, *self._counts, *(self.balance[name] for name in names)]
-        # Plain numbers are filled in on the device, as copying them would wait for all that a GPU has to do.
+        # Plain numbers are filled in on the device, as copying them would wait for all queued work of a GPU.
         own = [x.to(self.nats) if isinstance(x, Tensor) else self.nats.new_full((), x) for x in own]
         tokens = [tokens_E.to(self.nats) for tokens_E in self._tokens_E.values()]
         sizes = [len(own), *map(len, tokens)]
@@ -209,7 +212,7 @@ def max_over_mean(x_E: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _float32_as_tf32(allowed: bool) -> Iterator[None]:
-    """Let a GPU's float32 products, those of gates, round their factors to TF32, as cuDNN's LSTM does by default.
+    """Let a GPU's float32 products (those of the gates) round factors to TF32, as cuDNN's LSTM does by default.
 
     TF32 has 3 bits of mantissa more than the autocast type; the products take a third of the time.
     """

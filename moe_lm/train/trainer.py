@@ -18,10 +18,10 @@ from moe_lm.train.step import StepResult, TrainStep
 
 @dataclass(frozen=True)
 class Settings:
-    """What the loop itself decides by."""
+    """Settings of the loop itself."""
 
     num_words: int
-    """Predicted words after which training ends, with the step that reaches them."""
+    """Number of predicted words; training ends with the step that reaches it."""
     log_every: int
     """Steps between two lines of metrics.jsonl."""
     valid_every: int
@@ -41,7 +41,7 @@ class Settings:
 
 @dataclass
 class Progress:
-    """How far training is: with model and optimizer, all that a resumed run needs."""
+    """How far training is; together with model and optimizer, this is all that a resumed run needs."""
 
     step: int = 0
     words: int = 0
@@ -134,7 +134,7 @@ class Trainer:
         self._after_step(bar)
 
     def _count(self, result: StepResult, num_words: int) -> None:
-        """Add a step's figures to the interval; a skipped one counts only as skipped."""
+        """Add a step's figures to the interval; a skipped step only counts as skipped."""
         progress = self.progress
         if result.updated:
             progress.skipped_in_a_row = 0
@@ -189,7 +189,7 @@ class Trainer:
             }
         )
         best = f" best valid ppl {self.progress.best['perplexity']:.1f}" if self.progress.best else ""
-        # Sampled nats lie far below the true ones: only exact nats give a perplexity.
+        # Sampled nats are far below exact nats, and only exact nats give a perplexity.
         exact = self.model.softmax.exact_in_training and steps
         now = f" ppl {math.exp(min(nats / words, 700)):.1f}" if exact else ""
         dropped = f" dropped {means['dropped_fraction']:.1%}" if means.get("dropped_fraction") else ""

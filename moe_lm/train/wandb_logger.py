@@ -1,4 +1,4 @@
-"""Weights & Biases, where asked for: which of its runs a training is, and whether online."""
+"""Optional logging to Weights & Biases: which of its runs a training run belongs to, and whether it is online."""
 
 import netrc
 import os
@@ -11,9 +11,9 @@ from moe_lm.errors import UserError
 
 
 def start_wandb(folder: Path, config: dict):
-    """Return the W&B run of a training in this folder; raises `UserError` for what keeps it from starting.
+    """Return the W&B run of the training run in this folder; raises `UserError` if W&B cannot start.
 
-    Offline without an API key, as nothing may ask at a prompt.
+    Without an API key the W&B run is offline, as wandb would otherwise ask for a key at a prompt.
     """
     try:
         import wandb
@@ -28,16 +28,16 @@ def start_wandb(folder: Path, config: dict):
             config=config,
             mode=mode,
         )
-    except Exception as error:  # of HTTP, of its settings, of a service beside it: no list of their classes stays true
+    except Exception as error:  # HTTP, wandb's settings and its service raise many classes
         said = " ".join(str(error).split())[:200]
         raise UserError(
             f"logging.wandb=true: Weights & Biases does not start ({type(error).__name__}: {said}); "
-            "WANDB_MODE=offline needs no connection, logging.wandb=false none of it"
+            "WANDB_MODE=offline needs no connection, and logging.wandb=false does not use it"
         ) from error
 
 
 def _wandb_id(folder: Path) -> str:
-    """Return what makes a resumed run one run there: drawn for a new folder, so that no other run is taken for it."""
+    """Return the W&B id by which a resumed run stays one run; it is random for a new folder, so that none is shared."""
     path = folder / "wandb" / "id.txt"
     if not path.exists():
         begun = path.parent.exists()  # by a version whose ids were made of the folder's path
@@ -48,14 +48,14 @@ def _wandb_id(folder: Path) -> str:
 
 
 def _has_wandb_key(address: str) -> bool:
-    """Where `wandb login` puts its key for this server, port and all: asking wandb itself may prompt."""
+    """Return whether a key for this server is set, or stored by `wandb login`; asking wandb itself may prompt."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     place = os.environ.get("NETRC")
     try:
         found = netrc.netrc(Path(place).expanduser() if place else None)
-    except (OSError, netrc.NetrcParseError, ValueError):  # also bytes that are no text
+    except (OSError, netrc.NetrcParseError, ValueError):  # ValueError: the file is not text
         return False
     server = urlsplit(address).netloc
-    own = server.endswith((".wandb.ai", ".coreweave.com"))  # W&B's own, which has had both names
+    own = server.endswith((".wandb.ai", ".coreweave.com"))  # W&B's own server, which has had both names
     return any(found.authenticators(name) for name in (server, *(["api.wandb.ai"] if own else [])))

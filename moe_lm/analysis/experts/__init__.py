@@ -22,7 +22,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Word:
-    """A token that an expert serves more often than it serves others."""
+    """A token that is routed to an expert more often than the average token."""
 
     word: str  # text of the token; a piece that continues a word begins with "·"
     id: int  # index in the vocabulary
@@ -42,10 +42,10 @@ class Expert:
     load_share: float  # load as a fraction of all assignments
     importance: float
     importance_share: float  # importance as a fraction of the sum of all gate values
-    entropy: float | None  # mean entropy, in bits, of the gate values of the tokens it serves; null without any
+    entropy: float | None  # mean entropy, in bits, of the gate values of the tokens it serves; null if it serves none
     words: tuple[Word, ...]  # most characteristic words, in descending order of G2
     contexts: tuple[Context, ...]
-    """Contexts with the largest gate values, earlier ones first among equals. Each distinct prefix appears once."""
+    """Contexts with the largest gate values, equal ones in the order of the text. Each distinct prefix appears once."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Pairs:
 
     tokens: int  # number of tokens routed to several experts
     distinct: int  # number of different pairs that occur
-    lift: float | None  # mean lift of all pairs, weighted by their expected number; null without any
+    lift: float | None  # mean lift of all pairs, weighted by their expected number; null without pairs
     most_frequent: tuple[Pair, ...]
 
 
@@ -98,7 +98,7 @@ class InspectedLayer:
     tokens: int  # number of input tokens
     unrouted: int  # number of tokens without an expert
     assignments: int
-    most_experts: int  # largest number of experts of any token
+    most_experts: int  # largest number of experts that serve one token
     unused: int  # number of experts that serve no token
     entropy: float | None
     """Mean entropy, in bits, of the gate values of a token, normalised to sum 1; null if no token has an expert."""
@@ -116,7 +116,7 @@ class Inspection:
     run: str  # name of the run
     step: int  # training step of the checkpoint
     split: str
-    sentences: int  # number of sentences read, from the first of the split
+    sentences: int  # number of sentences read, from the start of the split
     words: int  # number of predicted words, `</S>` included
     tokens: int  # number of input tokens, `<S>` included: `words`, or more with subwords
     distinct_words: int  # number of different input tokens

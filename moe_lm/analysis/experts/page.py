@@ -1,4 +1,4 @@
-"""Write an inspection to `<run>/inspect/`: an HTML page, the record as JSON, and pictures; or its tables as text."""
+"""Write an inspection to `<run>/inspect/` as an HTML page, JSON and pictures, or return its tables as text."""
 
 import json
 import re
@@ -14,9 +14,9 @@ from moe_lm.analysis.experts.pictures import draw_pictures, inline_svg
 from moe_lm.atomic_io import replace_files
 
 MAX_OPEN = 16
-"""The most experts of a layer whose contexts are unfolded initially."""
+"""Contexts are unfolded initially if the page shows at most this many experts of the layer."""
 MAX_PAIRS = 20
-"""The most pairs of experts in the table of a layer."""
+"""Maximum number of pairs of experts in a layer's table."""
 LAYER_COLUMNS = (
     *("layer", "experts", "experts a token", "tokens without an expert", "unused experts"),
     *("effective experts (load)", "entropy of load (bits)", "effective experts (importance)"),
@@ -59,7 +59,7 @@ def to_text(inspection: Inspection, max_experts: int = 8, max_words: int = 6) ->
 
 
 def to_html(inspection: Inspection, svgs: Mapping[str, Mapping[str, str]], max_experts: int) -> str:
-    """Return the page; `svgs` are the pictures as SVG documents by layer and name."""
+    """Return the page; `svgs` holds the pictures as SVG documents, by layer and name."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -106,13 +106,13 @@ def _layer_row(layer: InspectedLayer) -> tuple[str, ...]:
 
 
 def _expert_row(expert: Expert, max_words: int) -> tuple[str, ...]:
-    words = "  ".join(word.word for word in expert.words[:max_words])  # not commas, which may be words
+    words = "  ".join(word.word for word in expert.words[:max_words])  # without commas, as a comma may be a word
     shares = percent(expert.load_share), percent(expert.importance_share)
     return (f"expert {expert.expert}", *shares, decimal(expert.entropy), words)
 
 
 def busiest(layer: InspectedLayer, most: int) -> list[Expert]:
-    """Return at most this many experts that serve any token, by descending load."""
+    """Return at most `most` of the experts that serve any token, by descending load."""
     used = [expert for expert in layer.experts if expert.load]
     return sorted(used, key=lambda expert: (-expert.load, expert.expert))[:most]
 
@@ -123,7 +123,7 @@ def count(value: float) -> str:
 
 
 def decimal(value: float | None) -> str:
-    """Format a number with two decimals, or with two digits where these would show nothing."""
+    """Format a number with two decimals, or with two significant digits where two decimals would show only zeros."""
     if value is None:
         return ""
     if value == 0 or abs(value) >= 0.01:
@@ -142,7 +142,7 @@ def fraction(shown: int, total: int) -> str:
 
 
 def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table whose columns are padded for the console; the first one names the rows."""
+    """Return a Markdown table whose columns are padded for the console; the first column names the rows."""
     body = [(f"`{name}`", *cells) for name, *cells in rows]
     widths = [max(map(len, column)) for column in zip(columns, *body, strict=True)]
     rule = ("-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:]))
@@ -151,5 +151,5 @@ def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _slug(layer: str) -> str:
-    """Return a layer's name for file names and HTML identifiers."""
+    """Return a layer's name in a form that suits file names and HTML identifiers."""
     return re.sub(r"\W", "_", layer)

@@ -22,7 +22,7 @@ THEME = {INK: "var(--ink)", GRID: "var(--grid)", PAPER: "var(--paper)", BLUE: "v
 """CSS variables that replace these colours in pictures on the page, which has a light and a dark theme."""
 GREEN, ORANGE = (0, 0.62, 0.45), "#e69f00"
 STYLE = {
-    "svg.hashsalt": "moe-lm",  # the same picture has the same identifiers
+    "svg.hashsalt": "moe-lm",  # so that the same picture has the same identifiers
     "font.size": 9,
     "axes.grid": True,
     "axes.axisbelow": True,
@@ -37,9 +37,9 @@ STYLE = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
 }
 SIZE = (4.4, 3.1)
-"""Inches; small, so that letters stay readable on a phone."""
+"""Width and height in inches; small, so that letters stay readable on a phone."""
 MAX_POINTS = 512
-"""The most points of a line, which keeps the picture of many experts small."""
+"""Maximum number of points of a line; it limits the size of the file for many experts."""
 LIFT_EDGES = (0, 0.25, 0.5, 0.75, 1, 1.5, 2, 4)
 """Boundaries between the shades of the heat map."""
 
@@ -53,9 +53,9 @@ def draw_pictures(layer: InspectedLayer) -> dict[str, dict[str, bytes]]:
 
 
 def inline_svg(svg: str, name: str, title: str) -> str:
-    """Return an SVG document as an element of an HTML page, in its theme's colours and with identifiers of its own.
+    """Return an SVG document as an element of an HTML page, in the colours of the page's theme.
 
-    `name` and `title` must be safe in HTML.
+    `name` becomes the prefix of its identifiers; `name` and `title` must be safe in HTML.
     """
     svg = re.sub(r"<style.*?</style>|<metadata.*?</metadata>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     box = re.search(r'viewBox="[^"]*"', svg).group()
@@ -67,7 +67,7 @@ def inline_svg(svg: str, name: str, title: str) -> str:
 
 
 def _encode(draw: Callable[[Figure, Axes, InspectedLayer], None], layer: InspectedLayer) -> dict[str, bytes]:
-    """Draw in a fixed style, whatever the user's matplotlib settings; without dates and versions in the files."""
+    """Draw in a fixed style, whatever the user's matplotlib settings, and keep dates and versions out of the files."""
     png, svg = io.BytesIO(), io.BytesIO()
     with matplotlib.rc_context():
         matplotlib.rcdefaults()

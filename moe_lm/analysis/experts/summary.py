@@ -15,17 +15,17 @@ from moe_lm.data.prepared import Split
 from moe_lm.data.vocabulary import START, Vocabulary
 
 FEW_EXPERTS = 64
-"""The most experts that have their own bar or row in a picture."""
+"""Up to this many experts, a picture has a bar or a row for each."""
 MAX_PAIRS = FEW_EXPERTS * (FEW_EXPERTS - 1) // 2
-"""The most pairs recorded: all of them for few experts, as their heat map shows them."""
+"""Maximum number of pairs recorded: all pairs of `FEW_EXPERTS` experts, because the heat map shows them all."""
 DIGITS = 6
-"""Decimals of figures and of sorted ratios, so that the order of floating-point sums does not matter."""
+"""Decimals of all figures, rounded before they are sorted: the order of floating-point sums then does not matter."""
 WORDS_BEFORE, WORDS_AFTER = 14, 6
 """Words of a context shown before and after the routed token."""
 TOKENS_BEFORE, TOKENS_AFTER = 96, 48
 """Tokens decoded for these words, as a word may have several tokens."""
 MAX_LETTERS = 160
-"""The most letters shown on each side of the routed token."""
+"""Maximum number of letters shown on each side of the routed token."""
 
 
 class Texts:
@@ -37,7 +37,7 @@ class Texts:
     def word(self, index: int) -> str:
         """Return the text of a token; a piece that continues a word begins with "·"."""
         text = self._vocabulary.decode([index])
-        if not text or "\ufffd" in text:  # a marker, a lone space, part of a letter
+        if not text or "\ufffd" in text:  # a marker, a lone space or part of a letter
             return self._vocabulary.token(index)
         begins_word = len(self._vocabulary.tokens_per_word([index, index])) == 2
         return clip_end(text, 1) if begins_word else f"·{clip_end(text, 1)}"
@@ -131,7 +131,8 @@ def _experts(tally: Tally, reading: Reading, texts: Texts, max_words: int) -> tu
 def characteristic_words(tally: Tally, count_V: np.ndarray, max_words: int) -> list[tuple[int, int, int, float]]:
     """Return (expert, word, count, G2) of each expert's most characteristic words, by expert and descending G2.
 
-    Only words that the expert serves more often than other words; among equal G2 the lower, more frequent id first.
+    Only words routed to the expert more often than the average word are returned. Words of equal G2 are ordered by id,
+    that is, by frequency.
     """
     key_N, count_N = tally.words.result()
     expert_N, word_N = key_N // tally.vocabulary_size, key_N % tally.vocabulary_size
@@ -200,7 +201,7 @@ def _pairs(tally: Tally) -> Pairs:
 
 
 def _spread(value_E: np.ndarray) -> Spread:
-    """Return the entropy of values normalised to sum 1; where all are 0, it and the effective number are 0."""
+    """Return the spread of values normalised to sum 1; where all are 0, entropy and effective number are 0."""
     share_E = _shares(value_E)
     share_E = share_E[share_E > 0]
     entropy = float(-(share_E * np.log2(share_E)).sum())

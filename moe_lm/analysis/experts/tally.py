@@ -1,6 +1,6 @@
 """Read a split once in evaluation mode and tally, per gated layer, which tokens are routed to which expert.
 
-Memory grows with what occurs, never with tokens times experts or words times experts.
+Memory grows with the combinations that occur, never with tokens times experts or words times experts.
 
 Shape suffixes: T tokens, A assignments, E experts, G groups, C contexts, V vocabulary, B sentences, N entries.
 """
@@ -19,7 +19,7 @@ from moe_lm.errors import UserError
 from moe_lm.gate import Gating
 
 MAX_PENDING = 1 << 20
-"""Entries that `SparseCounts` collects before it merges them: a merge sorts everything."""
+"""Number of entries that `SparseCounts` collects before it merges them, as each merge sorts everything."""
 GATE_RESOLUTION = 1_000_000
 """Gate values are compared as multiples of 1/1,000,000, so that rounding errors decide nothing."""
 
@@ -65,7 +65,7 @@ class StrongestContexts:
         self._prefix_EC = np.zeros(shape, np.uint64)
 
     def add(self, expert_A: np.ndarray, gate_A: np.ndarray, offset_A: np.ndarray, prefix_A: np.ndarray) -> None:
-        """Offer assignments at offsets of the text; a context is distinct by its expert and `prefix_A`."""
+        """Add assignments as candidates; contexts of an expert are distinct if their `prefix_A` differ."""
         unit_A = np.rint(gate_A * GATE_RESOLUTION).astype(np.int64)
         candidate_A = unit_A >= self._unit_EC[expert_A, -1]
         new = [x[candidate_A] for x in (expert_A, unit_A, offset_A, prefix_A)]
@@ -128,7 +128,7 @@ class Tally:
     def __init__(self, *, num_experts: int, num_groups: int | None, vocabulary_size: int, num_contexts: int):
         self.num_experts, self.num_groups, self.vocabulary_size = num_experts, num_groups, vocabulary_size
         self.tokens = self.routed = self.shared = self.most_experts = 0
-        """Tokens, tokens with an expert, tokens with several experts, and the most experts of any token."""
+        """Numbers of tokens, of tokens with an expert and of tokens with several, and the most experts of any token."""
         self.entropy = 0.0
         """Sum of the entropies of the routed tokens' gate values, in bits."""
         self.load_E = np.zeros(num_experts, np.int64)
@@ -213,7 +213,7 @@ def gated_layers(model: nn.Module, start: int) -> dict[str, int]:
 
 
 def first_sentences(split: Split, max_words: int | None) -> int:
-    """Return how many sentences from the first it takes to reach `max_words` words (None: all sentences).
+    """Return how many sentences from the start it takes to reach `max_words` words (None: all sentences).
 
     Raises `UserError` for a split without sentences.
     """
@@ -237,7 +237,7 @@ def read(
     max_words: int,
     on_progress: Callable[[int], object] = int,
 ) -> Reading:
-    """Tally the first `sentences` of a split; the batch size does not change the result.
+    """Tally the first `sentences` sentences of a split; the batch size does not change the result.
 
     Leaves the model in eval mode and its layers in float64: with float32 rounding, the batch size would occasionally
     change a token's experts.
@@ -292,7 +292,7 @@ def hash_prefixes(word_T: np.ndarray, step_T: np.ndarray, sentence_T: np.ndarray
 
 
 def _mix_bits(x: np.ndarray) -> np.ndarray:
-    """Return the finaliser of SplitMix64."""
+    """Return hashes of 64-bit numbers, computed by the finaliser of SplitMix64."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

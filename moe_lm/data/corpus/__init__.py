@@ -14,12 +14,12 @@ class Part(Protocol):
     """Some consecutive sentences of a split, which one process can read by itself; picklable."""
 
     name: str
-    """Differs from the name of any other part, and changes with the text unless `Corpus.inputs` does."""
+    """Unique name of the part; if the text changes, the name or `Corpus.inputs` must change too."""
     size: int
-    """Amount of work: bytes of text, or about as many."""
+    """Amount of work: the bytes of text, at least approximately."""
 
     def sentences(self) -> Iterator[str]:
-        """Stream the sentences, each a line of words separated by white space; empty lines count as none.
+        """Stream the sentences, each a line of words separated by white space; empty lines do not count as sentences.
 
         Raises `UserError` for text that cannot be read, with the file and the line.
         """
@@ -30,7 +30,7 @@ class Corpus(Protocol):
     """Sentences of the splits `train`, `valid` and `test`."""
 
     max_words: int
-    """Training sentences of more words are left out and counted; held-out ones are always kept."""
+    """Training sentences of more words are left out and counted; held-out sentences are always kept."""
 
     def parts(self, split: str) -> Sequence[Part]:
         """Return the split's parts in order; how a split is cut depends on its text alone."""
@@ -50,7 +50,7 @@ class Corpus(Protocol):
     def reference_counts(self, min_count: int | None) -> dict[str, int]:  # noqa: ARG002
         """Return published counts that preparation must reproduce, by `<split>.<statistic>` or `vocabulary`.
 
-        `min_count` is given where the vocabulary holds every training word of at least this count, else None.
+        `min_count` is None unless the vocabulary holds every training word that occurs at least that often.
         """
         return {}
 

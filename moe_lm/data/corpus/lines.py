@@ -1,4 +1,4 @@
-"""Lines of text files, plain or compressed, read as a stream: blocks of a plain file, or a whole compressed one."""
+"""Lines of text files, read as a stream: a plain file in blocks, a compressed file as a whole."""
 
 import codecs
 import errno
@@ -64,7 +64,7 @@ class Block:
         return stream.tell()
 
     def _lines_before(self) -> int:
-        """Count the lines before the block's first."""
+        """Count the lines before the block's first line."""
         with self.path.open("rb") as stream:
             left, count = self._first_line(stream), 0
             stream.seek(0)
@@ -91,7 +91,7 @@ def lines(path: Path) -> Iterator[str]:
 
 
 def decoded_lines(stream: Iterable[bytes], name: str, lines_before: Callable[[], int] = lambda: 0) -> Iterator[str]:
-    """Decode lines one by one, so that an invalid byte is reported with its line.
+    """Decode lines one by one, so that an invalid byte is reported with its line number.
 
     `lines_before` returns the number of lines of file `name` before the stream, and is called only for such a report
     or where the stream starts with a byte-order mark.

@@ -23,7 +23,7 @@ REFERENCE_COUNTS = {
     "test.sentences": 6_075,
     "test.words": 159_658,
 }
-"""Published counts, with one `</S>` per sentence among the words; 829,250,940 counts both markers of training text."""
+"""Published counts, with one `</S>` per sentence among the words; 829,250,940 training words include `<S>` too."""
 HUB = {"path": "billion-word-benchmark/lm1b", "revision": "refs/convert/parquet", "subset": "plain_text"}
 """Default location of the benchmark's Parquet files on the hub."""
 VOCABULARY = {3: 793_471}
@@ -51,10 +51,10 @@ class Lm1b(Corpus):
         streaming: bool,
         max_words: int,
     ) -> None:
-        """Read the archive's `folder` where given, else `path`: a local folder of tables, or a dataset on the hub.
+        """Read the archive's `folder` if given, else `path`: a local folder of tables, or a dataset on the hub.
 
-        `revision` is a branch or commit on the hub. `subset` is a folder of the dataset or of the tables. Each of the
-        three is null for its value in `HUB`.
+        `revision` is a branch or commit on the hub. `subset` is a folder of the dataset or of the tables. Where `path`,
+        `revision` or `subset` is null, its value in `HUB` is used.
         """
         if max_words < 1:
             raise ValueError(f"corpus.max_words={max_words} leaves no sentence; give 1 or more")
@@ -91,7 +91,7 @@ class Lm1b(Corpus):
         return self._form.parts(split)
 
     def inputs(self) -> dict:
-        """Return the files with bytes and times, or the address on the hub, which needs no network."""
+        """Return the files with their sizes and times or, without using the network, the address on the hub."""
         return self._form.inputs()
 
     def notes(self) -> list[str]:
@@ -99,7 +99,7 @@ class Lm1b(Corpus):
         return self._form.notes()
 
     def reference_counts(self, min_count: int | None) -> dict[str, int]:
-        """Return the published counts of the test shard and, where all training shards are there, of those."""
+        """Return the published counts of the test shard and, if all training shards are there, of the training text."""
         if not self._form.is_whole:
             return {name: count for name, count in REFERENCE_COUNTS.items() if name.startswith("test.")}
         return REFERENCE_COUNTS | ({"vocabulary": VOCABULARY[min_count]} if min_count in VOCABULARY else {})
@@ -139,7 +139,7 @@ class _Archive:
                 if number in found:
                     raise UserError(f"{path} and {found[number].name} are the same shard; keep one of them")
                 if path.stat().st_size == 0:
-                    raise UserError(f"{path} is empty: a shard holds sentences; fetch it again, or take the file away")
+                    raise UserError(f"{path} is empty: a shard holds sentences; fetch it again, or remove the file")
                 found[number] = path.resolve()
         return found
 
@@ -173,10 +173,10 @@ class _Archive:
 
 
 class _Tables:
-    """Tables of training shards and of all held-out shards in order: a local folder, or the hub's Parquet files."""
+    """Tables of the training shards and of all held-out shards in order: a local folder, or the hub's Parquet files."""
 
     is_whole = True
-    """Assumed: in this form a part of the benchmark shows in its counts only."""
+    """Assumed: if tables hold only a part of the benchmark, only their counts reveal it."""
 
     def __init__(
         self, find: Callable[[str], list[tuple[str, int]]], streaming: bool, address: dict[str, str] | None = None
@@ -200,8 +200,8 @@ class _Tables:
         if split == "test":
             return [test]
         raise UserError(
-            f"{files[-1]} ends with the {cut:,} held-out sentences of the benchmark's test shard, and `valid` is what "
-            "follows them; add the other held-out shards"
+            f"{files[-1]} ends with the {cut:,} held-out sentences of the benchmark's test shard, and `valid` consists "
+            "of the sentences after them; add the other held-out shards"
         )
 
     def _check(self, test: Rows) -> None:
@@ -211,8 +211,8 @@ class _Tables:
         if (len(counts), sum(counts)) != (sentences, words):
             raise UserError(
                 f"the first {len(counts):,} held-out sentences of {test.files[0]} hold {sum(counts):,} words with "
-                f"</S>, not the {words:,} in {sentences:,} of the benchmark's test shard: this is other text or in "
-                "another order; use corpus.folder=..., the folder of the original archive"
+                f"</S>, not the {words:,} in {sentences:,} of the benchmark's test shard: the text or its order "
+                "differs; use corpus.folder=..., the folder of the original archive"
             )
 
     def inputs(self) -> dict:

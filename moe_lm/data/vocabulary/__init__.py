@@ -64,10 +64,10 @@ class TrainingText(Protocol):
 
 
 class VocabularyRecipe(Protocol):
-    """How a vocabulary is built and loaded: what a YAML under `configs/vocabulary` describes; picklable."""
+    """How a vocabulary is built and loaded, as described by a YAML file of `configs/vocabulary`; picklable."""
 
     min_count: int | None
-    """Minimum count, where the vocabulary holds every training word of at least this count, else None."""
+    """Minimum count if the vocabulary holds every training word that occurs at least that often, else None."""
 
     def inputs(self) -> dict:
         """Return a JSON-able record that changes whenever the vocabulary may have changed."""

@@ -24,7 +24,7 @@ class SubwordVocabulary(Vocabulary):
     """Pieces numbered by decreasing frequency; rare characters are spelled byte by byte, so every text has ids."""
 
     def __init__(self, *, model: bytes, order: list[int]) -> None:
-        """`model` is a serialized SentencePiece model, `order` the number in that model of each id's piece."""
+        """`model` is a serialized SentencePiece model; `order` gives, for each id, its piece's number in that model."""
         from sentencepiece import SentencePieceProcessor
 
         self._model, self._order = model, order
@@ -100,7 +100,7 @@ class Subwords:
         try:
             order = json.loads((folder / _ORDER).read_text(encoding="utf-8"))
             vocabulary = SubwordVocabulary(model=(folder / _MODEL).read_bytes(), order=order)
-            # Otherwise too many numbers, or a repeated one, would go unnoticed until such an id is sampled.
+            # Otherwise a surplus or repeated number would go unnoticed until its id is sampled.
             if sorted(order) != list(range(vocabulary._pieces.get_piece_size())):
                 raise ValueError("the order does not match the model's pieces")
         except (OSError, ValueError, TypeError, IndexError, RuntimeError) as error:
@@ -122,7 +122,7 @@ class Subwords:
                 vocab_size=self._size,
                 byte_fallback=True,
                 normalization_rule_name="identity",
-                num_threads=1,  # with more, the model would depend on their timing
+                num_threads=1,  # with more threads, the model would depend on their timing
                 input_sentence_size=0,
                 max_sentence_length=1 << 16,
                 unk_piece=UNKNOWN,

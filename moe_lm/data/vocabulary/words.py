@@ -16,7 +16,7 @@ _SENTINEL = "!!!MAXTERMID"
 
 
 class _Ids(dict[str, int]):
-    """Ids by word, with that of `<UNK>` for any other word; a lookup takes a fifth less time than `get`."""
+    """Ids by word, with the id of `<UNK>` for any other word; a lookup takes a fifth less time than `get`."""
 
     def __missing__(self, word: str) -> int:
         return self[UNKNOWN]
@@ -93,7 +93,8 @@ class Words:
             + (f", {', '.join(missing)} added" if missing else ", the markers among them")
             + "; vocabulary.min_count does not apply to a file"
         )
-        # Markers that the file lacks: the frequent ones come first, <S>, which is never predicted, last.
+        # Markers that the file lacks are added: </S> and <UNK> first, as they are frequent; <S> last, as it is never
+        # predicted.
         words = [marker for marker in (END, UNKNOWN) if marker in missing] + words
         return WordVocabulary(words=[*words, START] if START in missing else words, counts=None)
 
@@ -108,7 +109,7 @@ class Words:
     def _from_counts(self, counts: Counter[str], num_sentences: int) -> WordVocabulary:
         """Keep the frequent words; `</S>` counts once per sentence, and `<UNK>` for all other words."""
         total = counts.total()
-        for marker in _MARKERS:  # in the text they are unknown words
+        for marker in _MARKERS:  # a marker that occurs in the text is an unknown word
             counts.pop(marker, None)
         kept = sorted(
             (item for item in counts.items() if item[1] >= self._min_count),
@@ -141,8 +142,8 @@ def _read(path: Path) -> tuple[list[str], list[int]]:
     counts = []
     for number, line in enumerate(lines, start=1):
         try:
-            # Unlike in text, other white space separates nothing here: a word that contains some is kept and never
-            # occurs. No published vocabulary has such a word.
+            # Here, unlike in text, only spaces and tabs separate fields: a word that contains other white space is kept
+            # but never occurs. No published vocabulary has such a word.
             fields = re.split("[ \t]+", line.decode().strip(" \t\r"))
         except UnicodeDecodeError as error:
             raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file") from error
@@ -155,5 +156,5 @@ def _read(path: Path) -> tuple[list[str], list[int]]:
         line_of[fields[0]] = number
         counts += [int(count) for count in fields[1:]]
     if not set(line_of) - set(_MARKERS):
-        raise UserError(f"vocabulary file {path} holds no word; give a word a line, the most frequent first")
+        raise UserError(f"vocabulary file {path} holds no word; give one word per line, the most frequent first")
     return list(line_of), counts

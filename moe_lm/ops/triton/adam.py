@@ -1,7 +1,7 @@
 """Triton kernels of `moe_lm.ops.adam`.
 
-For 4,096 experts PyTorch's operators would launch fifteen kernels for each 16 MiB of matrices: thousands that take the
-host a tenth of a second.
+For 4,096 experts PyTorch's operators would launch fifteen kernels for each 16 MiB of matrices: thousands of launches,
+which take the host a tenth of a second.
 
 Shape suffixes: M matrices (experts), R rows, C columns, P parts of rows or columns; U touched rows, V rows, D width.
 """
@@ -15,7 +15,7 @@ from moe_lm.ops.adam import factored_roots
 from moe_lm.ops.triton.rows import block_of
 
 _ROWS, _PART = 8, 64
-"""Rows that a program holds at a time, and all rows of a program: partial sums take a 64th of the gradient's memory."""
+"""Rows that a program holds at a time, and in total; partial sums take a 64th of the gradient's memory."""
 
 
 def square_means(g_MRC: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Triton kernels of `moe_lm.ops.grouped_gemm`, for any number of experts.
 
-Kernels find a row by its token when they read it, and read matrices in the type that they have: no copy of the rows,
-nor of billions of parameters, is made. The host does not wait to learn how many rows an expert has.
+Kernels find a row by its token when they read it, and read matrices of any type, so that neither the rows nor billions
+of parameters are copied. The host does not wait to learn how many rows an expert has.
 
 Shape suffixes: A rows, T tokens, D inputs, H outputs, E experts, M tiles of rows, S splits of an expert's rows.
 """
@@ -16,17 +16,17 @@ from moe_lm.ops.grouped_gemm import ExpertRows
 from moe_lm.ops.triton.tiles import BlockShape, block_size, input_precision, num_stages, num_warps, token_pointer
 
 MM_SHAPES = {(2, 2): BlockShape(128, 64, 3), (2, 4): BlockShape(128, 32, 4), (4, 4): BlockShape(128, 32, 3)}
-"""Block shapes of `grouped_mm` by the bytes of a row's numbers and of its matrix's (4 unless both have 2): the fastest
-of those tried (docs/performance.md)."""
+"""Block shapes of `grouped_mm` by the bytes of a number in rows and in matrices (4 unless both have 2): the fastest of
+those tried (docs/performance.md)."""
 
 OUTER_SHAPES = {2: BlockShape(128, 64, 3), 4: BlockShape(128, 32, 4)}
-"""Block shapes of `grouped_outer` by the bytes of a factor's numbers: the fastest of those tried."""
+"""Block shapes of `grouped_outer` by the bytes of a number in its factors: the fastest of those tried."""
 
 OUTER_BLOCK_M = 64
-"""Rows of a block of `grouped_outer` at most."""
+"""Maximum number of rows in a block of `grouped_outer`."""
 
 _MIN_PROGRAMS = 512
-"""Programs of `grouped_outer` below which an expert's rows are split among several."""
+"""Number of programs of `grouped_outer` below which an expert's rows are split among several programs."""
 
 
 def grouped_mm(
@@ -39,7 +39,7 @@ def grouped_mm(
     x, precision, tiles = x.contiguous(), input_precision(x), rows.tiles
     num_experts, num_inputs, num_outputs = weight_EDH.shape
     if precision == "tf32" and weight_EDH.stride(1) != 1:
-        weight_EDH = weight_EDH.mT.contiguous().mT  # tensor cores take 32 bits along the inputs only
+        weight_EDH = weight_EDH.mT.contiguous().mT  # TF32 tensor cores need matrices contiguous along inputs
     out_AH = x.new_empty(rows.num_rows, num_outputs)
     size = x.element_size()
     shape = MM_SHAPES[size, 2 if size == weight_EDH.element_size() == 2 else 4]
@@ -71,7 +71,7 @@ def grouped_mm(
 
 
 def grouped_outer(x: Tensor, token_A: Tensor | None, grad_AH: Tensor, rows: ExpertRows, dtype: torch.dtype) -> Tensor:
-    """Return x^T grad over each expert's rows (E, D, H) in this type; sums are float32, zeros without rows."""
+    """Return x^T grad over each expert's rows (E, D, H) in type `dtype`; sums are float32, zeros for no rows."""
     x, grad_AH, tiles, num_experts = x.contiguous(), grad_AH.contiguous(), rows.tiles, rows.num_experts
     num_inputs, num_outputs = x.shape[1], grad_AH.shape[1]
     shape = OUTER_SHAPES[x.element_size()]
@@ -104,7 +104,7 @@ def grouped_outer(x: Tensor, token_A: Tensor | None, grad_AH: Tensor, rows: Expe
 
 
 def differentiable_grouped_mm(x_AD: Tensor, weight_EDH: Tensor, rows: ExpertRows) -> Tensor:
-    """Return each row times its expert's matrix (A, H) in the rows' type; differentiable in both."""
+    """Return each row times its expert's matrix (A, H) in the rows' type; differentiable in rows and matrices."""
     return _GroupedMM.apply(x_AD, weight_EDH, rows)
 
 
@@ -147,7 +147,7 @@ def _grouped_mm(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # Consecutive programs make the blocks of one tile: they share its rows, and with the next tile their matrix.
+    # Consecutive programs compute the blocks of one tile: they share its rows, and mostly a matrix with the next tile.
     blocks = tl.cdiv(outputs, BLOCK_N)
     tile = tl.program_id(0) // blocks
     e = tl.load(expert + tile)
@@ -196,7 +196,7 @@ def _grouped_outer(
     e = matrix % experts
     begin = tl.load(ends + e - 1, mask=e > 0, other=0)
     end = tl.load(ends + e)
-    # Every split has equally many rows, of whole blocks; the last ones may have fewer, or none.
+    # Every split has equally many rows, in whole blocks; the last splits may have fewer or none.
     size = tl.cdiv(tl.cdiv(end - begin, splits), BLOCK_K) * BLOCK_K
     begin += matrix // experts * size
     end = tl.minimum(end, begin + size)

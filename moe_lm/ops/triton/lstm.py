@@ -1,4 +1,4 @@
-"""Triton kernels of `moe_lm.ops.lstm_mixed`: the work of a timestep between its products, in one pass each way.
+"""Triton kernels of `moe_lm.ops.lstm_mixed`: the work of a timestep between its products, one kernel per direction.
 
 Sums, cells and their gradients are float32.
 
@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 _MAX_BLOCK = 512
-"""Most units that one program updates; it holds some twenty numbers of each."""
+"""Maximum number of units that one program updates; it holds some twenty numbers per unit."""
 
 
 def forward_(

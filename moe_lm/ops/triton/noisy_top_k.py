@@ -1,4 +1,4 @@
-"""Triton kernels of `moe_lm.ops.routing`: noise, choice and chances in one pass over a token's row each way.
+"""Triton kernels of `moe_lm.ops.routing`: noise, choice and chances in one pass over each row, forward and backward.
 
 PyTorch's operators make some thirty passes over (tokens, experts).
 
@@ -105,7 +105,7 @@ def _softplus(x):
 
 @triton.jit
 def _ordered(x, column):
-    """Return int64 keys in the numbers' order, NaN above all; among equal numbers the first column has the largest."""
+    """Return int64 keys that sort like the numbers, NaN above all; of equal numbers the first has the largest key."""
     bits = tl.where(x != x, 0x7FC00000, (x + 0.0).to(tl.int32, bitcast=True))  # -0 is 0
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - column).to(tl.int64)
@@ -167,7 +167,7 @@ def _choose(
 
 @triton.jit
 def _is_in(top, expert, there, column, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Return 1 for chosen experts, else 0, by the forward pass's choice: recomputed noisy logits may round differently.
+    """Return 1 for the experts that the forward pass chose, else 0: recomputed noisy logits may round differently.
 
     An expert whose logit equals the (k+1)-th is not counted as chosen.
     """

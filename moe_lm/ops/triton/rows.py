@@ -29,7 +29,7 @@ def gather_weighted(x_TD: Tensor, token_A: Tensor, gate_A: Tensor) -> Tensor:
 def sum_by_token(
     y_AD: Tensor, _token_A: Tensor | None, order: tuple[Tensor, Tensor], gate_A: Tensor | None = None
 ) -> Tensor:
-    """Return the sum of each token's rows in float32; those of token t end at `ends_T[t]` in `order_A`."""
+    """Return the sum of each token's rows in float32; the rows of token t end at `ends_T[t]` in `order_A`."""
     order_A, ends_T = order
     num_tokens, width = len(ends_T), y_AD.shape[1]
     out_TD = y_AD.new_empty(num_tokens, width, dtype=torch.float32)
@@ -42,7 +42,7 @@ def sum_by_token(
 
 
 def sum_segments(y_AD: Tensor, order_A: Tensor, ends_U: Tensor) -> Tensor:
-    """Return the sum of each segment's rows in two passes: a segment may have thousands, as a frequent word has.
+    """Return the sum of each segment's rows in two passes, as a segment (a frequent word's) may have thousands.
 
     A program sums one piece of a segment; another program sums the pieces. Atomic additions to one row would wait for
     one another.
@@ -56,7 +56,7 @@ def sum_segments(y_AD: Tensor, order_A: Tensor, ends_U: Tensor) -> Tensor:
 
 
 def sum_scalars(x_A: Tensor, ends_R: Tensor) -> Tensor:
-    """Return the sum of each segment's numbers; those of segment r end at `ends_R[r]`."""
+    """Return the sum of each segment's numbers; the numbers of segment r end at `ends_R[r]`."""
     out_R = x_A.new_empty(len(ends_R))
     if len(ends_R):
         _sum_scalars[(len(ends_R),)](*_contiguous(x_A, ends_R), out_R, BLOCK=_MAX_BLOCK)
@@ -67,7 +67,7 @@ def split_segments(ends_U: Tensor, num_rows: int, size: int) -> tuple[Tensor, Te
     """Cut segments of rows, segment u ending at `ends_U[u]`, into pieces of `size` rows; a last piece may have fewer.
 
     Return each piece's segment and first row (M), and where the pieces of each segment end (U). The host does not know
-    how many pieces there are, so M is the most that there can be: unused pieces come last, with segment U.
+    how many pieces there are, so M is the largest possible number: unused pieces come last, with segment U.
     """
     starts_U = torch.cat([ends_U.new_zeros(1), ends_U[:-1]])
     pieces_U = (ends_U - starts_U + size - 1) // size
@@ -79,7 +79,7 @@ def split_segments(ends_U: Tensor, num_rows: int, size: int) -> tuple[Tensor, Te
 
 
 def hidden_gradient_(grad_AH: Tensor, h_AH: Tensor, gate_A: Tensor) -> Tensor:
-    """Return grad . h of each row in float32, and make the gradient gate * grad where h > 0, in place."""
+    """Return grad . h of each row in float32, and replace grad by gate * grad where h > 0, else by 0."""
     grad_gate_A = gate_A.new_empty(len(gate_A), dtype=torch.float32)
     if len(gate_A):
         hidden = h_AH.shape[1]
@@ -95,7 +95,7 @@ def _contiguous(*tensors: Tensor) -> list[Tensor]:
 
 
 def block_of(width: int) -> int:
-    """Return how many columns a program holds at a time of rows of this width."""
+    """Return how many columns of a row of this width a program holds at a time."""
     return min(_MAX_BLOCK, triton.next_power_of_2(width))
 
 

@@ -1,7 +1,7 @@
 """Triton kernel of `moe_lm.ops.cross_entropy`: logits become probabilities in place, in one pass.
 
-PyTorch's operators read or write the logits a dozen times; each pass over those of 300,000 tokens and 8,192 words moves
-5 to 10 GB.
+PyTorch's operators read or write the logits a dozen times; for 300,000 tokens and 8,192 words each pass moves 5 to
+10 GB.
 
 Shape suffixes: T tokens, C candidate words.
 """

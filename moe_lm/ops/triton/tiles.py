@@ -13,11 +13,11 @@ from torch import Tensor
 from moe_lm.ops.triton.rows import split_segments
 
 MAX_BLOCK_M, _MIN_BLOCK = 128, 16
-"""Rows of a tile at most; rows and columns of a block at least, as tensor cores want them."""
+"""Maximum rows of a tile, and minimum rows and columns of a block, as tensor cores need them."""
 
 
 class BlockShape(NamedTuple):
-    """The shape of a program's products, at most."""
+    """The largest shape of the blocks that a program multiplies."""
 
     block_n: int
     """Columns of the output."""
@@ -28,7 +28,7 @@ class BlockShape(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Consecutive rows of one expert each: the rows that a program multiplies."""
+    """Tiles of consecutive rows of one expert; a program multiplies the rows of one tile."""
 
     expert_M: Tensor
     """The expert of each tile (int64); E for a tile that is not used."""
@@ -41,26 +41,27 @@ class Tiles(NamedTuple):
 
 
 def tiles_of(ends_E: Tensor, num_rows: int) -> Tiles:
-    """Return the tiles of `num_rows` rows that are sorted by expert, those of expert e ending at `ends_E[e]`."""
-    block_m = block_size(-(-num_rows // len(ends_E)), MAX_BLOCK_M)  # a mean expert is one tile: its matrix is read once
+    """Return the tiles of `num_rows` rows sorted by expert, where the rows of expert e end at `ends_E[e]`."""
+    # An average expert fits into one tile, so that its matrix is read once.
+    block_m = block_size(-(-num_rows // len(ends_E)), MAX_BLOCK_M)
     ends_E = ends_E.long()
     expert_M, first_M, _ = split_segments(ends_E, num_rows, block_m)
     return Tiles(expert_M, first_M, ends_E, block_m)
 
 
 def block_size(size: int, most: int) -> int:
-    """Return the side of a block for so many rows or columns: a power of two that covers them, or `most`."""
+    """Return the side of a block for `size` rows or columns: a power of two that covers them, or `most`."""
     return min(most, max(_MIN_BLOCK, triton.next_power_of_2(size)))
 
 
 def num_stages(shape: BlockShape, rows: int, x: Tensor, other: Tensor) -> int:
-    """Return the shape's stages for blocks of so many rows, or as many as fit into shared memory."""
+    """Return the stages of `shape`, or as many as fit into shared memory with blocks of `rows` rows."""
     step_bytes = shape.block_k * (rows * x.element_size() + shape.block_n * other.element_size())
     return max(1, min(shape.stages, _shared_bytes(x.device) // step_bytes))
 
 
 def num_warps(numbers: int) -> int:
-    """Return the warps for a block of so many numbers."""
+    """Return the number of warps for a block of `numbers` numbers."""
     return 8 if numbers >= 128**2 else 4
 
 
@@ -70,10 +71,10 @@ def token_pointer(token_A: Tensor | None, tiles: Tiles) -> Tensor:
 
 
 def input_precision(x: Tensor, *, along_rows: bool = False) -> str:
-    """Return Triton's `input_precision` for factors like x: TF32 where PyTorch's float32 products may take it.
+    """Return Triton's `input_precision` for factors like x: TF32 where PyTorch's float32 products may use it.
 
-    Tensor cores do not take TF32 where a sum goes from row to row in memory. There each factor is two bfloat16 numbers,
-    of 16 bits of mantissa together, for which the interpreter has no name.
+    Tensor cores do not support TF32 where a sum runs from row to row in memory. There each factor is split into two
+    bfloat16 numbers, with 16 bits of mantissa together; the interpreter does not know this precision.
     """
     if x.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32":
         return "ieee"
