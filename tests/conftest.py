@@ -33,8 +33,8 @@ UNREAD = {
     "layer@model.layers.middle=feed_forward": ["model.num_experts", "model.k"],
 }
 """What nobody reads, so that it would be refused, with these choices."""
-SLOW_FIXTURES = ("test_one_update_on_many", "test_resume_on_other_numbers", "test_bytes_sent", "test_studies")
-"""Modules whose tests share the result of a minute's work."""
+SLOW_FIXTURES = ("test_one_update_on_many", "test_resume_on_other_numbers", "test_studies")
+"""Modules whose tests share the result of half a minute's work or more."""
 
 
 def pytest_collection_modifyitems(items):

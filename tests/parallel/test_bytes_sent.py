@@ -3,7 +3,6 @@
 import pytest
 import torch
 from counting import sent_in_a_step  # noqa: F401
-from several import run_several
 from tiny_training import TRAINING, call, with_overrides, working_in, write_corpus
 from updating import HIERARCHY, SIZES, Case, configuration
 
@@ -25,13 +24,13 @@ DIVIDED = [
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(tmp_path_factory, ranks):
     folder = tmp_path_factory.mktemp("bytes")
     write_corpus(folder / "text")
     with working_in(folder):
         assert call("train", *with_overrides(TRAINING, *SIZES, "training.num_words=1", "name=first")) == 0
     cases = [(case, configuration(case)) for case in CASES + DIVIDED]
-    return {size: run_several(size, "counting:sent_in_a_step", cases, folder) for size in (2, 4)}
+    return {size: ranks.run(size, "counting:sent_in_a_step", cases, folder) for size in (2, 4)}
 
 
 @pytest.mark.parametrize("size", [2, 4])

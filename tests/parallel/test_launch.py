@@ -73,8 +73,9 @@ time.sleep(60)
 
 
 @pytest.fixture
-def no_other_children():
-    """Multiprocessing's tracker, begun by another test in this process, would get the signals too."""
+def no_other_children(ranks):
+    """Fork servers and multiprocessing's tracker, begun by other tests in this process, would get the signals too."""
+    ranks.stop()
     resource_tracker._resource_tracker._stop()
 
 

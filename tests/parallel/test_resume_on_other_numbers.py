@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from resuming import run_commands
 from shards import assert_safetensors_or_json, whole
 from tiny_training import TRAINING, call, with_overrides, working_in, write_corpus
 
@@ -32,7 +31,7 @@ def arguments(case: str, name: str, num_words: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
+def runs(tmp_path_factory, ranks) -> Path:
     """The folder of the runs: CASE is never interrupted, CASE-N went on with N processes after 4 had stopped."""
     folder = tmp_path_factory.mktemp("resume")
     write_corpus(folder / "text")
@@ -43,10 +42,12 @@ def runs(tmp_path_factory) -> Path:
         on_four += [arguments(case, case, WHOLE), arguments(case, f"{case}-half", HALF)]
         on_four += [["copy", f"runs/{case}-half", f"runs/{case}-{size}"] for size in (1, 2, 3, 4)]
         on_four += [arguments(case, f"{case}-4", WHOLE)]
-    run_commands(4, on_four, folder)
+    on_three = [arguments(case, f"{case}-3", WHOLE) for case in CASES]
+    on_two = [arguments("hierarchical", "hierarchical-2", WHOLE)]
+    ranks.run(4, "resuming:run_commands", on_four, folder, meet=False)
     damage(folder / "runs" / "flat-3")
-    run_commands(3, [arguments(case, f"{case}-3", WHOLE) for case in CASES], folder)
-    run_commands(2, [arguments("hierarchical", "hierarchical-2", WHOLE)], folder)
+    ranks.run(3, "resuming:run_commands", on_three, folder, meet=False)
+    ranks.run(2, "resuming:run_commands", on_two, folder, meet=False)
     # As a user would start it.
     command = [sys.executable, "-m", "moe_lm", *arguments("flat", "flat-2", WHOLE), "num_processes=2"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}

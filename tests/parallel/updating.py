@@ -1,9 +1,9 @@
 """A few updates of a small model, on however many processes, with everything that they made gathered whole."""
 
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tiny_training import TRAINING, with_overrides
 
@@ -38,7 +38,7 @@ class Case:
 
 def configuration(case: Case) -> dict:
     """The resolved configuration of a case, made once for all processes: that takes longer than an update."""
-    arguments = with_overrides(TRAINING, *SIZES, *case.overrides, f"name={case.name}")
+    arguments = with_overrides(TRAINING, *SIZES, *case.overrides)
     unread = {"softmax.num_sampled"} if "softmax=full" in arguments else set()
     unread |= {"model.num_experts", "model.k"} if "model=moe_1_wide" in arguments else set()
     return resolved(composed("train", [a for a in arguments if a.partition("=")[0] not in unread]))
@@ -65,44 +65,38 @@ def trainer_for(case: Case, config: dict, parallel):
 
 
 def updates(parallel, argument: tuple[list[tuple[Case, dict]], int]) -> dict:
-    """Of each case: losses of every step, gradients of every step, statistics, and the parameters after the last."""
+    """Of each case: losses and gradients of every step, statistics, and parameters and moments after the last.
+
+    Tensors are the rows that this process holds; `whole` puts them together.
+    """
     cases, steps = argument
-    return {case.name: _updated(trainer_for(case, config, parallel), parallel, steps) for case, config in cases}
+    return {case.name: _updated(trainer_for(case, config, parallel), steps) for case, config in cases}
 
 
-def _updated(trainer, parallel, steps: int) -> dict:
-    model, shares, optimizer = trainer.model, trainer.parallel.shards, trainer.optimizer
+def _updated(trainer, steps: int) -> dict:
+    model, shards, optimizer = trainer.model, trainer.parallel.shards, trainer.optimizer
     found = {"losses": [], "gradients": [], "loads": []}
     clip = optimizer.clip
 
     def watched(limit, had):
-        grads = {name: _gradient(p) for name, p in model.named_parameters()}
-        found["gradients"].append(_whole(grads, shares, parallel))
+        found["gradients"].append(_held({name: _gradient(p) for name, p in model.named_parameters()}, shards))
         clip(limit, had)
 
     optimizer.clip = watched
     for step in range(steps):
         done = trainer.train_step(trainer.prefetcher.batches.step(step), step, 1e-3)
         assert done.updated
-        terms = {name: float(x) for name, x in done.balance.items()}
-        found["losses"].append(
-            {"nats": float(done.nats), "grad_norm": float(done.grad_norm), **terms} | _floats(done.routing)
-        )
-        found["loads"].append({layer: gating.load_E.clone() for layer, gating in done.gatings.items()})
-    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    found["parameters"] = _whole(state, shares, parallel)
+        terms = {"nats": done.nats, "grad_norm": done.grad_norm, **done.balance, **done.routing}
+        found["losses"].append({name: float(x) for name, x in terms.items()})
+        found["loads"].append({layer: _array(gating.load_E) for layer, gating in done.gatings.items()})
     moments = {
-        f"{kind}/{name}": value.detach().clone()
+        f"{kind}/{name}": value
         for name, parameter in model.named_parameters()
         for kind, value in optimizer.state.get(parameter, {}).items()
     }
-    by_key = {key: shares[key.partition("/")[2]] for key in moments if key.partition("/")[2] in shares}
-    found["moments"] = _whole(moments, by_key, parallel)
+    found["parameters"] = _held(model.state_dict(), shards)
+    found["moments"] = _held(moments, {key: shards.get(key.partition("/")[2]) for key in moments})
     return found
-
-
-def _floats(values: dict) -> dict:
-    return {name: float(x) for name, x in values.items()}
 
 
 def _gradient(parameter: torch.Tensor) -> torch.Tensor:
@@ -113,26 +107,38 @@ def _gradient(parameter: torch.Tensor) -> torch.Tensor:
     return whole
 
 
-def _whole(tensors: dict, shares: dict, parallel) -> dict:
-    """Divided tensors put together of all processes' rows, by the numbers of the rows; copies must be equal bits."""
-    here = {name: (shares[name].rows if name in shares and x.dim() else None, x) for name, x in tensors.items()}
-    global_stats = parallel.each(here)
-    whole = {}
-    for name in itertools.chain.from_iterable(global_stats):
-        if name in whole:
-            continue
-        parts = [part[name] for part in global_stats if name in part]
-        rows, first = parts[0]
-        if rows is None:
-            assert all(torch.equal(first, other) for _, other in parts), f"{name} differs between processes"
-            whole[name] = first
-            continue
-        by_row: dict[int, torch.Tensor] = {}
-        for rows, tensor in parts:
-            assert len(rows) == len(tensor)
-            for number, row in zip(rows, tensor, strict=True):
-                assert number not in by_row or torch.equal(by_row[number], row), f"copies of {name} differ"
-                by_row[number] = row
-        assert sorted(by_row) == list(range(len(by_row)))
-        whole[name] = torch.stack([by_row[number] for number in sorted(by_row)])
-    return whole
+Held = dict[str, tuple[range | None, np.ndarray]]
+"""Tensors by name, and the numbers of the rows that a process holds of each; None of one that all hold whole."""
+
+
+def _held(tensors: dict, shards: dict) -> Held:
+    rows = {name: shards[name].rows if shards.get(name) and x.dim() else None for name, x in tensors.items()}
+    return {name: (rows[name], _array(x)) for name, x in tensors.items()}
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    """A copy, as an array: pickling one takes a tenth of a tensor's time."""
+    return tensor.detach().clone().numpy()
+
+
+def whole(held: list[Held]) -> dict[str, np.ndarray]:
+    """Tensors put together of all processes' rows, by the numbers of the rows; copies must be equal bits."""
+    return {name: _joined(name, [part[name] for part in held if name in part]) for name in set().union(*held)}
+
+
+def _joined(name: str, parts: list[tuple[range | None, np.ndarray]]) -> np.ndarray:
+    _, first = parts[0]
+    if parts[0][0] is None:
+        assert all(np.array_equal(first, other) for _, other in parts), f"{name} differs between processes"
+        return first
+    joined = np.zeros((max(rows.stop for rows, _ in parts), *first.shape[1:]), first.dtype)
+    known = np.zeros(len(joined), bool)
+    for rows, array in parts:
+        assert len(rows) == len(array), f"{name} has {len(array)} rows, not {len(rows)}"
+        assert array.dtype == first.dtype, f"{name} has several types"
+        place = slice(rows.start, rows.stop)
+        both = known[place]
+        assert np.array_equal(joined[place][both], array[both]), f"copies of {name} differ"
+        joined[place], known[place] = array, True
+    assert known.all(), f"nobody holds some rows of {name}"
+    return joined
