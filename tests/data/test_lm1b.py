@@ -249,8 +249,17 @@ def tables(archive, tmp_path, monkeypatch):
     return make_tables
 
 
-@pytest.mark.parametrize("streaming", [True, False])
-@pytest.mark.parametrize("kind", ["parquet", "arrow", "arrow-file", "txt"])
+@pytest.mark.parametrize(
+    ("kind", "streaming"),
+    [
+        ("parquet", True),
+        ("arrow", True),
+        ("arrow-file", True),
+        ("txt", True),
+        ("parquet", False),
+        ("arrow-file", False),
+    ],
+)
 def test_tables_give_the_very_arrays_of_the_archive(archive, tables, tmp_path, kind, streaming):
     expected = make(lm1b(archive), tmp_path / "data-archive")
     root = tables(kind)
