@@ -30,6 +30,7 @@ TRAINABLE = {
 }
 BY_BATCH = {"expert_choice", "gshard", "sinkhorn", "strictly_balanced", "switch"}
 
+HIERARCHICAL = ["layer@model.layers.middle=hierarchical_moe", "model.num_experts=9", "model.num_groups=3", "model.k=2"]
 ADAPTS = {"loss_free": "bias_E", "expert_choice": "log_threshold_E"}
 """Buffers that move from their common start."""
 
@@ -56,10 +57,17 @@ def test_gates_tried_here_are_there():
     assert set(TRAINABLE) <= set(choices("gate"))
 
 
-@pytest.mark.parametrize("gate", TRAINABLE)
+def metrics_of(name):
+    """The lines of a run's metrics without times."""
+    lines = [json.loads(line) for line in Path(f"runs/{name}/metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if "second" not in key} for line in lines]
+
+
+@pytest.mark.parametrize("gate", [*TRAINABLE, "hierarchical"])
 def test_a_resumed_run_is_an_undisturbed_one(prepared, moe_lm, gate):
     """Same bytes of the model after a break, thresholds and biases included; noise, dropout, two micro-batches on."""
-    arguments = chosen(gate, "training.num_words=1100")
+    own = HIERARCHICAL if gate == "hierarchical" else [GATE + gate, *TRAINABLE[gate]]
+    arguments = with_overrides(TRAINING, *own, "training.num_words=1100")
     whole = moe_lm("train", *arguments, "name=whole")
     assert whole.code == 0, whole.err
     broken = Path("runs/broken")
@@ -74,6 +82,8 @@ def test_a_resumed_run_is_an_undisturbed_one(prepared, moe_lm, gate):
     assert all(torch.equal(broken_model[name], tensor) for name, tensor in whole_model.items())
     results = [json.loads(Path(f"runs/{name}/result.json").read_text()) for name in ("whole", "broken")]
     assert results[0]["perplexity"] == results[1]["perplexity"]
+    assert metrics_of("whole") == metrics_of("broken")
+    assert gate != "hierarchical" or any("balance_load" in line and line["cv_load"] > 0 for line in metrics_of("whole"))
     assert ("not causal in training" in whole.err) == (gate in BY_BATCH)
     assert sum("model.layers.middle.gate, not causal" in line for line in whole.err.splitlines()) == (gate in BY_BATCH)
     if gate in ADAPTS:
