@@ -20,6 +20,7 @@ from shards import whole
 from tiny_training import TRAINING
 
 from moe_lm.checkpoint import checkpoint, saver, sharded_safetensors
+from moe_lm.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +163,13 @@ def test_any_error_in_the_background_is_reported(tmp_path, pair, monkeypatch, er
         saves.save(5, *pair, {}, set())
         assert (str(error) or type(error).__name__) in saves.finish()
     assert len(logged) == 1
+
+
+def test_a_checkpoint_of_other_data_is_not_resumed(tmp_path, pair):
+    saved.save(tmp_path, 1, *pair, {"data": "these"})
+    assert saved.saver_in(tmp_path).load_newest(*pair, "these")["step"] == 1
+    with pytest.raises(UserError, match="the data have changed"):
+        saved.saver_in(tmp_path).load_newest(*pair, "others")
 
 
 @pytest.fixture
