@@ -12,8 +12,10 @@ from shards import assert_safetensors_or_json, whole
 from tiny_training import TRAINING
 
 from moe_lm.checkpoint import checkpoint, saver, sharded_safetensors
+from moe_lm.checkpoint.load import find_checkpoint
 from moe_lm.cli import machine as make
 from moe_lm.errors import UserError
+from moe_lm.run import Run
 
 HIERARCHY = ["layer@model.layers.middle=hierarchical_moe", "model.num_experts=6", "model.num_groups=3", "model.k=2"]
 KINDS = {
@@ -118,6 +120,15 @@ def test_pruning_keeps_the_last_and_the_best(tmp_path, plain):
     assert checkpoint.steps(tmp_path) == [7, 8]
     for step in (7, 8):
         checkpoint.verify(checkpoint.path_of(tmp_path, step))
+
+
+def test_the_best_is_the_step_that_the_last_state_names(tmp_path, plain):
+    pair, run = saved.built(plain), Run(tmp_path)
+    for step, best in ((1, None), (2, {"step": 1}), (3, {"step": 2})):
+        saved.save(run.checkpoints, step, *pair, {"progress": {"best": best}})
+    assert find_checkpoint(run, "best") == checkpoint.path_of(run.checkpoints, 2)
+    assert find_checkpoint(run, "last") == checkpoint.path_of(run.checkpoints, 3)
+    assert find_checkpoint(run, "1") == checkpoint.path_of(run.checkpoints, 1)
 
 
 def test_pruning_comes_after_the_new_checkpoint(tmp_path, plain, monkeypatch):
