@@ -80,13 +80,10 @@ def test_model_and_optimizer_are_restored_bit_for_bit(tmp_path, monkeypatch, kin
 
 
 def test_an_optimizer_before_its_first_step_is_restored(tmp_path, plain):
-    model, optimizer = saved.built(plain, steps=0)
-    path = saved.save(tmp_path, 0, model, optimizer)
-    other, its_optimizer = saved.built(plain, seed=2, steps=0)
-    checkpoint.load_model(path, other, {})
-    its_optimizer.load(checkpoint.load_optimizer_state(path, other, {}))
-    saved.assert_same_bits(dict(other.state_dict()), dict(model.state_dict()))
-    assert saved.moments(other, its_optimizer) == {}
+    path = saved.save(tmp_path, 0, *saved.built(plain, steps=0))
+    other, optimizer = saved.built(plain, seed=2, steps=0)
+    optimizer.load(checkpoint.load_optimizer_state(path, other, {}))
+    assert saved.moments(other, optimizer) == {}
 
 
 def test_a_model_of_another_shape_is_refused(tmp_path, plain):
@@ -211,16 +208,25 @@ def test_the_same_step_is_not_written_twice(tmp_path, plain):
     assert saved.content(path) == before
 
 
-def test_training_over_a_disk_that_is_full_for_a_while_is_undisturbed(workspace, trained_once, moe_lm, monkeypatch):
+def test_training_goes_on_over_a_full_disk_and_ends_in_one_line(workspace, trained_once, moe_lm, monkeypatch):
+    """With room again, the same command ends as an undisturbed run."""
     free, asked = saver.free_disk, []
-
-    def full_for_a_while(folder):
-        asked.append(folder)
-        return 0 if 3 <= len(asked) <= 5 else free(folder)
-
-    monkeypatch.setattr(saver, "free_disk", full_for_a_while)
-    outcome = moe_lm("train", *TRAINING)
-    assert outcome.code == 0
-    assert sum("WARNING: cannot write checkpoint" in line for line in outcome.err.splitlines()) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            saver, "free_disk", lambda folder: asked.append(folder) or (free(folder) if len(asked) < 5 else 0)
+        )
+        outcome = moe_lm("train", *TRAINING)
+    *before, last = outcome.err.splitlines()
+    assert sum(line.startswith("WARNING: cannot write checkpoint ") for line in before) > 3
+    assert last.startswith("moe-lm: cannot write checkpoint ")
+    assert last.endswith(": earlier checkpoints are untouched; make room and repeat the command")
+    steps = checkpoint.steps(saved.CHECKPOINTS)
+    assert steps == [2, 3, 4]
+    for step in steps:
+        checkpoint.verify(checkpoint.path_of(saved.CHECKPOINTS, step))
+    assert json.loads(Path("runs/tiny/metrics.jsonl").read_text().splitlines()[-1])["step"] == 12
+    again = moe_lm("train", *TRAINING)
+    assert (outcome.code, again.code) == (2, 0)
+    assert "resumed at step 4" in again.err
     for part in checkpoint.PARTS:
         saved.assert_same_bits(whole(saved.LAST / part), whole(trained_once / saved.LAST / part))
