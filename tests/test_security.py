@@ -8,6 +8,7 @@ from tiny_run import change
 from tiny_training import TRAINING
 
 import moe_lm
+from moe_lm.cli import train
 from moe_lm.cli.machine import build
 from moe_lm.config_files import packaged_targets
 from moe_lm.errors import UserError
@@ -44,75 +45,91 @@ def refused(outcome) -> None:
     assert not Path("canary").exists()
 
 
-PLACES = [("model", "layers", "middle", "gate"), ("vocabulary",), ("corpus",), ("optimizer",), ("balance", "load")]
+CONFIG = Path("runs/tiny/config.yaml")
+MIDDLE = ("model", "layers", "middle")
+PLACES = [MIDDLE, (*MIDDLE, "gate"), ("vocabulary",), ("corpus",), ("optimizer",), ("balance", "load")]
+TAMPERED = [
+    (("name",), "${oc.env:HOME}"),
+    (("model", "order"), ["${oc.env:HOME}"]),
+    ((*MIDDLE, "_args_"), ["touch canary"]),
+    ((*MIDDLE, "_recursive_"), False),
+    ((*MIDDLE, "gate", "_partial_"), "os.system"),
+    (("extra",), {"_target_": "os.system", "command": "touch canary"}),
+    (("extra",), [[{"_target_": "os.system", "command": "touch canary"}]]),
+    ((*MIDDLE, "hidden"), {"_target_": "os.system", "command": "touch canary"}),
+    ((*MIDDLE, "hidden"), "many"),
+    (MIDDLE, {}),
+    (("model", "layers"), {}),
+    (("vocabulary",), {}),
+    (("vocabulary",), {"_target_": "moe_lm.model.lstm.Lstm", "width": 3}),
+    (("corpus",), {"_target_": "moe_lm.model.lstm.Lstm", "width": 3}),
+    (("softmax",), {"_target_": "moe_lm.optim.schedule.InverseSquareRoot", "warmup_steps": 3}),
+    (MIDDLE, {"_target_": "moe_lm.loss.objective.load.Load", "weight": 3}),
+    (("model", "order"), 3),
+    (("model", "order"), [["lower"]]),
+    (("model", "width"), None),
+]
+TAGS = ["!!python/object/apply:os.system ['touch canary']", "!!python/name:os.system", "!x 3"]
+OVERRIDES = [
+    "model.layers.middle._target_=os.system",
+    "model.layers.middle._target_=moe_lm.train.trainer.torch.load",
+    "model.layers.middle.gate._target_=moe_lm.run.os.system",
+    "vocabulary._target_=builtins.eval",
+    "balance.load._target_=os.system",
+    "+model.layers.middle._args_=[a]",
+    "model.width={_target_: os.system, command: touch canary}",
+    "vocabulary.max_size={_target_: os.system, command: touch canary}",
+]
+
+
+def refused_in_python(function, what: object) -> None:
+    line = "not refused"
+    try:
+        function()
+    except UserError as error:
+        line = str(error)
+    assert len(line.splitlines()) == 1, what
+    assert line != "not refused", what
+    assert not Path("canary").exists(), what
+
+
+def test_a_stored_target_that_is_not_packaged_is_refused(own_trained):
+    sound = CONFIG.read_text()
+    for place, target in [(MIDDLE, target) for target in FOREIGN] + [(place, "os.system") for place in PLACES]:
+        CONFIG.write_text(sound)
+        change(*place, value={"_target_": target, **ARGUMENTS})
+        refused_in_python(lambda: moe_lm.load("runs/tiny"), (place, target))
+
+
+def test_a_stored_configuration_that_was_tampered_with_is_refused(own_trained):
+    sound = CONFIG.read_text()
+    for place, value in TAMPERED:
+        CONFIG.write_text(sound)
+        change(*place, value=value)
+        refused_in_python(lambda: moe_lm.load("runs/tiny"), (place, value))
+
+
+def test_yaml_tags_are_refused(own_trained):
+    sound = CONFIG.read_text()
+    for tag in TAGS:
+        CONFIG.write_text(f"{sound}extra: {tag}\n")
+        refused_in_python(lambda: moe_lm.load("runs/tiny"), tag)
 
 
 @pytest.mark.parametrize(
-    ("place", "target"),
-    [(("model", "layers", "middle"), target) for target in FOREIGN] + [(place, "os.system") for place in PLACES],
-    ids=str,
+    "arguments",
+    [["evaluate"], ["score", "text/test.txt"], ["sample"], ["inspect"], ["audit"], ["export", "to=x"]],
+    ids=lambda arguments: arguments[0],
 )
-def test_a_stored_target_that_is_not_packaged_is_refused(own_trained, moe_lm, place, target):
-    change(*place, value={"_target_": target, **ARGUMENTS})
-    refused(moe_lm("evaluate", "run=runs/tiny"))
+def test_every_command_refuses_a_stored_target(own_trained, moe_lm, arguments):
+    change(*MIDDLE, value={"_target_": "os.system", **ARGUMENTS})
+    refused(moe_lm(*arguments, "run=runs/tiny"))
 
 
-@pytest.mark.parametrize(
-    ("place", "value"),
-    [
-        (("name",), "${oc.env:HOME}"),
-        (("model", "width"), "${oc.env:HOME}"),
-        (("model", "order"), ["${oc.env:HOME}"]),
-        (("model", "layers", "middle", "_args_"), ["touch canary"]),
-        (("model", "layers", "middle", "_recursive_"), False),
-        (("model", "layers", "middle", "_convert_"), "none"),
-        (("extra",), {"_target_": "os.system", "command": "touch canary"}),
-        (("extra",), [[{"_target_": "os.system", "command": "touch canary"}]]),
-        (("model", "layers", "middle", "hidden"), {"_target_": "os.system", "command": "touch canary"}),
-        (("model", "layers", "middle", "hidden"), "???"),
-        (("model", "layers", "middle", "hidden"), "many"),
-        (("model", "layers", "middle"), {}),
-        (("model", "layers"), {}),
-        (("vocabulary",), {}),
-        (("vocabulary",), {"_target_": "moe_lm.model.lstm.Lstm", "width": 3}),
-        (("corpus",), {"_target_": "moe_lm.model.lstm.Lstm", "width": 3}),
-        (("softmax",), {"_target_": "moe_lm.optim.schedule.InverseSquareRoot", "warmup_steps": 3}),
-        (("model", "layers", "middle"), {"_target_": "moe_lm.loss.objective.load.Load", "weight": 3}),
-        (("model", "order"), 3),
-        (("model", "order"), [["lower"]]),
-        (("model", "width"), None),
-    ],
-)
-def test_a_stored_configuration_that_was_tampered_with_is_refused(own_trained, moe_lm, place, value):
-    change(*place, value=value)
-    refused(moe_lm("evaluate", "run=runs/tiny"))
-    refused(moe_lm("score", "run=runs/tiny", "text/test.txt"))
-
-
-@pytest.mark.parametrize("tag", ["!!python/object/apply:os.system ['touch canary']", "!!python/name:os.system", "!x 3"])
-def test_yaml_tags_are_refused(own_trained, moe_lm, tag):
-    file = Path("runs/tiny/config.yaml")
-    file.write_text(file.read_text() + f"extra: {tag}\n")
-    refused(moe_lm("evaluate", "run=runs/tiny"))
-    refused(moe_lm("score", "run=runs/tiny", "text/test.txt"))
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "model.layers.middle._target_=os.system",
-        "model.layers.middle._target_=moe_lm.train.trainer.torch.load",
-        "model.layers.middle.gate._target_=moe_lm.run.os.system",
-        "vocabulary._target_=builtins.eval",
-        "corpus._target_=os.system",
-        "balance.load._target_=os.system",
-        "+model.layers.middle._args_=[a]",
-        "model.width={_target_: os.system, command: touch canary}",
-        "vocabulary.max_size={_target_: os.system, command: touch canary}",
-    ],
-)
-def test_an_override_cannot_name_a_foreign_target(workspace, moe_lm, override):
-    refused(moe_lm("train", *TRAINING, override))
+def test_an_override_cannot_name_a_foreign_target(workspace, moe_lm):
+    for override in OVERRIDES:
+        refused_in_python(lambda override=override: train.main([*TRAINING, override]), override)
+    refused(moe_lm("train", *TRAINING, OVERRIDES[0]))
     assert not Path("runs").exists()
 
 

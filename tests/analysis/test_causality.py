@@ -1,6 +1,7 @@
 """The audit finds planted leaks, measures them correctly, and passes every gate's routing in evaluation."""
 
 import math
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -49,9 +50,14 @@ def audited(model, split=SPLIT, probes=16, words=60, seed=1):
     return audit(model, split, start=START, end=END, words=words, probes=probes, seed=seed)
 
 
+@cache
+def config_of(*overrides):
+    return resolved(composed("train", ["softmax=full", *overrides]))
+
+
 def model_of(*overrides, seed=1):
     """A model with large random parameters, adapted to a batch: nothing is near a tie, every expert is used."""
-    config = resolved(composed("train", ["softmax=full", *overrides]))
+    config = config_of(*overrides)
     torch.manual_seed(seed)
     model = build_model(config, SIZE)
     with torch.no_grad():
@@ -91,16 +97,14 @@ def test_capacity_of_switch_sees_other_sentences_and_no_later_word():
     assert found.other_sentences.mean_bits > 1e-3
 
 
-@pytest.mark.parametrize("level", ["primary_gate", "gate"])
 @pytest.mark.parametrize("gate", GATES)
-def test_every_gate_is_causal_at_either_level(gate, level):
-    """A gate stays causal as primary or secondary gate."""
-    one = gate == "switch"
+def test_every_gate_is_causal_at_both_levels(gate):
+    """A gate stays causal as primary and as secondary gate."""
+    k = gate_class(gate).only_k or 2
     model = model_of(
         *("model=moe_256_h", "model.width=8", "model.expert_hidden=6", "model.num_experts=12", "model.num_groups=3"),
-        f"gate@model.layers.middle.{level}={gate}",
-        f"model.k={1 if one and level == 'gate' else 2}",
-        f"model.layers.middle.primary_k={1 if one and level == 'primary_gate' else 2}",
+        *(f"gate@model.layers.middle.{level}={gate}" for level in ("primary_gate", "gate")),
+        *(f"model.k={k}", f"model.layers.middle.primary_k={k}"),
     )
     found = audited(model)
     assert found.evaluation.largest_bits < 1e-9
@@ -114,27 +118,36 @@ def test_expert_choice_with_a_limit_is_causal():
     assert found.training.mean_bits > 1e-3
 
 
-@pytest.mark.parametrize("preset", choices("model"))
+PRESETS = {
+    "lstm_2048_512": ["model.lstm_units=12"],
+    "lstm_2x8192_1024": ["model.lstm_units=12"],
+    "lstm_4x512": [],
+    "moe_1_wide": ["model.expert_hidden=6"],
+    "moe_1_deep": ["model.expert_hidden=6"],
+    "moe_32": ["model.expert_hidden=6"],
+    "moe_256_h": ["model.expert_hidden=6", "model.num_experts=64"],
+    "moe_143m": ["model.expert_hidden=6", "model.num_experts=64", "model.lstm_units=12"],
+}
+"""One of the paper's models for each sequence of layers, and what makes it small."""
+
+
+def layers_of(preset):
+    """The kinds of a preset's layers from below, which bring their gates."""
+    defaults = OmegaConf.load(folder() / f"model/{preset}.yaml").defaults
+    return tuple(name for entry in defaults if entry != "_self_" for name in entry.values())
+
+
+def test_presets_have_every_sequence_of_layers_and_every_layer():
+    sequences = {layers_of(preset) for preset in PRESETS}
+    assert {layers_of(preset) for preset in choices("model")} == sequences
+    assert len(sequences) == len(PRESETS)
+    assert {name for layers in sequences for name in layers} >= set(choices("layer"))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_causal(preset):
-    """All of the paper's models, made small; so every layer is among them."""
-    sizes = resolved(composed("train", [f"model={preset}"]))["model"]
-    overrides = [f"model={preset}", "model.width=8"]
-    if "expert_hidden" in str(OmegaConf.load(folder() / f"model/{preset}.yaml").defaults) or "moe" in preset:
-        overrides.append("model.expert_hidden=6")
-    if "lstm_projected" in str(OmegaConf.load(folder() / f"model/{preset}.yaml").defaults):
-        overrides.append("model.lstm_units=12")
-    if "hierarchical" in str(sizes["layers"]):
-        overrides.append(f"model.num_experts={4 * sizes['num_groups']}")
-    assert audited(model_of(*overrides), probes=4).evaluation.largest_bits < 1e-9
-
-
-def test_presets_have_every_layer():
-    layers = {part["_target_"] for name in choices("model") for part in _layers(name)}
-    assert {OmegaConf.load(folder() / f"layer/{name}.yaml")["_target_"] for name in choices("layer")} <= layers
-
-
-def _layers(preset):
-    return resolved(composed("train", [f"model={preset}"]))["model"]["layers"].values()
+    model = model_of(f"model={preset}", "model.width=8", *PRESETS[preset])
+    assert audited(model, probes=4).evaluation.largest_bits < 1e-9
 
 
 class Peeking(nn.Module):

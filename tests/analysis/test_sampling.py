@@ -8,17 +8,18 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from tiny_run import scored
+from tiny_run import RUN, scored
 from tiny_training import assert_one_line
 
 from moe_lm import load
 from moe_lm.analysis.sample import SamplingConfig, next_log_probabilities, sample, sample_token
+from moe_lm.cli import sample as command
+from moe_lm.cli.config import composed
 from moe_lm.data.batch import collate
 from moe_lm.data.prepared import Split
 from moe_lm.errors import UserError
 from moe_lm.inference import LoadedModel
 
-RUN = "run=runs/tiny"
 DRAWS = 4000
 
 
@@ -48,7 +49,7 @@ def peaked(lm: LoadedModel, by: float = 8, **bias: float) -> LoadedModel:
     return lm
 
 
-@pytest.mark.parametrize("prefix", ["", "w1 w2 w3", "w3 zebra"])
+@pytest.mark.parametrize("prefix", ["", "w3 zebra"])
 def test_the_likeliest_word_every_time(either, prefix):
     lm = peaked(load("runs/tiny"), end=-8)
     ids = lm.vocabulary.encode(prefix)
@@ -151,29 +152,37 @@ def test_the_ends_of_the_unit_interval():
 
 
 def test_a_sentence_depends_on_its_seed_and_number_alone(either, moe_lm):
-    five = moe_lm("sample", RUN).out.splitlines()
-    assert moe_lm("sample", RUN, "num=2").out.splitlines() == five[:2]
-    assert load("runs/tiny").sample(num=7)[:5] == five
-    other = moe_lm("sample", RUN, "seed=2").out.splitlines()
-    assert len({*five, *other}) == 10
-    lm = load("runs/tiny")
-    assert sample(lm.model, lm.vocabulary, "", seed=1, number=4, config=SamplingConfig()).sentence == five[4]
+    five = moe_lm("sample", RUN, "max_words=4").out.splitlines()
+    assert moe_lm("sample", RUN, "max_words=4", "num=2").out.splitlines() == five[:2]
+    lm, how = load("runs/tiny"), SamplingConfig(max_words=4)
+    assert lm.sample(num=7, max_words=4)[:5] == five
+    assert len({*five, *lm.sample(seed=2, max_words=4)}) == 10
+    assert sample(lm.model, lm.vocabulary, "", seed=1, number=4, config=how).sentence == five[4]
 
 
-def test_an_export_draws_what_its_run_does(either, moe_lm, tmp_path):
+def test_an_export_draws_what_its_run_does(trained, moe_lm, tmp_path):
     assert moe_lm("export", RUN, f"to={tmp_path / 'exported'}").code == 0
-    expected = moe_lm("sample", RUN, "prefix=w1 w2").out
-    assert moe_lm("sample", f"run={tmp_path / 'exported'}", "prefix=w1 w2").out == expected
+    expected = load("runs/tiny").sample("w1 w2")
+    assert moe_lm("sample", f"run={tmp_path / 'exported'}", "prefix=w1 w2").out.splitlines() == expected
 
 
-@pytest.mark.parametrize("prefix", ["w1", "  w1   w2 ", '"', "it's", "a,b=c", "[w1]", "null w1", "</S> <S>", "w1 \\"])
-def test_every_sentence_begins_with_the_prefix(either, moe_lm, prefix):
-    outcome = moe_lm("sample", RUN, f"prefix={prefix}", "max_words=8", "num=2")
+PREFIXES = ["w1", "  w1   w2 ", '"', "it's", "a,b=c", "[w1]", "null w1", "</S> <S>", "w1 \\"]
+
+
+def test_every_sentence_begins_with_the_prefix(either, moe_lm):
+    lm = load("runs/tiny")
+    for prefix in PREFIXES:
+        given, found = prefix.split(), lm.sample(prefix, max_words=3, num=1)
+        words = found[0].split()
+        assert words[: len(given) - 1] == given[:-1], prefix
+        assert words[len(given) - 1].startswith(given[-1]), prefix  # pieces may go on with its last word
+    outcome = moe_lm("sample", RUN, f"prefix={PREFIXES[-1]}", "max_words=3", "num=1")
     assert outcome.code == 0, outcome.err
-    given = prefix.split()
-    assert [line.split()[: len(given) - 1] for line in outcome.out.splitlines()] == 2 * [given[:-1]]
-    # Pieces may go on with the prefix's last word.
-    assert all(line.split()[len(given) - 1].startswith(given[-1]) for line in outcome.out.splitlines())
+    assert outcome.out.splitlines() == found
+
+
+def test_a_prefix_is_taken_literally():
+    assert [composed("sample", [RUN, f"prefix={prefix}"]).prefix for prefix in PREFIXES] == PREFIXES
 
 
 def test_unknown_words_of_the_prefix_are_told(trained, moe_lm):
@@ -195,14 +204,15 @@ def test_markers_are_not_drawn(either, marker):
 
 @pytest.mark.parametrize("prefix", ["", "w1 w2 w3"])
 def test_a_sentence_is_cut_at_its_most_words(either, prefix):
-    lm = peaked(load("runs/tiny"), end=-50)
-    for number, most in enumerate((4, 5, 9)):
-        drawn = sample(lm.model, lm.vocabulary, prefix, seed=1, number=number, config=SamplingConfig(max_words=most))
-        assert not drawn.ended
-        assert len(drawn.sentence.split()) == most
-    # Where it is cut does not change what comes before.
-    long, short = (lm.sample(prefix, num=3, max_words=most) for most in (9, 5))
-    assert [sentence.split()[:5] for sentence in long] == [sentence.split() for sentence in short]
+    """Where it is cut does not change what comes before."""
+    lm, found = peaked(load("runs/tiny"), end=-50), {}
+    for most in (4, 5, 9):
+        how = SamplingConfig(max_words=most)
+        found[most] = sample(lm.model, lm.vocabulary, prefix, seed=1, number=0, config=how)
+        assert not found[most].ended
+        assert len(found[most].sentence.split()) == most
+    assert found[9].sentence.split()[:5] == found[5].sentence.split()
+    assert found[9].sentence.split()[:4] == found[4].sentence.split()
 
 
 def test_a_sentence_may_end_where_it_would_be_cut(either):
@@ -213,12 +223,14 @@ def test_a_sentence_may_end_where_it_would_be_cut(either):
 
 
 def test_log10_is_what_score_says_of_the_words_drawn(trained, moe_lm, tmp_path):
-    lines = moe_lm("sample", RUN, "json=true", "num=20", "temperature=1.5", "max_words=30").out.splitlines()
-    ended = [one for one in map(json.loads, lines) if one["ended"]]
-    assert len(ended) > 5
-    for one in (one for one in ended if one["sentence"]):
-        (tmp_path / "one.txt").write_text(one["sentence"] + "\n")
-        assert one["log10"] == pytest.approx(scored(moe_lm, str(tmp_path / "one.txt"))["log10"], abs=1e-4)
+    lines = moe_lm("sample", RUN, "json=true", "num=15", "temperature=1.5", "max_words=30").out.splitlines()
+    ended = [one for one in map(json.loads, lines) if one["ended"] and one["sentence"]]
+    assert len(ended) > 3
+    (tmp_path / "all.txt").write_text("".join(f"{one['sentence']}\n" for one in ended))
+    printed = [line.split("\t") for line in scored(moe_lm, str(tmp_path / "all.txt"), "words=false")["before"]]
+    for one, (log10, sentence) in zip(ended, printed, strict=True):
+        assert one["sentence"] == sentence
+        assert one["log10"] == pytest.approx(float(log10), abs=1e-4)
     lm = load("runs/tiny")
     tries = (sample(lm.model, lm.vocabulary, "w1 w2", seed=1, number=n, config=SamplingConfig()) for n in range(10))
     drawn = next(one for one in tries if one.ended)  # within the most words that a sample has
@@ -257,33 +269,27 @@ def test_pieces_that_never_end_a_word_are_cut(subwords_once, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("", "needs run=..."),
-        ("run=runs/none", "runs/none does not exist"),
-        ("run=runs/tiny checkpoint=7", "no checkpoint 7"),
-        ("run=runs/tiny num=0", "num=0: must be at least 1"),
-        ("run=runs/tiny num=many", "num=many: needs a whole number"),
-        ("run=runs/tiny top=0", "top=0: must be at least 1"),
-        ("run=runs/tiny top=all", "top=all: needs a whole number"),
-        ("run=runs/tiny temperature=0", "temperature=0.0: must be positive"),
-        ("run=runs/tiny temperature=-1", "temperature=-1.0"),
-        ("run=runs/tiny temperature=inf", "temperature=inf"),
-        ("run=runs/tiny temperature=nan", "temperature=nan"),
-        ("run=runs/tiny max_words=0", "max_words=0: must be at least 1"),
-        ("run=runs/tiny max_words=3 prefix=w1_w2_w3", "max_words=3: the prefix has 3 words"),
-        ("run=runs/tiny max_words=2 prefix=w1_w2_w3", "raise max_words"),
-        ("run=runs/tiny seed=null", "seed"),
-        ("run=runs/tiny unknown=3", "unknown=3: needs true or false"),
-        ("run=runs/tiny prefx=w1", "did you mean prefix?"),
-        ("run=runs/tiny machine.device=tpu", "machine.device=tpu"),
+        (["num=0"], "num=0: must be at least 1"),
+        (["top=0"], "top=0: must be at least 1"),
+        (["top=all"], "top=all: needs a whole number"),
+        (["temperature=0"], "temperature=0.0: must be positive"),
+        (["temperature=inf"], "temperature=inf"),
+        (["temperature=nan"], "temperature=nan"),
+        (["max_words=0"], "max_words=0: must be at least 1"),
+        (["max_words=3", "prefix=w1 w2 w3"], "max_words=3: the prefix has 3 words; raise max_words"),
+        (["machine.device=tpu"], "machine.device=tpu"),
     ],
 )
-def test_wrong_inputs_end_in_one_line(trained, moe_lm, arguments, expected):
-    outcome = moe_lm(
-        "sample",
-        *(argument.replace("_w", " w") if "prefix" in argument else argument for argument in arguments.split()),
-    )
-    assert outcome.out == ""
-    assert_one_line(outcome, expected)
+def test_wrong_inputs_are_refused(trained, set_threads, capsys, arguments, expected):
+    with pytest.raises(UserError, match=expected):
+        command.main([RUN, *arguments])
+    assert capsys.readouterr().out == ""
+
+
+def test_a_refusal_is_one_line(trained, moe_lm):
+    outcome = moe_lm("sample", RUN, "checkpoint=7")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert_one_line(outcome, "no checkpoint 7")
 
 
 def test_python_refuses_alike(trained):
@@ -291,5 +297,3 @@ def test_python_refuses_alike(trained):
     for wrong in ({"temperature": 0}, {"top": 0}, {"max_words": 0}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             lm.sample(**wrong)
-    with pytest.raises(UserError, match="the prefix has 3 words"):
-        lm.sample("w1 w2 w3", max_words=3)

@@ -6,11 +6,12 @@
 import json
 import re
 import shlex
+from functools import cache
 
 import pytest
 import torch
 import yaml
-from tiny_training import TRAINING, call, with_overrides, write_corpus
+from tiny_training import TRAINING, call, with_overrides
 
 from moe_lm.analysis.cost import (
     operations_per_timestep,
@@ -31,10 +32,26 @@ EXCEPTIONS = {
 }
 
 
+def header_of(preset):
+    """The comment above a preset, as one line."""
+    text = (folder() / "model" / f"{preset}.yaml").read_text()
+    return " ".join(re.findall(r"^# +(.*?)(?: \\)?$", text, re.MULTILINE))
+
+
+@cache
+def config_of(preset):
+    """What the command in a preset's header composes; it changes nothing of the model."""
+    header = header_of(preset)
+    command = shlex.split(header[header.index("moe-lm train ") :])
+    assert command[2] == f"model={preset}"
+    assert not any(argument.startswith("model.") for argument in command)
+    return resolved(composed("train", command[2:]))
+
+
 def figures_of(preset, vocabulary_size):
     """The preset's figures in the units and with the digits that the paper prints."""
     with torch.device("meta"):
-        model = build_model(resolved(composed("train", [f"model={preset}"])), vocabulary_size)
+        model = build_model(config_of(preset), vocabulary_size)
     return {
         "operations": f"{operations_per_timestep(model) / 1e6:.1f}",
         "parameters": f"{parameters_without_embedding_and_softmax(model) / 1e6:.1f}",
@@ -63,14 +80,12 @@ def test_figures_are_the_printed_ones(preset, vocabulary_size):
 @pytest.mark.parametrize("preset", TABLE_7 | TABLE_8)
 def test_a_header_states_what_the_table_prints(preset):
     """The figures, the dropout, the perplexities, and a command that composes."""
-    text = (folder() / "model" / f"{preset}.yaml").read_text()
-    row, table = paper_result(preset), 7 if preset in TABLE_7 else 8
-    header = " ".join(re.findall(r"^# +(.*?)(?: \\)?$", text, re.MULTILINE))
+    row, table, header = paper_result(preset), 7 if preset in TABLE_7 else 8, header_of(preset)
     assert header.startswith(
         f"{row.name} of Table {table}: {row.operations} M ops/timestep, {row.parameters} M parameters "
         f"without embedding and softmax, {row.total} B with them"
     )
-    dropout = yaml.safe_load(text)["dropout"]
+    dropout = config_of(preset)["model"]["dropout"]
     if row.dropout is None:
         assert dropout == 0
     else:
@@ -78,22 +93,19 @@ def test_a_header_states_what_the_table_prints(preset):
         assert f"dropout {row.dropout}." in header
     for perplexity in (row.perplexity, row.later_perplexity, row.early_perplexity):
         assert perplexity is None or str(perplexity) in header
-    command = shlex.split(header[header.index("moe-lm train ") :])
-    assert command[2] == f"model={preset}"
-    resolved(composed("train", command[2:]))
 
 
-@pytest.mark.parametrize("preset", TABLE_7 | TABLE_8)
-def test_a_preset_sets_the_keys_of_every_layer(preset):
+def test_a_preset_sets_the_keys_of_every_layer():
     """So a layer of any kind finds its sizes in any preset; nothing else is set."""
     read = re.findall(
         r"\$\{model\.(\w+)\}", "\n".join(path.read_text() for path in (folder() / "layer").glob("*.yaml"))
     )
-    keys = yaml.safe_load((folder() / "model" / f"{preset}.yaml").read_text()).keys()
-    assert keys == {"defaults", "order", "dropout", *read}
+    for preset in TABLE_7 | TABLE_8:
+        keys = yaml.safe_load((folder() / "model" / f"{preset}.yaml").read_text()).keys()
+        assert keys == {"defaults", "order", "dropout", *read}, preset
 
 
-@pytest.mark.parametrize("preset", ["lstm_2048_512", "moe_1_wide", "moe_143m"])
+@pytest.mark.parametrize("preset", ["lstm_2048_512", "moe_143m"])
 def test_layers_of_every_kind_fit_into_a_preset(preset):
     """With sizes that suit a hierarchy and without keys of their own."""
     kinds = choices("layer")
@@ -106,29 +118,36 @@ def test_layers_of_every_kind_fit_into_a_preset(preset):
     assert len(model.layers) == len(kinds) >= 6
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """A folder with the small corpus; its preparation is shared by all presets."""
-    folder = tmp_path_factory.mktemp("presets")
-    write_corpus(folder / "text")
-    return folder
+TRAINED = [
+    "lstm_2048_512",
+    "lstm_2x8192_1024",
+    "lstm_4x512",
+    "moe_1_wide",
+    "moe_1_deep",
+    "moe_32",
+    "moe_256_h",
+    "moe_143m",
+]
+"""One for each sequence of layers; test_causality.py compares them with all presets."""
 
 
-@pytest.mark.parametrize("preset", TABLE_7 | TABLE_8)
-def test_every_preset_trains_at_reduced_sizes(preset, corpus, monkeypatch, capsys):
+@pytest.mark.parametrize("preset", [*TRAINED, "moe_4"])
+def test_presets_train_at_reduced_sizes(preset, trained_once, tmp_path, monkeypatch, capsys):
     """Three steps of two micro-batches, with the savings that the largest presets are trained with."""
-    monkeypatch.chdir(corpus)
+    for name in ("text", "data"):
+        (tmp_path / name).symlink_to(trained_once / name)
+    monkeypatch.chdir(tmp_path)
     sizes = {"width": 16, "lstm_units": 32, "expert_hidden": 8, "num_experts": 12, "num_groups": 3}
     if preset == "moe_4":
         del sizes["num_experts"]  # it has 4, and uses all
     layers = yaml.safe_load((folder() / "model" / f"{preset}.yaml").read_text())["defaults"][:-1]
     files = "".join((folder() / "layer" / f"{name}.yaml").read_text() for layer in layers for name in layer.values())
     small = [f"model.{size}={value}" for size, value in sizes.items() if f"${{model.{size}}}" in files]
-    small += [f"model={preset}", f"name={preset}", "training.num_words=600", "seed=8"]
+    small += [f"model={preset}", "training.num_words=600", "seed=8"]
     small += ["optimizer.experts=factored", "machine.recompute=true"]
     kept = [argument for argument in TRAINING if not argument.startswith("model.")]
     assert call("train", *with_overrides(kept, *small)) == 0, capsys.readouterr().err
-    result = json.loads((corpus / "runs" / preset / "result.json").read_text())
+    result = json.loads((tmp_path / "runs/tiny/result.json").read_text())
     assert result["preset"] == preset
     assert result["steps"] >= 3
     assert 1 < result["perplexity"]["test"] < 60  # of 53 words

@@ -5,16 +5,18 @@ import json
 import os
 import pickle
 import shutil
+from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from saved import sign
 from tiny_run import change
 from tiny_training import assert_one_line, call, working_in
 
 from moe_lm import load
-from moe_lm.atomic_io import checksum
 from moe_lm.errors import UserError
 
 FILES = [
@@ -50,22 +52,25 @@ def there(exported_once, trained_once, tmp_path, monkeypatch) -> Path:
 
 
 def refused(folder: str, *expected: str) -> None:
-    with pytest.raises(UserError) as caught:
+    """Opening the folder is refused in one line that holds the expected words; nothing in it has run."""
+    line = "opened"
+    try:
         load(folder)
-    [line] = str(caught.value).splitlines()
+    except UserError as error:
+        line = str(error)
+    assert len(line.splitlines()) == 1
     for words in expected:
-        assert words in line
-    assert not Path("canary").exists()
+        assert words in line, (expected, line)
+    assert not Path("canary").exists(), expected
 
 
-def sign(folder: str, *more: str) -> None:
-    """Make export.json agree with the files, as somebody who forges an export would."""
-    path = Path(folder, "export.json")
-    record = json.loads(path.read_text())
-    for name in {*record["files"], *more}:
-        file = Path(folder, name)
-        record["files"][name] = {"bytes": file.stat().st_size, "blake2b": checksum(file)}
-    path.write_text(json.dumps(record))
+@contextmanager
+def replaced(path: Path, data: bytes | None):
+    """Replace a file for a while, or take it away."""
+    before = path.read_bytes()
+    path.unlink() if data is None else path.write_bytes(data)
+    yield
+    path.write_bytes(before)
 
 
 class Canary:
@@ -89,27 +94,22 @@ def test_both_are_intact(there, moe_lm):
         assert moe_lm("evaluate", f"run={folder}").code == 0
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_missing_file(there, name):
-    Path("several", name).unlink()
-    refused("several", f"several/{name} is missing")
+def test_a_missing_file(there):
+    for name in FILES:
+        with replaced(Path("several", name), None):
+            refused("several", f"several/{name} is missing")
+    for name in ("model.safetensors", "config.yaml", "vocabulary/vocabulary.txt"):
+        with replaced(Path("one", name), None):
+            refused("one", f"one/{name} is missing")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.yaml", "vocabulary/vocabulary.txt"])
-def test_a_missing_file_of_one(there, name):
-    Path("one", name).unlink()
-    refused("one", f"one/{name} is missing")
-
-
-@pytest.mark.parametrize("name", [name for name in FILES if name != "export.json"])
-@pytest.mark.parametrize("alteration", ["first", "last", "longer", "shorter"])
-def test_an_altered_file(there, name, alteration):
-    path = Path("several", name)
-    data = bytearray(path.read_bytes())
-    if alteration in ("first", "last"):
-        data[0 if alteration == "first" else -1] ^= 1
-    path.write_bytes({"longer": data + b"\n", "shorter": data[:-1]}.get(alteration, data))
-    refused("several", f"several/{name} was altered")
+def test_an_altered_file(there):
+    for name in FILES[1:]:
+        data = Path("several", name).read_bytes()
+        first, last = bytes([data[0] ^ 1]) + data[1:], data[:-1] + bytes([data[-1] ^ 1])
+        for altered in (first, last, data + b"\n", data[:-1]):
+            with replaced(Path("several", name), altered):
+                refused("several", f"several/{name} was altered")
 
 
 @pytest.mark.parametrize(
@@ -143,20 +143,22 @@ def test_an_additional_folder(there):
     refused("one", "one/inspect is no part of the export")
 
 
-@pytest.mark.parametrize("kind", [*(f"protocol {i}" for i in range(2, 6)), "torch"])
-@pytest.mark.parametrize("name", [name for name in FILES if name != "export.json"])
-def test_a_forged_export_with_a_pickle_for_a_file(there, name, kind):
-    Path("several", name).write_bytes(pickles()[kind])
-    sign("several")
-    refused("several", f"several/{name}")
+def test_a_forged_export_with_a_pickle_for_a_file(there):
+    """Those of protocol 2 and later are known by their first bytes, before anything reads a file that holds text."""
+    known = {kind: data for kind, data in pickles().items() if kind not in ("protocol 0", "protocol 1")}
+    for name, data in [*product(FILES[1:2], known.values()), *product(FILES[2:], [known["torch"]])]:
+        with replaced(Path("several", name), data):
+            sign("several")
+            expected = "which could run any program: refused" if name.endswith((".md", ".yaml", ".txt")) else ""
+            refused("several", f"several/{name}", expected)
 
 
-@pytest.mark.parametrize("kind", pickles())
-@pytest.mark.parametrize("name", ["model.safetensors", "config.yaml", "vocabulary/vocabulary.txt"])
-def test_a_pickle_of_any_protocol_for_a_file_that_is_read(there, name, kind):
-    Path("one", name).write_bytes(pickles()[kind])
-    sign("one")
-    refused("one", "one")
+def test_a_pickle_of_any_protocol_for_a_file_that_is_read(there):
+    for name in ("model.safetensors", "config.yaml", "vocabulary/vocabulary.txt"):
+        for data in pickles().values():
+            with replaced(Path("one", name), data):
+                sign("one")
+                refused("one", "one")
 
 
 @pytest.mark.parametrize("name", ["extra.pkl", "pytorch_model.bin", "vocabulary/../extra", "../extra", "/tmp/extra"])
@@ -192,32 +194,25 @@ def test_a_forged_configuration(there, place, value, expected):
     refused("one", expected)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "{",
-        "[]",
-        "3",
-        "{}",
-        '{"format": 2}',
-        '{"format": 1}',
-        '{"format": 1, "name": "tiny", "step": 12, "data": "x", "files": []}',
-        '{"format": 1, "name": "tiny", "step": "12", "data": "x", "files": {}}',
-        '{"format": 1, "name": "tiny", "step": 12, "data": "x", "files": {"README.md": 3}}',
-        '{"format": 1, "name": "tiny", "step": 12, "data": "x", "files": {"README.md": {"bytes": "1", "blake2b": ""}}}',
-        20_000 * "[",
-    ],
-    ids=lambda text: text[:60],
-)
-def test_a_damaged_record(there, text):
-    Path("one/export.json").write_text(text)
-    refused("one", "one/export.json")
+RECORDS = [
+    "",
+    "{",
+    "[]",
+    "{}",
+    '{"format": 2}',
+    '{"format": 1}',
+    '{"format": 1, "name": "tiny", "step": 12, "data": "x", "files": []}',
+    '{"format": 1, "name": "tiny", "step": "12", "data": "x", "files": {}}',
+    '{"format": 1, "name": "tiny", "step": 12, "data": "x", "files": {"README.md": 3}}',
+    '{"format": 1, "name": "tiny", "step": 12, "data": "x", "files": {"README.md": {"bytes": "1", "blake2b": ""}}}',
+    20_000 * "[",
+]
 
 
-def test_a_record_that_is_no_text(there):
-    Path("one/export.json").write_bytes(b"\xff\xfe")
-    refused("one", "one/export.json")
+def test_a_damaged_record(there):
+    for data in (*(text.encode() for text in RECORDS), b"\xff\xfe"):
+        with replaced(Path("one/export.json"), data):
+            refused("one", "one/export.json")
 
 
 def change_tensors(tensors: dict, what: str) -> None:

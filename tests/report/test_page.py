@@ -1,10 +1,12 @@
 """The page and the files of a report: self-contained, escaped, complete, deterministic."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 from html_page import Page
 
+from moe_lm.cli import report as command
 from moe_lm.errors import UserError
 from moe_lm.report.write import write_report
 
@@ -115,3 +117,15 @@ def test_a_folder_that_cannot_be_written_is_named(make_run, tmp_path):
     (tmp_path / "study" / "report").write_text("in the way")
     with pytest.raises(UserError, match=r"cannot write .*study/report \(.+\): make it a folder"):
         write_report(tmp_path / "study", NO_PRESETS)
+
+
+def test_the_command_prints_the_table_and_where_the_page_is(monkeypatch, capsys):
+    """The page compares runs with the packaged presets."""
+
+    def write(folder, presets, notes, study):
+        assert presets("moe_32")["model"]["num_experts"] == 32
+        return SimpleNamespace(markdown="the table", folder=folder / "report")
+
+    monkeypatch.setattr(command, "write_report", write)
+    assert command.main(["runs=some/study"]) == 0
+    assert capsys.readouterr().out == "the table\n\nsome/study/report/index.html\n"
