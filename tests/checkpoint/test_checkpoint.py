@@ -4,10 +4,12 @@ import json
 import re
 from hashlib import blake2b
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import saved
+import torch
 from shards import assert_safetensors_or_json, whole
 from tiny_training import TRAINING
 
@@ -15,6 +17,8 @@ from moe_lm.checkpoint import checkpoint, saver, sharded_safetensors
 from moe_lm.checkpoint.load import find_checkpoint
 from moe_lm.cli import machine as make
 from moe_lm.errors import UserError
+from moe_lm.parallel.context import SINGLE_PROCESS
+from moe_lm.parallel.group import Shard
 from moe_lm.run import Run
 
 HIERARCHY = ["layer@model.layers.middle=hierarchical_moe", "model.num_experts=6", "model.num_groups=3", "model.k=2"]
@@ -84,6 +88,18 @@ def test_an_optimizer_before_its_first_step_is_restored(tmp_path, plain):
     other, optimizer = saved.built(plain, seed=2, steps=0)
     optimizer.load(checkpoint.load_optimizer_state(path, other, {}))
     assert saved.moments(other, optimizer) == {}
+
+
+def test_each_process_has_its_own_rows(tmp_path):
+    """Rows 2 to 4 of a stored tensor are read by the second of three processes; only these are in its chunks."""
+    stored = torch.arange(18.0).view(6, 3)
+    sharded_safetensors.write(tmp_path / "part", {"x": stored}, SINGLE_PROCESS.writers.control)
+    shard = Shard(SimpleNamespace(rank=1, size=3), (2, 3, 1))
+    mine = sharded_safetensors.RowShard(torch.zeros(3, 3), shard)
+    sharded_safetensors.read(tmp_path / "part", {"x": mine})
+    assert torch.equal(mine.tensor, stored[2:5])
+    [item] = mine.__create_write_items__("x", None)
+    assert (item.tensor_data.chunk.offsets, item.tensor_data.size) == ((2, 0), (6, 3))
 
 
 def test_a_model_of_another_shape_is_refused(tmp_path, plain):
