@@ -29,8 +29,11 @@ TESTS = {
     "batching": "data vocabulary training train",
     "optimizer": "optim optimizer test_schedule.py test_rows.py train training ops kernels",
     "model": "model layer test_model.py ops mixture kernels train training",
-    "checkpoint": "checkpoint storage test_resume.py train training",
-    "distributed": "distributed parallel",
+    "checkpoint": "checkpoint storage test_resume.py train training test_wrong_inputs.py "
+    "analysis/test_evaluate_score.py evaluation/test_evaluate_score.py",
+    "distributed": "parallel/test_parallelize.py parallel/test_launch.py parallel/test_one_update_on_many.py "
+    "parallel/test_bytes_sent.py parallel/test_resume_on_other_numbers.py distributed/test_launch.py "
+    "distributed/test_one_update_on_many.py distributed/test_bytes_sent.py distributed/test_resume_on_other_numbers.py",
     "evaluation": "analysis evaluation inspection costs",
 }
 """Tests of each area, in this version and in 5ce4160; names that a checkout lacks are left out."""
@@ -115,7 +118,20 @@ def found_by(fault: dict, copies: SimpleQueue, quick: bool) -> str | None:
 
 def first_failure(copy: Path, tests: list[str]) -> str | None:
     """Run tests until one fails; return its name."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-rfE", "-p", "no:cacheprovider", *tests]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "--no-header",
+        "-rfE",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not slow",
+        *tests,
+    ]
     environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
