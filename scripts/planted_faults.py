@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file that gets the results; those already there are kept")
     parser.add_argument("--table", type=Path, nargs=2, metavar="JSON", help="print the table of two result files")
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it, and so would tests
     if options.table:
         print(table(*(json.loads(path.read_text()) for path in options.table)))
     else:
@@ -78,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
         copies: SimpleQueue[Path] = SimpleQueue()
         for number in range(options.processes):
             copies.put(copied(options.checkout, files, Path(folder) / str(number)))
-        for fault, found in zip(chosen, pool.map(lambda f: found_by(f, copies, options.quick), chosen), strict=True):
+        for fault, found in zip(chosen, pool.map(lambda f: found_by(f, copies, options), chosen), strict=True):
             print(f"{fault['area']}: {fault['fault']}: {found or 'NOT FOUND'}", flush=True)
             results[fault["fault"]] = found
             if options.out:
@@ -94,7 +96,7 @@ def copied(checkout: Path, files: list[str], copy: Path) -> Path:
     return copy
 
 
-def found_by(fault: dict, copies: SimpleQueue, quick: bool) -> str | None:
+def found_by(fault: dict, copies: SimpleQueue, options: argparse.Namespace) -> str | None:
     """Return the first test that fails with the fault, None if all pass."""
     copy = copies.get()
     file = copy / fault["file"]
@@ -109,29 +111,17 @@ def found_by(fault: dict, copies: SimpleQueue, quick: bool) -> str | None:
         # The tests that are named after the file come first, because they find most faults within seconds.
         words = set(Path(fault["file"]).stem.split("_"))
         likely = [test for test in tests if words & set(Path(test).stem.split("_"))]
-        stages = (likely, [test for test in tests if test not in likely], [] if quick else ["tests"])
-        return next((found for stage in stages if stage and (found := first_failure(copy, stage))), None)
+        stages = (likely, [test for test in tests if test not in likely], [] if options.quick else ["tests"])
+        select = [] if options.then else ["-m", "not slow"]  # that commit has no slow tests
+        return next((found for stage in stages if stage and (found := first_failure(copy, [*select, *stage]))), None)
     finally:
         file.write_text(text)
         copies.put(copy)
 
 
-def first_failure(copy: Path, tests: list[str]) -> str | None:
-    """Run tests until one fails; return its name."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "--no-header",
-        "-rfE",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "not slow",
-        *tests,
-    ]
+def first_failure(copy: Path, arguments: list[str]) -> str | None:
+    """Run pytest with these arguments until a test fails; return the test's name."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-rfE", "-p", "no:cacheprovider", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
