@@ -49,6 +49,11 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("moe-lm: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if (line := _yaml_error(error)) is None:
+            raise
+        _print_error(line)
+        return USER_ERROR
 
 
 def _run(name: str | None = None, *arguments: str) -> int:
@@ -66,6 +71,16 @@ def _run(name: str | None = None, *arguments: str) -> int:
         print(help_text(name))
         return 0
     return importlib.import_module(f"moe_lm.cli.{name}").main(current_overrides([*arguments]))
+
+
+def _yaml_error(error: Exception) -> str | None:
+    """Return a syntax error in a file of `configs` as one line, None for any other error."""
+    import yaml  # slow to import
+
+    mark = getattr(error, "problem_mark", None)
+    if not isinstance(error, yaml.MarkedYAMLError) or mark is None:
+        return None
+    return f"{mark.name}, line {mark.line + 1}, is no valid YAML ({error.problem}): correct it"
 
 
 def _print_error(line: str, peer_lost: bool = False) -> None:

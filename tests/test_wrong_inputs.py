@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from tiny_training import TRAINING, assert_one_line, with_overrides
 
 from moe_lm import cli, load
@@ -230,6 +231,13 @@ def test_the_help_of_train_names_the_keys_of_the_choices():
     assert "softmax=sampled  softmax.num_sampled=8192" in out
     assert "gate@model.layers.NAME.gate=noisy_top_k  model.layers.NAME.gate.noise_epsilon=0.01" in out
     assert "balance=load  balance.load.weight=0.1" in out
+
+
+def test_a_syntax_error_in_a_yaml_file_is_one_line(moe_lm, tmp_path, monkeypatch):
+    """As in the file of a new gate, whichever command and library reads it."""
+    (tmp_path / "mine.yaml").write_text("_target_: moe_lm.gate.mine.Mine\n  _partial_: true\n")
+    monkeypatch.setattr("moe_lm.__main__._run", lambda *arguments: OmegaConf.load(tmp_path / "mine.yaml"))
+    assert_one_line(moe_lm("train"), f"{tmp_path / 'mine.yaml'}, line 2, is no valid YAML")
 
 
 def test_usage_and_version(moe_lm):

@@ -110,8 +110,8 @@ def parameter_memory(model: nn.Module, recipe: OptimizerRecipe, step: StepSizes)
 def accumulation_bytes(model: nn.Module, recipe: OptimizerRecipe, step: StepSizes) -> int:
     """Return the additional bytes that gradient accumulation needs: 0 where a step is one micro-batch.
 
-    While a micro-batch's gradients are added to the sum, one layer's expert gradients and the rows of the vocabulary
-    exist twice.
+    While a micro-batch's gradients are added to the accumulated ones, two copies exist of one layer's expert gradients
+    and of the gradients of the vocabulary rows.
     """
     if step.micro_tokens >= step.tokens:
         return 0

@@ -18,6 +18,7 @@ import numpy as np
 from moe_lm.data.batch import MicroBatch, collate, lengths
 from moe_lm.data.prepared import Split
 from moe_lm.errors import UserError
+from moe_lm.resources import free_memory
 from moe_lm.seeds import random_keys
 
 POOL_STEPS = 128
@@ -71,6 +72,16 @@ def check_words(words: int, micro_words: int) -> None:
         raise UserError(f"batch.words={words} batch.micro_words={micro_words}: need 1 <= micro_words <= words")
 
 
+def _check_pool(words: int, sentences: int, micro_batches: int) -> None:
+    """Raise `UserError` where the memory cannot hold the order of a pool's sentences."""
+    needed, free = 64 * sentences + 256 * micro_batches, free_memory()
+    if free is not None and needed > free:
+        raise UserError(
+            f"batch.words={words}: the order of {POOL_STEPS} steps' sentences needs {needed / 2**30:,.0f} GiB of "
+            f"memory, and {free / 2**30:,.1f} GiB are free; lower batch.words"
+        )
+
+
 class Batches:
     """The global batch of every step."""
 
@@ -80,6 +91,7 @@ class Batches:
         self.micro_batches_per_step = math.ceil(words / micro_words)
         mean_words = split.num_words / split.num_sentences
         self.sentences_per_pool = max(POOL_STEPS * self.micro_batches_per_step, round(POOL_STEPS * words / mean_words))
+        _check_pool(words, self.sentences_per_pool, POOL_STEPS * self.micro_batches_per_step)
         self._epoch_order = lru_cache(maxsize=2)(self._draw_epoch_order)
         self._pool = lru_cache(maxsize=1)(self._cut_pool)
 

@@ -69,7 +69,7 @@ def run_on_parts(
 def kept_sentences(part: Part, max_words: int | None) -> Iterator[str]:
     """Stream a part's sentences of at most `max_words` words."""
     for line in part.sentences():
-        # n words have at least 2n - 1 characters, so most lines need no splitting.
+        # A line of fewer than 2n characters holds at most n words, so most lines are kept without `split`.
         if max_words is None or len(line) < 2 * max_words or len(line.split()) <= max_words:
             yield line
 

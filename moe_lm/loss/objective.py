@@ -5,6 +5,7 @@ Balance losses penalise how unevenly a gate uses its experts; they read additive
 Shape suffixes: E experts.
 """
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -21,8 +22,10 @@ class BalanceLoss:
     """Name of the statistic through which the loss's gradient reaches a gate."""
 
     def __init__(self, *, weight: float):
-        if not weight >= 0:
-            raise ValueError(f"balance weight {weight}: must be at least 0, as a negative one would reward imbalance")
+        if not 0 <= weight < math.inf:
+            raise ValueError(
+                f"balance weight {weight}: must be finite and at least 0, as a negative one would reward imbalance"
+            )
         self.weight = weight
 
     def __call__(self, gating: Gating) -> Tensor:

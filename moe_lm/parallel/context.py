@@ -103,7 +103,7 @@ class ParallelContext:
         return [bool(flag) for flag in most]
 
     def round_robin(self, count: int) -> list[int | None]:
-        """Return the numbers of this process's micro-batches out of `count`; None where it has none in a round.
+        """Return the indices of this process's micro-batches, of `count` in all; None in a round without one.
 
         Every process takes part in every round, because experts wait for all processes.
         """

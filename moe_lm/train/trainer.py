@@ -107,6 +107,8 @@ class Trainer:
                     stop, due = self.parallel.any(asked_to_stop(), due and self.parallel.is_first)
                     if due:
                         self._save()
+            if 0 < self.progress.step == self.progress.skipped:
+                self._give_up()  # the weights are the initial ones
             self._save(wait=True)
         finally:
             error = self.saver.finish()
@@ -154,7 +156,7 @@ class Trainer:
         saved = self.parallel.first(self.saver.steps)
         last = f"the last good checkpoint is that of step {saved[-1]}" if saved else "there is no checkpoint yet"
         raise UserError(
-            f"{self.settings.max_skipped_steps} updates in a row had no finite loss and gradient, or a loss that "
+            f"{self.progress.skipped_in_a_row} updates in a row had no finite loss and gradient, or a loss that "
             f"exploded, up to step {self.progress.step}; {last}: lower optimizer.learning_rate and train under another "
             "name=..."
         )

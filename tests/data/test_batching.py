@@ -226,6 +226,13 @@ def test_prefetched_batches_are_the_same():
             assert contents(batch) == contents(plain.step(step))  # asked for again, it is collated again
 
 
+def test_a_batch_that_the_memory_cannot_order_is_refused(monkeypatch):
+    """Before a pool is drawn that would fill the memory."""
+    monkeypatch.setattr("moe_lm.data.batching.free_memory", lambda: 2**30)
+    with pytest.raises(UserError, match=r"batch.words=100000000000: .* 1.0 GiB are free; lower batch.words"):
+        batches_of(split_of([3, 4]), words=10**11, micro_words=10**9)
+
+
 def test_only_the_assigned_micro_batches_and_the_dummy_are_prefetched():
     """A process without a micro-batch gets the shortest sentence; other processes' micro-batches are not collated."""
     batch = Prefetcher(small_batches(), lambda count: [1, None], pin_memory=False).step(0)

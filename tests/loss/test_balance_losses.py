@@ -3,6 +3,8 @@
 Shape suffixes: E experts.
 """
 
+import math
+
 import pytest
 import torch
 
@@ -64,6 +66,12 @@ def test_an_empty_batch_has_no_gradient_of_nan():
     x_E = torch.zeros(4).requires_grad_()
     squared_coefficient_of_variation(x_E).backward()
     assert x_E.grad.tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("weight", [-0.1, math.inf, math.nan])
+def test_an_impossible_weight_is_refused(weight):
+    with pytest.raises(ValueError, match="must be finite and at least 0"):
+        Load(weight=weight)
 
 
 def test_weight_is_kept_and_not_applied():

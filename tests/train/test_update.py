@@ -96,6 +96,15 @@ def test_too_many_in_a_row_end_the_run(workspace, moe_lm, training, faulty, monk
     assert moe_lm("evaluate", "run=runs/tiny").code == 0
 
 
+def test_a_run_without_any_update_is_no_success(workspace, moe_lm, training, faulty):
+    """Fewer steps than `max_skipped_steps`, all skipped: no result of the initial weights."""
+    faulty(nan_gradient(set(range(100))))
+    outcome = moe_lm("train", *training, "training.max_skipped_steps=100")
+    assert outcome.code == 2
+    assert outcome.err.splitlines()[-1].startswith("moe-lm: 12 updates in a row had no finite loss and gradient")
+    assert not Path("runs/tiny/result.json").exists()
+
+
 def test_one_good_update_between_starts_the_count_anew(workspace, moe_lm, training, faulty):
     faulty(nan_gradient({2, 3, 5, 6, 8, 9}))
     assert moe_lm("train", *with_overrides(training, "training.max_skipped_steps=3")).code == 0

@@ -147,7 +147,8 @@ def _grouped_mm(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # Consecutive programs compute the blocks of one tile: they share its rows, and mostly a matrix with the next tile.
+    # Consecutive programs compute the blocks of one tile and so reuse its rows. The next tile mostly belongs to the
+    # same expert, so its matrix is reused too.
     blocks = tl.cdiv(outputs, BLOCK_N)
     tile = tl.program_id(0) // blocks
     e = tl.load(expert + tile)
