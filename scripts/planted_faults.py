@@ -141,12 +141,15 @@ def table(then: dict[str, str | None], now: dict[str, str | None]) -> str:
     known = {fault["fault"] for fault in faults(then=True)}
     for fault in faults(then=False):
         name = fault["fault"]
-        before = _cell(then[name]) if name in known else "no such line"
-        rows.append(f"| {fault['area']} | {name} | {before} | {_cell(now[name])} |")
+        before = _cell(then, name) if name in known else "no such line"
+        rows.append(f"| {fault['area']} | {name} | {before} | {_cell(now, name)} |")
     return "\n".join(rows)
 
 
-def _cell(found: str | None) -> str:
+def _cell(results: dict[str, str | None], name: str) -> str:
+    if name not in results:
+        return "not run"
+    found = results[name]
     return "**not found**" if found is None else f"`{found.removeprefix('tests/')}`" if "::" in found else found
 
 
