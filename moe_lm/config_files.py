@@ -16,6 +16,14 @@ def choices(group: str) -> list[str]:
     return sorted(path.stem for path in (folder() / group).glob("*.yaml"))
 
 
+def read_choice(group: str, choice: str) -> object:
+    """Return the content of a choice's file; a syntax error names the file."""
+    import yaml  # slow to import
+
+    with (folder() / group / f"{choice}.yaml").open(encoding="utf-8") as file:
+        return yaml.safe_load(file)
+
+
 @cache
 def packaged_targets(group: str = "") -> frozenset[str]:
     """Return every `_target_` that the packaged YAML files name, or only those in the files of one group."""

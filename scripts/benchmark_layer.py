@@ -151,7 +151,7 @@ def _layers(options: argparse.Namespace, sizes: Sizes, on: torch.device) -> dict
 
 
 def _work(name: str, module: nn.Module, forward: Forward, sizes: Sizes, on: torch.device) -> Work:
-    """Return a call that runs both passes, from a gradient of the output; gradients are new, as after an update."""
+    """Return a function that runs a forward and a backward pass, with gradients reset as after an update."""
     x_TD = torch.randn(sizes.tokens, sizes.width, device=on, requires_grad=True)
     grad_TD = torch.randn_like(x_TD)
     switches = {_PLAIN: reference_only, _KERNELS: partial(patch.object, grouped_gemm, "max_torch_experts", 0)}

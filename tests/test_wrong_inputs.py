@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from tiny_training import TRAINING, assert_one_line, with_overrides
 
 from moe_lm import cli, load
-from moe_lm.config_files import folder
+from moe_lm.config_files import folder, read_choice
 from moe_lm.errors import UserError
 from moe_lm.run import Run
 
@@ -236,8 +236,11 @@ def test_the_help_of_train_names_the_keys_of_the_choices():
 def test_a_syntax_error_in_a_yaml_file_is_one_line(moe_lm, tmp_path, monkeypatch):
     """As in the file of a new gate, whichever command and library reads it."""
     (tmp_path / "mine.yaml").write_text("_target_: moe_lm.gate.mine.Mine\n  _partial_: true\n")
-    monkeypatch.setattr("moe_lm.__main__._run", lambda *arguments: OmegaConf.load(tmp_path / "mine.yaml"))
-    assert_one_line(moe_lm("train"), f"{tmp_path / 'mine.yaml'}, line 2, is no valid YAML")
+    expected = f"{tmp_path / 'mine.yaml'}, line 2, is no valid YAML"
+    monkeypatch.setattr("moe_lm.config_files.folder", lambda: tmp_path.parent)
+    for read in (lambda: OmegaConf.load(tmp_path / "mine.yaml"), lambda: read_choice(tmp_path.name, "mine")):
+        monkeypatch.setattr("moe_lm.__main__._run", lambda *arguments, read=read: read())
+        assert_one_line(moe_lm("train"), expected)
 
 
 def test_usage_and_version(moe_lm):

@@ -6,7 +6,7 @@ Usage and help are made from the YAML files alone: nothing heavy is imported for
 import json
 import sys
 
-from moe_lm.config_files import choices, flatten, folder
+from moe_lm.config_files import choices, flatten, folder, read_choice
 
 COMMANDS = {
     "prepare": "text to token ids in data/<name>/ (train does it by itself)",
@@ -51,13 +51,11 @@ def help_text(command: str) -> str:
 
 
 def _choice(group: str, choice: str) -> str:
-    import yaml
-
     place = {"layer": "layer@model.layers.NAME", "gate": "gate@model.layers.NAME.gate"}.get(group, group)
     line = f"  {place}={choice}"
     if group == "study":
         return line
-    config = flatten(yaml.safe_load((folder() / group / f"{choice}.yaml").read_text(encoding="utf-8")))
+    config = flatten(read_choice(group, choice))
     for key, value in config.items():
         # Keys with an underscore are Hydra's own; an interpolated key is set where it is defined.
         if key != "defaults" and "_target_" not in key and not key.startswith("_") and "${" not in str(value):

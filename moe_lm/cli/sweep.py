@@ -12,7 +12,7 @@ from moe_lm.atomic_io import write_text
 from moe_lm.cli.config import composed, default_name, parse, preset_of, quoted
 from moe_lm.cli.job_runner import Devices, Job, run_all, visible
 from moe_lm.compat import current_overrides
-from moe_lm.config_files import choices, folder
+from moe_lm.config_files import choices, read_choice
 from moe_lm.errors import UserError
 
 OWN_KEYS = ("study", "scale", "runs", "parallel")
@@ -52,7 +52,7 @@ def study_of(name: str, scale: str | None) -> Study:
     """Return a study at a scale, by default the study's default scale; raises `UserError` if either is unknown."""
     if name not in choices("study"):
         raise UserError(f"study={name}: no such study; there are {', '.join(choices('study'))}")
-    content = yaml.safe_load((folder() / "study" / f"{name}.yaml").read_text(encoding="utf-8"))
+    content = read_choice("study", name)
     if "scales" not in content:
         if scale:
             raise UserError(f"scale={scale}: study={name} has one size only: omit scale")

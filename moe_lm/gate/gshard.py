@@ -32,7 +32,7 @@ class GShard(Gate):
         self.capacity_factor = capacity_factor
 
     def choose(self, logit_TE: Tensor, groups: TokenGroups) -> Gating:
-        """Send each token to its two likeliest experts; in training within capacity, to the second only by chance."""
+        """Send each token to its two likeliest experts; in training, to the second by chance, and within capacity."""
         top_TK, expert_TK = logit_TE.topk(self.k, dim=1)
         gate_TK, kept_TK = top_TK.softmax(dim=1), None  # the two largest of a softmax, renormalised
         if self.training:

@@ -12,7 +12,7 @@ the `register` calls that follow the references. Callers name the operation and 
 A version is named by its module, which is imported when the version first runs: Triton is not installed everywhere, and
 slow to import.
 
-The table is plain Python because a `torch.library.custom_op` adds more time to a call than a small operation takes, and
+The table is plain Python because a PyTorch custom operator adds more time to a call than a small operation takes, and
 accepts no Python objects.
 """
 

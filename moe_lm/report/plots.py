@@ -280,7 +280,7 @@ def positive(value: float | None) -> bool:
 def set_log_axis(axis: Axis, values: Sequence[float], pad: float, least: float) -> None:
     """Make an axis logarithmic with a few round ticks, written as plain numbers.
 
-    The limits leave a share `pad` of the span, and at least a factor `least`, on either side of the values.
+    On either side of the values there is space: a share `pad` of their span, or a factor `least` if that is more.
     """
     low, ratio = min(values), max(values) / min(values)
     factor = max(ratio**pad, least)

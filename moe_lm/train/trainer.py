@@ -107,7 +107,7 @@ class Trainer:
                     stop, due = self.parallel.any(asked_to_stop(), due and self.parallel.is_first)
                     if due:
                         self._save()
-            if 0 < self.progress.step == self.progress.skipped:
+            if not stop and 0 < self.progress.step == self.progress.skipped:
                 self._give_up()  # the weights are the initial ones
             self._save(wait=True)
         finally:

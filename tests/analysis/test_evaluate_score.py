@@ -16,7 +16,7 @@ from moe_lm.cli.data import data_of
 
 
 def test_the_batch_changes_no_perplexity_and_every_sentence_counts_once(either):
-    """Of each split; those of valid and test are what training measured."""
+    """Each split has one perplexity; on valid and test it is the one that training measured."""
     lm, result = load("runs/tiny"), json.loads(Path("runs/tiny/result.json").read_text())
     for split, part in data_of(lm, "runs/tiny", None, print).splits.items():
         lines, expected = Path(f"text/{split}.txt").read_text().splitlines(), result["perplexity"].get(split)

@@ -26,7 +26,7 @@ OVERRIDES = {
     "two": ("model.order=[lower,middle,extra,upper]", "+layer@model.layers.extra=moe"),
     "dense": ("layer@model.layers.middle=feed_forward",),
 }
-"""Of the kinds of runs that are trained here, for two steps."""
+"""Overrides of each kind of run that this module trains, for two steps."""
 
 
 @pytest.fixture(scope="module")

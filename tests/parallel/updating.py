@@ -65,7 +65,7 @@ def trainer_for(case: Case, config: dict, parallel):
 
 
 def updates(parallel, argument: tuple[list[tuple[Case, dict]], int]) -> dict:
-    """Of each case: losses and gradients of every step, statistics, and parameters and moments after the last.
+    """Return, for each case, losses, gradients and statistics of every step, and the last parameters and moments.
 
     Tensors are the rows that this process holds; `whole` puts them together.
     """
