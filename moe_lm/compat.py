@@ -41,6 +41,15 @@ METRICS = {"dropped": "dropped_fraction", "unserved": "unrouted_fraction"}
 PARAMETERS = {"embedding_VD": "embedding.weight_VD"}
 """Names of parameters in checkpoints and exports."""
 
+ARGUMENTS = {
+    "moe_lm.optim.adam.Adam": {
+        "rates": {"experts": 1.0, "gates": 1.0, "vocabulary": 1.0, "rest": 1.0},
+        "sparsity_exponent": 0.0,
+    },
+    "moe_lm.optim.schedule.InverseSquareRoot": {"max_warmup_fraction": None, "decay_fraction": 0.0},
+}
+"""Arguments that earlier configurations lack, by target, with the values that change nothing."""
+
 _STORED_KEYS = {new: old for old, new in KEYS.items()}
 _STORED_TARGETS = {new: old for old, new in TARGETS.items()}
 
@@ -62,7 +71,7 @@ def current_metrics(line: dict) -> dict:
 
 def current_config(config: dict) -> dict:
     """Return a copy of a stored configuration with this version's keys and targets; values are not checked."""
-    config = _with_targets(config, TARGETS)
+    config = _with_arguments(_with_targets(config, TARGETS))
     for old, new in KEYS.items():
         *path, name = old.split(".")
         group = config.get(path[0]) if path else config
@@ -108,3 +117,15 @@ def _with_targets(node: object, targets: dict[str, str]) -> object:
     if isinstance(copy.get("_target_"), str):
         copy["_target_"] = targets.get(copy["_target_"], copy["_target_"])
     return copy
+
+
+def _with_arguments(node: object) -> object:
+    if isinstance(node, list):
+        return [_with_arguments(value) for value in node]
+    if not isinstance(node, dict):
+        return node
+    target = node.get("_target_")
+    added = ARGUMENTS.get(target, {}) if isinstance(target, str) else {}
+    return {key: _with_arguments(value) for key, value in node.items()} | {
+        key: value for key, value in added.items() if key not in node
+    }

@@ -40,10 +40,11 @@ class Run:
         self._metrics = GrowingFile(self.metrics_file)
         self._lock = FileLock(folder / ".lock")
 
-    def claim(self, config: dict) -> None:
+    def claim(self, config: dict, *, may_grow: bool = True) -> None:
         """Create the directory or resume it, locked against other processes until this one ends.
 
-        A directory without checkpoints, metrics and result accepts any configuration.
+        A directory without checkpoints, metrics and result accepts any configuration. A run may be resumed with a
+        larger `training.num_words` unless its schedule, which ends with the training, forbids it (`may_grow`).
 
         Raises `UserError` if the directory holds another run, is in use, or cannot be written.
         """
@@ -53,7 +54,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
             if self.config_file.exists() and self._has_begun():
-                self._compare(config)
+                self._compare(config, may_grow)
             write_text(self.config_file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         except Timeout:
             raise UserError(f"{self.folder} is in use by another process: wait for it or choose another name") from None
@@ -154,11 +155,17 @@ class Run:
         """Return whether there is anything to lose: an attempt that failed early leaves only a configuration."""
         return self.metrics_file.exists() or self.checkpoints.exists() or self.result_file.exists()
 
-    def _compare(self, config: dict) -> None:
+    def _compare(self, config: dict, may_grow: bool) -> None:
         stored, wanted = (flatten({key: each.get(key) for key in IDENTITY}) for each in (self.config(), config))
         before, now = (each["training"]["num_words"] for each in (self.config(), config))
         if now < before:
             raise UserError(f"{self.folder} is a run of training.num_words={before}: it can grow, not shrink to {now}")
+        if now > before and not may_grow:
+            raise UserError(
+                f"{self.folder} is a run of training.num_words={before}, and its schedule (decay_fraction or "
+                f"max_warmup_fraction) was laid out for it: to train on, choose another name=... and "
+                f"init_from={self.folder}"
+            )
         for key in sorted((stored.keys() | wanted.keys()) - _NOT_IDENTITY):
             if stored.get(key) != wanted.get(key):
                 raise UserError(

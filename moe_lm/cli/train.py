@@ -110,7 +110,7 @@ def _claimed(config: dict, run: Run) -> tuple[dict, str | None]:
         begun = run.begun()
         same = begun is not None and begun["batch"].get("words") == batch["words"]
         batch["micro_words"] = begun["batch"]["micro_words"] if same else -(-batch["words"] // config["num_processes"])
-    run.claim(config)
+    run.claim(config, may_grow=not make.build(config["schedule"]).depends_on_length)
     result = run.result()
     done = result is not None and result["words"] >= config["training"]["num_words"]
     return config, summary(result) if done else None

@@ -75,7 +75,7 @@ def trainer_of(
     trainer = Trainer(
         train_step=_train_step(model, config, recipe, on, parallel),
         peak_rate=recipe.learning_rate,
-        schedule=make.build(config["schedule"]),
+        schedule=partial(make.build(config["schedule"]), num_steps=batches.num_steps(settings.num_words)),
         prefetcher=Prefetcher(batches, parallel.round_robin, pin_memory=on.type == "cuda"),
         validate=partial(measure_split, model, config, data, "valid", limit, parallel=parallel),
         metrics=MetricsLog(run, config, writes=parallel.is_first),

@@ -13,7 +13,7 @@ _OPTIONAL_OF_TYPE = {
         *("batch.micro_words", "batch.words", "gate.max_experts", "machine.threads", "max_words"),
         *("parallel.expert_size", "processes", "softmax.chunk_logits", "top", "vocabulary.max_size", "vocabulary_size"),
     ),
-    float: ("gate.capacity_factor",),
+    float: ("gate.capacity_factor", "schedule.max_warmup_fraction"),
     str: (
         *("corpus.folder", "corpus.path", "corpus.revision", "corpus.subset", "data", "file", "init_from", "name"),
         *("parallel", "runs", "scale", "study", "vocabulary.file"),

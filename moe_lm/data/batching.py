@@ -104,6 +104,11 @@ class Batches:
         first = step_in_pool * self.micro_batches_per_step
         return GlobalBatch(self.split, self.start, self._pool(pool)[first : first + self.micro_batches_per_step])
 
+    def num_steps(self, words: int) -> int:
+        """Return the number of steps that read this many words, to within a step or two: steps differ in length."""
+        words_per_step = self.sentences_per_pool / POOL_STEPS * self.split.num_words / self.split.num_sentences
+        return max(1, round(words / words_per_step))
+
     def epoch(self, step: int) -> float:
         """Return how many times the split has been read before this step."""
         return step / POOL_STEPS * self.sentences_per_pool / self.split.num_sentences

@@ -14,6 +14,9 @@ from moe_lm.gate import Gate, Gating
 class Layer(nn.Module):
     """One layer of the stack; the model adds dropout and the residual sum around it."""
 
+    token_share: float = 1.0
+    """Share of the batch's tokens that reach one of its experts, or one column of its gate, on average."""
+
     def forward(self, x_TD: Tensor, layout: PaddedLayout) -> tuple[Tensor, Gating | None]:
         """Return y_TD and the gating, or None for a layer without a gate."""
         raise NotImplementedError

@@ -45,6 +45,8 @@ class HierarchicalMoE(Layer):
         self.primary_gate = primary_gate(width=width, num_experts=num_groups, k=primary_k)
         self.gate = gate(width=width, num_experts=group_size, k=k, num_groups=num_groups)
         self.experts = Experts(width=width, hidden=hidden, num_experts=num_experts, group_size=group_size)
+        self.token_share = self.assignments_per_token / num_experts
+        self.primary_gate.token_share = self.groups_per_token / num_groups
 
     def reset_parameters(self) -> None:
         """Draw the parameters of the primary gate, the secondary gates and the experts, in this order."""

@@ -78,6 +78,7 @@ class MoE(Layer):
             )
         self.gate = gate(width=width, num_experts=num_experts, k=k)
         self.experts = Experts(width=width, hidden=hidden, num_experts=num_experts)
+        self.token_share = self.assignments_per_token / num_experts
 
     def reset_parameters(self) -> None:
         """Draw the gate's parameters, then the experts' parameters."""

@@ -1,7 +1,7 @@
 """The contract of an optimizer recipe, and several PyTorch optimizers that update one model together."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -9,22 +9,36 @@ from torch.optim import Optimizer
 
 from moe_lm.ops.sparse_rows import row_grad
 
+_T = TypeVar("_T")
+
 EXPERTS, VOCABULARY, GATES, REST = "experts", "vocabulary", "gates", "rest"
 """Groups of parameters, as modules declare them by `parameter_group`."""
 
 
 def parameter_groups(model: nn.Module) -> dict[str, str]:
     """Return the group of each parameter by name, as declared by its module or else the nearest module around it."""
-    groups: dict[str, str] = {}
+    return _declared(model, "parameter_group", REST)
 
-    def visit(module: nn.Module, prefix: str, inherited: str) -> None:
-        group = getattr(module, "parameter_group", inherited)
-        groups.update({f"{prefix}{name}": group for name, _ in module.named_parameters(recurse=False)})
+
+def token_shares(model: nn.Module) -> dict[str, float]:
+    """Return by parameter name the share of the batch's tokens that reach one expert, or one expert's gate column.
+
+    Modules declare it as `token_share`; the parameters of other modules are reached by every token (1.0).
+    """
+    return _declared(model, "token_share", 1.0)
+
+
+def _declared(model: nn.Module, attribute: str, default: _T) -> dict[str, _T]:
+    found: dict[str, _T] = {}
+
+    def visit(module: nn.Module, prefix: str, inherited: _T) -> None:
+        value = getattr(module, attribute, inherited)
+        found.update({f"{prefix}{name}": value for name, _ in module.named_parameters(recurse=False)})
         for name, child in module.named_children():
-            visit(child, f"{prefix}{name}.", group)
+            visit(child, f"{prefix}{name}.", value)
 
-    visit(model, "", REST)
-    return {name: groups[name] for name, _ in model.named_parameters()}
+    visit(model, "", default)
+    return {name: found[name] for name, _ in model.named_parameters()}
 
 
 class OptimizerRecipe(Protocol):
@@ -60,8 +74,13 @@ class CompositeOptimizer:
 
     @property
     def param_groups(self) -> list[dict]:
-        """Return the parameter groups of all parts; a learning rate written into them takes effect."""
+        """Return the parameter groups of all parts; a group's `rate` is its factor of the learning rate."""
         return [group for part in self.parts for group in part.param_groups]
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Set the learning rate of the next step."""
+        for group in self.param_groups:
+            group["lr"] = learning_rate * group["rate"]
 
     @property
     def state(self) -> dict[nn.Parameter, dict[str, Tensor]]:

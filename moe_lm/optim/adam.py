@@ -1,13 +1,17 @@
 """Adam (Kingma & Ba 2015), the paper's optimizer, with its savings for experts and vocabulary (Appendix D)."""
 
+import math
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
-from moe_lm.optim import EXPERTS, VOCABULARY, CompositeOptimizer, parameter_groups
+from moe_lm.optim import EXPERTS, GATES, REST, VOCABULARY, CompositeOptimizer, parameter_groups, token_shares
 from moe_lm.optim.factored_adam import FactoredAdam
 from moe_lm.optim.lazy_adam import LazyAdam
 
 _EXPERTS, _VOCABULARY = ("adam", "factored"), ("lazy", "dense")
+_EQUAL_RATES = {EXPERTS: 1.0, GATES: 1.0, VOCABULARY: 1.0, REST: 1.0}
 
 
 class Adam:
@@ -16,6 +20,11 @@ class Adam:
     `experts=factored` has no first moment and a factored second moment (Appendix D). `vocabulary=lazy` updates only the
     rows of embedding and softmax that a step touches, and has no first moment. The paper gives neither betas nor
     epsilon nor clipping.
+
+    A parameter group learns at `rates[group]` times the learning rate, experts and gates also at s^`sparsity_exponent`,
+    where s is the share of the batch's tokens that one expert receives (k / E of a flat mixture). Adam divides a gradient
+    by its own size, noise included, so the steps of an expert that sees few tokens are as long as those of a dense layer
+    and mostly noise, which falls only with s^-0.5.
     """
 
     def __init__(
@@ -28,6 +37,8 @@ class Adam:
         clip_norm: float,
         experts: str,
         vocabulary: str,
+        rates: Mapping[str, float] = _EQUAL_RATES,
+        sparsity_exponent: float = 0.0,
     ):
         if not (learning_rate > 0 and clip_norm > 0 and epsilon > 0 and 0 <= beta1 < 1 and 0 <= beta2 < 1):
             raise ValueError(
@@ -38,22 +49,36 @@ class Adam:
             raise ValueError(f"optimizer.experts={experts}: choose {' or '.join(_EXPERTS)}")
         if vocabulary not in _VOCABULARY:
             raise ValueError(f"optimizer.vocabulary={vocabulary}: choose {' or '.join(_VOCABULARY)}")
+        for group, rate in rates.items():
+            if group not in _EQUAL_RATES:
+                raise ValueError(f"optimizer.rates.{group}: the parameter groups are {', '.join(_EQUAL_RATES)}")
+            if not 0 <= rate < math.inf:
+                raise ValueError(f"optimizer.rates.{group}={rate}: must be at least 0 and finite")
+        if not 0 <= sparsity_exponent <= 1:
+            raise ValueError(f"optimizer.sparsity_exponent={sparsity_exponent}: must be at least 0 and at most 1")
         self.learning_rate, self.clip_norm = learning_rate, clip_norm
+        self._rates, self._sparsity_exponent = {**_EQUAL_RATES, **rates}, sparsity_exponent
         self._beta1, self._beta2, self._epsilon = beta1, beta2, epsilon
         self._rules = {EXPERTS: "dense" if experts == "adam" else experts, VOCABULARY: vocabulary}
 
     def build(self, model: nn.Module) -> CompositeOptimizer:
-        """Return one optimizer per update rule; the groups that modules declare choose the rule."""
-        groups, by_rule = parameter_groups(model), {}
+        """Return one optimizer per update rule; the groups that modules declare choose the rule and the rate."""
+        groups, shares, by_rule = parameter_groups(model), token_shares(model), {}
         for name, parameter in model.named_parameters():
-            by_rule.setdefault(self._rule(groups[name]), []).append(parameter)
+            by_rate = by_rule.setdefault(self._rule(groups[name]), {})
+            by_rate.setdefault(self._rate(groups[name], shares[name]), []).append(parameter)
         settings = {"lr": self.learning_rate, "beta2": self._beta2, "epsilon": self._epsilon}
         build = {
-            "factored": lambda parameters: FactoredAdam(parameters, **settings),
-            "lazy": lambda parameters: LazyAdam(parameters, **settings),
+            "factored": lambda param_groups: FactoredAdam(param_groups, **settings),
+            "lazy": lambda param_groups: LazyAdam(param_groups, **settings),
             "dense": self._dense,
         }
-        return CompositeOptimizer([build[rule](parameters) for rule, parameters in by_rule.items()])
+        return CompositeOptimizer(
+            [
+                build[rule]([{"params": parameters, "rate": rate} for rate, parameters in by_rate.items()])
+                for rule, by_rate in by_rule.items()
+            ]
+        )
 
     def gradient_bytes(self, group: str, parameter: Tensor, num_rows: int) -> int:
         """Return the gradient's bytes; for a lazy matrix, the bytes of the touched rows and their numbers (int64)."""
@@ -74,6 +99,10 @@ class Adam:
     def _rule(self, group: str) -> str:
         return self._rules.get(group, "dense")
 
-    def _dense(self, parameters: list[nn.Parameter]) -> torch.optim.Adam:
+    def _rate(self, group: str, token_share: float) -> float:
+        sparse = token_share**self._sparsity_exponent if group in (EXPERTS, GATES) else 1.0
+        return self._rates[group] * sparse
+
+    def _dense(self, param_groups: list[dict]) -> torch.optim.Adam:
         betas = (self._beta1, self._beta2)
-        return torch.optim.Adam(parameters, lr=self.learning_rate, betas=betas, eps=self._epsilon, fused=True)
+        return torch.optim.Adam(param_groups, lr=self.learning_rate, betas=betas, eps=self._epsilon, fused=True)

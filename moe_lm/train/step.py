@@ -75,8 +75,7 @@ class TrainStep:
 
     def __call__(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
         """Update the weights, unless the loss exploded or loss or gradient is not finite; return the step's figures."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        self.optimizer.set_learning_rate(learning_rate)
         with _float32_as_tf32(self._allow_tf32):
             sums = self._forward_backward(batch, step)
         self._reducer.finish()

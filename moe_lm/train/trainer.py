@@ -123,7 +123,7 @@ class Trainer:
     def _step(self, bar: tqdm) -> None:
         progress, started = self.progress, time.perf_counter()
         batch = self.prefetcher.step(progress.step)
-        result = self.train_step(batch, progress.step, self.peak_rate * self.schedule(progress.step))
+        result = self.train_step(batch, progress.step, self._learning_rate(progress.step))
         progress.step += 1
         progress.words += batch.num_words
         progress.tokens += batch.num_tokens
@@ -134,6 +134,9 @@ class Trainer:
         self._interval.add(seconds=seconds)
         bar.update(batch.num_words)
         self._after_step(bar)
+
+    def _learning_rate(self, step: int) -> float:
+        return self.peak_rate * self.schedule(step)
 
     def _count(self, result: StepResult, num_words: int) -> None:
         """Add a step's figures to the interval; a skipped step only counts as skipped."""
@@ -184,7 +187,7 @@ class Trainer:
                 **self._position(),
                 "epoch": self.prefetcher.epoch(self.progress.step),
                 **loss,
-                "learning_rate": self.optimizer.param_groups[0]["lr"],
+                "learning_rate": self._learning_rate(self.progress.step - 1),
                 "words_per_second": passed / max(seconds, 1e-9),
                 **means,
                 **({"skipped": int(skipped)} if skipped else {}),
