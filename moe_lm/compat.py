@@ -41,11 +41,17 @@ METRICS = {"dropped": "dropped_fraction", "unserved": "unrouted_fraction"}
 PARAMETERS = {"embedding_VD": "embedding.weight_VD"}
 """Names of parameters in checkpoints and exports."""
 
+_MIXTURE = {"gate_init_std": None, "gate_temperature": 1.0, "output_activation": "sigmoid", "output_init_scale": 1.0}
+_MODEL = {"output_activation": "sigmoid", "output_init_scale": 1.0, "gate_init_std": None}
 ARGUMENTS = {
     "moe_lm.optim.adam.Adam": {
         "rates": {"experts": 1.0, "gates": 1.0, "vocabulary": 1.0, "rest": 1.0},
         "sparsity_exponent": 0.0,
     },
+    "moe_lm.gate.noisy_top_k.NoisyTopK": {"noise_scale": 1.0, "noise_schedule": "constant"},
+    "moe_lm.model.feed_forward.FeedForward": {"output_activation": "sigmoid", "output_init_scale": 1.0},
+    "moe_lm.model.hierarchical_moe.HierarchicalMoE": _MIXTURE,
+    "moe_lm.model.moe.MoE": _MIXTURE,
     "moe_lm.optim.schedule.InverseSquareRoot": {"max_warmup_fraction": None, "decay_fraction": 0.0},
 }
 """Arguments that earlier configurations lack, by target, with the values that change nothing."""
@@ -72,6 +78,8 @@ def current_metrics(line: dict) -> dict:
 def current_config(config: dict) -> dict:
     """Return a copy of a stored configuration with this version's keys and targets; values are not checked."""
     config = _with_arguments(_with_targets(config, TARGETS))
+    if isinstance(config.get("model"), dict):
+        config["model"] = {**_MODEL, **config["model"]}
     for old, new in KEYS.items():
         *path, name = old.split(".")
         group = config.get(path[0]) if path else config

@@ -44,7 +44,7 @@ class Run:
         """Create the directory or resume it, locked against other processes until this one ends.
 
         A directory without checkpoints, metrics and result accepts any configuration. A run may be resumed with a
-        larger `training.num_words` unless its schedule, which ends with the training, forbids it (`may_grow`).
+        larger `training.num_words` only if `may_grow`, that is, unless its schedules end with the training.
 
         Raises `UserError` if the directory holds another run, is in use, or cannot be written.
         """
@@ -162,9 +162,8 @@ class Run:
             raise UserError(f"{self.folder} is a run of training.num_words={before}: it can grow, not shrink to {now}")
         if now > before and not may_grow:
             raise UserError(
-                f"{self.folder} is a run of training.num_words={before}, and its schedule (decay_fraction or "
-                f"max_warmup_fraction) was laid out for it: to train on, choose another name=... and "
-                f"init_from={self.folder}"
+                f"{self.folder} is a run of training.num_words={before}, and its schedule (of the learning rate or "
+                f"of the noise) was laid out for them: to train on, choose another name=... and init_from={self.folder}"
             )
         for key in sorted((stored.keys() | wanted.keys()) - _NOT_IDENTITY):
             if stored.get(key) != wanted.get(key):

@@ -36,7 +36,7 @@ PARTS = [(group, choice) for group in PLACES for choice in choices(group)]
 NEEDS = {"hierarchical_moe": ["model.num_groups=2", "model.k=2"]}
 # Constructor arguments that are known only when the model is built.
 RUNTIME = {
-    "gate": {"width", "num_experts", "k", "num_groups"},
+    "gate": {"width", "num_experts", "k", "num_groups", "init_std", "temperature"},
     "softmax": {"width", "vocabulary_size", "held"},
 }
 

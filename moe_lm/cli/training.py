@@ -9,7 +9,7 @@ from moe_lm.analysis.cost import flops_per_word
 from moe_lm.checkpoint.saver import Saver
 from moe_lm.cli import machine as make
 from moe_lm.cli.result import Counts, counts_of, measure_split
-from moe_lm.cli.validate_gates import check_losses, non_causal_notes, require_statistics
+from moe_lm.cli.validate_gates import check_losses, gates_of, non_causal_notes, require_statistics
 from moe_lm.data.batching import Batches, Prefetcher, check_words
 from moe_lm.data.prepared import Prepared
 from moe_lm.errors import UserError
@@ -44,6 +44,15 @@ def check(config: dict) -> None:
     check_words(words, words if micro_words is None else micro_words)
 
 
+def depends_on_length(config: dict) -> bool:
+    """Return whether schedule or gates depend on the number of all updates, so that the run cannot grow."""
+    with torch.device("meta"):
+        model = make.build_model(config, _SOME_WORDS)
+    return make.build(config["schedule"]).depends_on_length or any(
+        gate.depends_on_length for _, gate in gates_of(model)
+    )
+
+
 def trainer_of(
     config: dict,
     data: Prepared,
@@ -75,7 +84,8 @@ def trainer_of(
     trainer = Trainer(
         train_step=_train_step(model, config, recipe, on, parallel),
         peak_rate=recipe.learning_rate,
-        schedule=partial(make.build(config["schedule"]), num_steps=batches.num_steps(settings.num_words)),
+        schedule=make.build(config["schedule"]),
+        num_steps=batches.num_steps(settings.num_words),
         prefetcher=Prefetcher(batches, parallel.round_robin, pin_memory=on.type == "cuda"),
         validate=partial(measure_split, model, config, data, "valid", limit, parallel=parallel),
         metrics=MetricsLog(run, config, writes=parallel.is_first),

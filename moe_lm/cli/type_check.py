@@ -13,16 +13,16 @@ _OPTIONAL_OF_TYPE = {
         *("batch.micro_words", "batch.words", "gate.max_experts", "machine.threads", "max_words"),
         *("parallel.expert_size", "processes", "softmax.chunk_logits", "top", "vocabulary.max_size", "vocabulary_size"),
     ),
-    float: ("gate.capacity_factor", "schedule.max_warmup_fraction"),
+    float: ("gate.capacity_factor", "layer.gate_init_std", "model.gate_init_std", "schedule.max_warmup_fraction"),
     str: (
         *("corpus.folder", "corpus.path", "corpus.revision", "corpus.subset", "data", "file", "init_from", "name"),
         *("parallel", "runs", "scale", "study", "vocabulary.file"),
     ),
 }
 OPTIONAL = {key: kind for kind, keys in _OPTIONAL_OF_TYPE.items() for key in keys}
-"""Types of the keys whose default is null; `gate.` stands for any gate of a layer."""
+"""Types of the keys whose default is null; `layer.` stands for any layer, `gate.` for any gate of a layer."""
 
-_GATE = re.compile(r"model\.layers\.\w+\.(primary_)?gate\.")
+_LAYER, _GATE = re.compile(r"model\.layers\.\w+\."), re.compile(r"layer\.(primary_)?gate\.")
 
 _IN_WORDS = {
     int: "a whole number",
@@ -41,7 +41,7 @@ def check_types(defaults: DictConfig, config: DictConfig) -> None:
         if key not in known:
             _refuse_shape(key, value, known)
         default = known[key]
-        expected = type(default) if default is not None else OPTIONAL.get(_GATE.sub("gate.", key))
+        expected = type(default) if default is not None else OPTIONAL.get(_GATE.sub("gate.", _LAYER.sub("layer.", key)))
         if expected is None or (value is None and default is None):
             continue
         converted = _converted(value, expected)

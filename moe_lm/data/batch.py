@@ -25,6 +25,8 @@ class PaddedLayout:
     num_sentences: int
     index_T: Tensor | None
     """Index of each token in the flattened padded array (int64, ascending); None where nothing is padded."""
+    input_T: Tensor | None = None
+    """Id of each token's input word (int64), for gates that read it; the model fills it in."""
 
     @property
     def step_T(self) -> Tensor:

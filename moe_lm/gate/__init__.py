@@ -15,8 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from moe_lm.ops.grouped_linear import grouped_linear
 from moe_lm.ops.routing import segment_sizes, segment_sum, stable_sort_below
+from moe_lm.ops.token_groups import TokenGroups
 
 
 @dataclass(frozen=True)
@@ -101,41 +101,6 @@ class Gating:
         return replace(self, importance_E=values["importance_E"], load_E=values["load_E"], sums=sums)
 
 
-class TokenGroups:
-    """The tokens of one call, sorted by the group of experts that each may choose from.
-
-    A flat gate has a single group with all tokens, so an equation is written once for flat and hierarchical layers.
-    """
-
-    def __init__(self, num_tokens: int, num_experts: int, group_T: Tensor | None = None, num_groups: int | None = None):
-        self.num_tokens, self.num_experts = num_tokens, num_experts
-        self.group_T, self.num_groups = group_T, num_groups or 1
-
-    def matmul(self, x_TD: Tensor, weight: Tensor) -> Tensor:
-        """Return x W (T, E), where each token is multiplied by the matrix of its group."""
-        return x_TD @ weight if self.group_T is None else grouped_linear(x_TD, weight, self.group_T)
-
-    def sizes(self) -> Tensor:
-        """Return the number of tokens in each group (float64, G)."""
-        if self.group_T is None:
-            return torch.tensor([self.num_tokens], dtype=torch.float64)
-        return segment_sizes(self.group_T, self.num_groups).double()
-
-    def sum(self, x_TE: Tensor) -> Tensor:
-        """Return the sums over each group's tokens (G, E)."""
-        if self.group_T is None:
-            return x_TE.sum(dim=0, keepdim=True)
-        return segment_sum(x_TE, self.group_T, self.num_groups)
-
-    def per_token(self, x_GE: Tensor) -> Tensor:
-        """Return the row of each token's group (T, E); without groups, the single row (1, E), to be broadcast."""
-        return x_GE if self.group_T is None else x_GE.index_select(0, self.group_T)
-
-    def expert_numbers(self, expert_TK: Tensor) -> Tensor:
-        """Return the experts' numbers among all groups: expert j of group g has the number g * num_experts + j."""
-        return expert_TK if self.group_T is None else expert_TK + (self.group_T * self.num_experts).unsqueeze(1)
-
-
 class Gate(nn.Module):
     """A gating network G(x) or, if `num_groups` is given, one for each group of experts (Appendix B).
 
@@ -147,9 +112,11 @@ class Gate(nn.Module):
     """Optimizer group of the gate's parameters."""
     only_k: ClassVar[int | None] = None
     """The only k that the gate is defined for; None: any."""
-    has_noise: ClassVar[bool] = False
+    has_matrix: ClassVar[bool] = True
+    """Whether the gate has a matrix W_g; without one `logits` returns zeros."""
+    has_noise: bool = False
     """Whether the gate has a second matrix, W_noise; in training `logits` then also returns x W_noise (T, 2 E)."""
-    differentiable_stats: ClassVar[frozenset[str]] = frozenset({"importance_E", "log_z_squared"})
+    differentiable_stats: frozenset[str] = frozenset({"importance_E", "log_z_squared"})
     """Statistics through which the gradient of a balance loss reaches the gate."""
     needs_loss: ClassVar[str | None] = None
     """Name of the balance loss without which the gate would not learn the numbers that it uses in evaluation."""
@@ -157,15 +124,35 @@ class Gate(nn.Module):
     """How a training choice depends on other tokens, and what evaluation does instead; None if it does not depend."""
     required_stats: frozenset[str] | None = None
     """Statistics that the balance losses read; others are not computed. None: all are computed."""
+    depends_on_length: bool = False
+    """Whether training depends on the number of all updates, by `progress`."""
+    progress: float = 0.0
+    """Share of all updates that were made before the current one; the training step sets it."""
 
-    def __init__(self, *, width: int, num_experts: int, k: int, num_groups: int | None = None):
+    def __init__(
+        self,
+        *,
+        width: int,
+        num_experts: int,
+        k: int,
+        num_groups: int | None = None,
+        init_std: float | None = None,
+        temperature: float = 1.0,
+    ):
+        """W_g is drawn from N(0, `init_std`^2), or by `init_matrix_` if None; logits are divided by `temperature`."""
         super().__init__()
         self.num_experts, self.k, self.num_groups = num_experts, k, num_groups
+        self.init_std, self.temperature = init_std, temperature
         self.check_k()
+        if init_std is not None and not 0 <= init_std < math.inf:
+            raise ValueError(f"model.gate_init_std={init_std}: must be at least 0 and finite, or null")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"gate_temperature={temperature}: must be positive and finite")
         self.assignments_per_token: float = k  # on average
         self._initial_values: dict[str, float] = {}
         shape = (width, num_experts) if num_groups is None else (num_groups, width, num_experts)
-        self.gate_DE = nn.Parameter(torch.empty(shape))
+        if self.has_matrix:
+            self.gate_DE = nn.Parameter(torch.empty(shape))
         if self.has_noise:
             self.noise_DE = nn.Parameter(torch.empty(shape))
         self.reset_parameters()
@@ -194,7 +181,10 @@ class Gate(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the matrices, and set the numbers of `register_per_expert` to their initial values."""
         for weight in self._matrices():
-            self.init_matrix_(weight)
+            if self.init_std is None or weight is not self.gate_DE:
+                self.init_matrix_(weight)
+            else:
+                weight.normal_(0, self.init_std)
         for name, value in self._initial_values.items():
             getattr(self, name).fill_(value)
 
@@ -203,20 +193,28 @@ class Gate(nn.Module):
         deviation = math.sqrt(0.1 / weight.shape[-2])
         nn.init.trunc_normal_(weight, std=deviation, a=-2 * deviation, b=2 * deviation)
 
-    def forward(self, x_TD: Tensor, group_T: Tensor | None = None) -> Gating:
+    def forward(self, x_TD: Tensor, group_T: Tensor | None = None, input_T: Tensor | None = None) -> Gating:
         """Assign tokens to experts; with groups, token t to experts of group `group_T[t]` (int64, ascending).
 
-        All computations are in the matrices' type, whatever the autocast type.
+        `input_T` are the ids of the tokens' input words. All computations are in the matrices' type, whatever the
+        autocast type.
         """
         with torch.autocast(x_TD.device.type, enabled=False):
-            groups = TokenGroups(len(x_TD), self.num_experts, group_T, self.num_groups)
-            return self.choose(self.logits(x_TD.to(self.gate_DE.dtype), groups), groups)
+            groups = TokenGroups(len(x_TD), self.num_experts, group_T, self.num_groups, input_T)
+            dtype = self.gate_DE.dtype if self.has_matrix else torch.promote_types(x_TD.dtype, torch.float32)
+            return self.choose(self.logits(x_TD.to(dtype), groups), groups)
 
     def logits(self, x_TD: Tensor, groups: TokenGroups) -> Tensor:
-        """Return x W_g (T, E) or, for a gate with noise in training, x W_g and x W_noise side by side (T, 2 E)."""
+        """Return x W_g (T, E) or, for a gate with noise in training, x W_g and x W_noise side by side (T, 2 E).
+
+        x W_g is divided by the temperature.
+        """
+        if not self.has_matrix:
+            return x_TD.new_zeros(len(x_TD), self.num_experts)
+        gate_DE = self.gate_DE if self.temperature == 1 else self.gate_DE / self.temperature
         if self.has_noise and self.training:  # a single product, as a wide one is faster than two narrow ones
-            return groups.matmul(x_TD, torch.cat([self.gate_DE, self.noise_DE], dim=-1))
-        return groups.matmul(x_TD, self.gate_DE)
+            return groups.matmul(x_TD, torch.cat([gate_DE, self.noise_DE], dim=-1))
+        return groups.matmul(x_TD, gate_DE)
 
     def choose(self, logit_TF: Tensor, groups: TokenGroups) -> Gating:
         """Return the gating by the gate's equation, with `token_choice` or `expert_choice`."""
@@ -287,7 +285,8 @@ class Gate(nn.Module):
         return sum(weight.numel() for weight in self._matrices()) // (self.num_groups or 1)
 
     def _matrices(self) -> list[nn.Parameter]:
-        return [self.gate_DE, self.noise_DE] if self.has_noise else [self.gate_DE]
+        names = ["gate_DE"] * self.has_matrix + ["noise_DE"] * self.has_noise
+        return [getattr(self, name) for name in names]
 
     def _computes(self, stat: str) -> bool:
         """Return whether a statistic is computed: it has a gradient to this gate, and a loss reads it."""

@@ -3,12 +3,30 @@
 Shape suffixes: T tokens, D width.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from moe_lm.data.batch import PaddedLayout
 from moe_lm.gate import Gate, Gating
+
+_OUTPUT_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "none": lambda x: x}
+
+
+def output_activation_of(name: str) -> Callable[[Tensor], Tensor]:
+    """Return the function on top of a mixture or dense layer: the paper's sigmoid (Appendix C.1), or none."""
+    if name not in _OUTPUT_ACTIVATIONS:
+        raise ValueError(f"model.output_activation={name}: choose {' or '.join(_OUTPUT_ACTIVATIONS)}")
+    return _OUTPUT_ACTIVATIONS[name]
+
+
+def checked_init_scale(scale: float) -> float:
+    """Return the factor of the initial deviation of a layer's last matrix; raises ValueError if it is no factor."""
+    if not 0 <= scale < math.inf:
+        raise ValueError(f"model.output_init_scale={scale}: must be at least 0 and finite")
+    return scale
 
 
 class Layer(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_lm.data.batch import PaddedLayout
 from moe_lm.gate import Gate, Gating
-from moe_lm.model import Layer
+from moe_lm.model import Layer, output_activation_of
 from moe_lm.model.moe import Experts
 from moe_lm.ops.routing import segment_sizes, segment_sum
 from moe_lm.ops.token_dispatch import dispatch
@@ -20,7 +20,7 @@ _PRODUCTS = ("load_E", "requested_E", "first_choice_E", "probability_E")
 
 
 class HierarchicalMoE(Layer):
-    """y = sigmoid(sum_i sum_j G_primary(x)_i G_i(x)_j E_ij(x)) (eq. 12; the sigmoid: Appendix C.1).
+    """y = f(sum_i sum_j G_primary(x)_i G_i(x)_j E_ij(x)) (eq. 12), f being `output_activation`, the paper's sigmoid.
 
     There are `num_experts` experts in `num_groups` equal groups; a token goes to `primary_k` groups (k by default), and
     to k experts in each.
@@ -37,14 +37,26 @@ class HierarchicalMoE(Layer):
         primary_gate: Callable[..., Gate],
         gate: Callable[..., Gate],
         primary_k: int | None = None,
+        gate_init_std: float | None = None,
+        gate_temperature: float = 1.0,
+        output_activation: str = "sigmoid",
+        output_init_scale: float = 1.0,
     ):
         super().__init__()
         primary_k = k if primary_k is None else primary_k
         _check(k, primary_k, width=width, expert_hidden=hidden, num_experts=num_experts, num_groups=num_groups)
         self.k, self.num_groups, group_size = k, num_groups, num_experts // num_groups
-        self.primary_gate = primary_gate(width=width, num_experts=num_groups, k=primary_k)
-        self.gate = gate(width=width, num_experts=group_size, k=k, num_groups=num_groups)
-        self.experts = Experts(width=width, hidden=hidden, num_experts=num_experts, group_size=group_size)
+        common = {"width": width, "init_std": gate_init_std, "temperature": gate_temperature}
+        self.primary_gate = primary_gate(num_experts=num_groups, k=primary_k, **common)
+        self.gate = gate(num_experts=group_size, k=k, num_groups=num_groups, **common)
+        self.experts = Experts(
+            width=width,
+            hidden=hidden,
+            num_experts=num_experts,
+            group_size=group_size,
+            output_init_scale=output_init_scale,
+        )
+        self.output_activation = output_activation_of(output_activation)
         self.token_share = self.assignments_per_token / num_experts
         self.primary_gate.token_share = self.groups_per_token / num_groups
 
@@ -58,12 +70,13 @@ class HierarchicalMoE(Layer):
         """Return the gates of both levels."""
         return {"primary_gate": self.primary_gate, "gate": self.gate}
 
-    def forward(self, x_TD: Tensor, layout: PaddedLayout) -> tuple[Tensor, "HierarchicalGating"]:  # noqa: ARG002
+    def forward(self, x_TD: Tensor, layout: PaddedLayout) -> tuple[Tensor, "HierarchicalGating"]:
         """Return the mixture's output and the gating of both levels; a group's gate sees only the rows sent to it."""
-        primary = self.primary_gate(x_TD)
-        secondary = self.gate(dispatch(x_TD, primary.token_A), primary.expert_A)
+        primary = self.primary_gate(x_TD, input_T=layout.input_T)
+        input_R = None if layout.input_T is None else layout.input_T.index_select(0, primary.token_A)
+        secondary = self.gate(dispatch(x_TD, primary.token_A), primary.expert_A, input_R)
         gating = HierarchicalGating.of_levels(primary, secondary, self.k)
-        return self.experts(x_TD, gating).sigmoid(), gating
+        return self.output_activation(self.experts(x_TD, gating)), gating
 
     def operations_per_timestep(self) -> int:
         """Return the multiply-adds of the primary gate and, for each of a token's groups, of its gate and experts."""

@@ -4,6 +4,7 @@ Shape suffixes: T tokens, D width, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -76,9 +77,9 @@ class LanguageModel(nn.Module):
     def hidden(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Gating]]:
         """Return the last layer's outputs (T, D) and the gatings."""
         gatings = {}
-        x_TD = self._dropout(self.embedding(batch.inputs))
+        x_TD, layout = self._dropout(self.embedding(batch.inputs)), replace(batch.layout, input_T=batch.input_T)
         for name, layer in self.layers.items():
-            y_TD, gating = layer(x_TD, batch.layout)
+            y_TD, gating = layer(x_TD, layout)
             x_TD = x_TD + self._dropout(y_TD)
             if gating is not None:
                 gatings[name] = gating

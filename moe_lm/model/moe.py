@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moe_lm.data.batch import PaddedLayout
 from moe_lm.gate import Gate, Gating
-from moe_lm.model import Layer
+from moe_lm.model import Layer, checked_init_scale, output_activation_of
 from moe_lm.model.init import init_experts_
 from moe_lm.ops.experts import moe_mlp
 
@@ -21,13 +21,24 @@ class Experts(nn.Module):
 
     parameter_group = "experts"
 
-    def __init__(self, *, width: int, hidden: int, num_experts: int, group_size: int = 1, held: range | None = None):
+    def __init__(
+        self,
+        *,
+        width: int,
+        hidden: int,
+        num_experts: int,
+        group_size: int = 1,
+        held: range | None = None,
+        output_init_scale: float = 1.0,
+    ):
         """`group_size` consecutive experts are one group of a hierarchical layer.
 
-        The module holds only the matrices of the experts in `held`, by default of all experts.
+        The module holds only the matrices of the experts in `held`, by default of all experts. W2 begins at
+        `output_init_scale` times its usual deviation.
         """
         super().__init__()
         self.num_experts, self.group_size = num_experts, group_size
+        self.output_init_scale = checked_init_scale(output_init_scale)
         self.held = range(num_experts) if held is None else held
         self.recompute = False
         """Whether the backward pass recomputes the hidden activations instead of keeping them (Appendix D)."""
@@ -48,7 +59,7 @@ class Experts(nn.Module):
     def reset_parameters(self) -> None:
         """Draw uniformly with variance 2/fan-in before the ReLU and 1/fan-in after it."""
         init_experts_(self.w1_EDH, math.sqrt(2 / self.width), self.held)
-        init_experts_(self.w2_EHD, math.sqrt(1 / self.hidden), self.held)
+        init_experts_(self.w2_EHD, self.output_init_scale * math.sqrt(1 / self.hidden), self.held)
 
     def forward(self, x_TD: Tensor, gating: Gating) -> Tensor:
         """Return y_TD = sum_i G(x)_i E_i(x) over a token's experts (eq. 1); zeros for a token without experts."""
@@ -68,16 +79,30 @@ def set_recompute(model: nn.Module, on: bool) -> None:
 
 
 class MoE(Layer):
-    """y = sigmoid(sum_i G(x)_i E_i(x)) (eq. 1; the sigmoid: Appendix C.1)."""
+    """y = f(sum_i G(x)_i E_i(x)) (eq. 1), where f is `output_activation`, a sigmoid in the paper (Appendix C.1)."""
 
-    def __init__(self, *, width: int, hidden: int, num_experts: int, k: int, gate: Callable[..., Gate]):
+    def __init__(
+        self,
+        *,
+        width: int,
+        hidden: int,
+        num_experts: int,
+        k: int,
+        gate: Callable[..., Gate],
+        gate_init_std: float | None = None,
+        gate_temperature: float = 1.0,
+        output_activation: str = "sigmoid",
+        output_init_scale: float = 1.0,
+    ):
         super().__init__()
         if min(width, hidden, num_experts) < 1:
             raise ValueError(
                 f"model.width={width} model.expert_hidden={hidden} model.num_experts={num_experts} must be at least 1"
             )
-        self.gate = gate(width=width, num_experts=num_experts, k=k)
-        self.experts = Experts(width=width, hidden=hidden, num_experts=num_experts)
+        common = {"width": width, "init_std": gate_init_std, "temperature": gate_temperature}
+        self.gate = gate(num_experts=num_experts, k=k, **common)
+        self.experts = Experts(width=width, hidden=hidden, num_experts=num_experts, output_init_scale=output_init_scale)
+        self.output_activation = output_activation_of(output_activation)
         self.token_share = self.assignments_per_token / num_experts
 
     def reset_parameters(self) -> None:
@@ -89,10 +114,10 @@ class MoE(Layer):
         """Return the one gate."""
         return {"gate": self.gate}
 
-    def forward(self, x_TD: Tensor, layout: PaddedLayout) -> tuple[Tensor, Gating]:  # noqa: ARG002
+    def forward(self, x_TD: Tensor, layout: PaddedLayout) -> tuple[Tensor, Gating]:
         """Return the mixture's output and its gating."""
-        gating = self.gate(x_TD)
-        return self.experts(x_TD, gating).sigmoid(), gating
+        gating = self.gate(x_TD, input_T=layout.input_T)
+        return self.output_activation(self.experts(x_TD, gating)), gating
 
     def operations_per_timestep(self) -> int:
         """Return the multiply-adds of the gate and of the experts that a token is sent to on average."""

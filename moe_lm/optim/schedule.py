@@ -13,7 +13,9 @@ class Schedule:
         if warmup_steps < 1:
             raise ValueError(f"schedule.warmup_steps={warmup_steps}: must be at least 1")
         if max_warmup_fraction is not None and not 0 < max_warmup_fraction <= 1:
-            raise ValueError(f"schedule.max_warmup_fraction={max_warmup_fraction}: must be above 0 and at most 1, or null")
+            raise ValueError(
+                f"schedule.max_warmup_fraction={max_warmup_fraction}: must be above 0 and at most 1, or null"
+            )
         if not 0 <= decay_fraction <= 1:
             raise ValueError(f"schedule.decay_fraction={decay_fraction}: must be at least 0 and at most 1")
         self.warmup_steps, self.max_warmup_fraction = warmup_steps, max_warmup_fraction

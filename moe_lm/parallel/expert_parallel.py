@@ -32,6 +32,7 @@ class ExpertParallelExperts(Experts):
             num_experts=experts.num_experts,
             group_size=experts.group_size,
             held=shard.rows,
+            output_init_scale=experts.output_init_scale,
         )
         self.recompute, self.shard = experts.recompute, shard
 

@@ -73,8 +73,14 @@ class TrainStep:
         self._reducer, self.parallel = reducer, reducer.parallel
         self._num_processes = reducer.parallel.size
 
-    def __call__(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
-        """Update the weights, unless the loss exploded or loss or gradient is not finite; return the step's figures."""
+    def __call__(self, batch: GlobalBatch, step: int, learning_rate: float, progress: float = 0.0) -> StepResult:
+        """Update the weights, unless the loss exploded or loss or gradient is not finite; return the step's figures.
+
+        `progress` is the share of all updates made before this one; gates may depend on it.
+        """
+        for layer in self.model.layers.values():
+            for gate in layer.gates().values():
+                gate.progress = progress
         self.optimizer.set_learning_rate(learning_rate)
         with _float32_as_tf32(self._allow_tf32):
             sums = self._forward_backward(batch, step)

@@ -64,7 +64,8 @@ class Trainer:
         *,
         train_step: TrainStep,
         peak_rate: float,
-        schedule: Callable[[int], float],
+        schedule: Callable[[int, int], float],
+        num_steps: int,
         prefetcher: Prefetcher,
         validate: Callable[[], EvalResult],
         metrics: MetricsLog,
@@ -80,6 +81,7 @@ class Trainer:
         self.metrics, self.saver, self.fingerprint, self.settings = metrics, saver, fingerprint, settings
         self.progress = Progress()
         self._log, self._interval, self._flops_per_token = log, Interval(), flops_per_token
+        self._num_steps = num_steps
         self._saved_at = time.monotonic()
 
     def resume(self) -> bool:
@@ -123,7 +125,9 @@ class Trainer:
     def _step(self, bar: tqdm) -> None:
         progress, started = self.progress, time.perf_counter()
         batch = self.prefetcher.step(progress.step)
-        result = self.train_step(batch, progress.step, self._learning_rate(progress.step))
+        result = self.train_step(
+            batch, progress.step, self._learning_rate(progress.step), min(1.0, progress.step / self._num_steps)
+        )
         progress.step += 1
         progress.words += batch.num_words
         progress.tokens += batch.num_tokens
@@ -136,7 +140,7 @@ class Trainer:
         self._after_step(bar)
 
     def _learning_rate(self, step: int) -> float:
-        return self.peak_rate * self.schedule(step)
+        return self.peak_rate * self.schedule(step, self._num_steps)
 
     def _count(self, result: StepResult, num_words: int) -> None:
         """Add a step's figures to the interval; a skipped step only counts as skipped."""

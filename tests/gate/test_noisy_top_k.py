@@ -222,3 +222,66 @@ def test_parameters_are_all_groups_two_matrices():
     gate = NoisyTopK(width=512, num_experts=16, k=2, noise_epsilon=EPSILON, num_groups=16)
     assert sum(p.numel() for p in gate.parameters()) == 16 * 2 * 512 * 16
     assert not any(p.any() for p in gate.parameters())
+
+
+@naive.each(("scale", "schedule", "progress"), [(0.25, "constant", 0.5), (1.0, "linear", 0.75), (2.0, "linear", 0.875)])
+def test_scaled_noise_is_noise_of_a_smaller_deviation(scale, schedule, progress):
+    """At a scale of 0.25, which a linear schedule reaches too, gates and load are those of a quarter of the noise."""
+    gate, x_TD = make(6, 2), naive.tokens(40)
+    gate.noise_scale, gate.noise_schedule, gate.progress = scale, schedule, progress
+    gating, noise_TE = replayed(gate, x_TD)
+    load_E = torch.zeros(6, dtype=torch.float64)
+    for token, (x_D, noise_E) in enumerate(zip(x_TD, noise_TE, strict=True)):
+        clean = naive.logits(x_D, gate.gate_DE)
+        deviation = [((1 + value.exp()).log() + EPSILON) / 4 for value in naive.logits(x_D, gate.noise_DE)]
+        noisy = [clean[i] + noise_E[i] * deviation[i] for i in range(6)]
+        kept = sorted(range(6), key=lambda i: -noisy[i])[:2]
+        total = sum(noisy[i].exp() for i in kept)
+        for i in range(6):
+            want = noisy[i].exp() / total if i in kept else torch.zeros(())
+            assert naive.dense(gating)[token, i].item() == pytest.approx(want.item(), abs=1e-12)
+            second = sorted((noisy[j] for j in range(6) if j != i), reverse=True)[1]
+            load_E[i] += (1 + torch.erf((clean[i] - second) / deviation[i] / math.sqrt(2))) / 2
+    torch.testing.assert_close(gating.load_E, load_E)
+
+
+def test_without_noise_training_chooses_as_evaluation_does():
+    """noise_scale=0: no second matrix, no operations for it, the load is a count, and its loss has no gradient."""
+    torch.manual_seed(2)
+    gate = NoisyTopK(width=5, num_experts=6, k=2, noise_epsilon=EPSILON, noise_scale=0.0, init_std=0.5)
+    assert [name for name, _ in gate.named_parameters()] == ["gate_DE"]
+    assert gate.operations_per_timestep() == 30
+    assert "load_E" not in gate.differentiable_stats
+    x_TD = naive.tokens(40, dtype=torch.float32)
+    train, evaluation = gate.train()(x_TD), gate.eval()(x_TD)
+    assert torch.equal(naive.dense(train), naive.dense(evaluation))
+    assert train.load_E.tolist() == torch.bincount(train.expert_A, minlength=6).tolist()
+
+
+def test_initial_deviation_and_temperature():
+    """W_g has the deviation asked for, W_noise stays zero; the gate values are those of logits over the temperature."""
+    torch.manual_seed(2)
+    gate = NoisyTopK(width=200, num_experts=300, k=2, noise_epsilon=EPSILON, init_std=0.3)
+    assert gate.gate_DE.std().item() == pytest.approx(0.3, rel=0.02)  # of 60,000 numbers: 0.3 +- 0.001
+    assert abs(gate.gate_DE.mean().item()) < 0.005
+    assert not gate.noise_DE.any()
+    plain, cold = (
+        NoisyTopK(width=5, num_experts=6, k=2, noise_epsilon=EPSILON, temperature=t).eval() for t in (1.0, 0.5)
+    )
+    with torch.no_grad():
+        cold.gate_DE.copy_(torch.randn(5, 6))
+        plain.gate_DE.copy_(2 * cold.gate_DE)
+    x_TD = naive.tokens(10, dtype=torch.float32)
+    torch.testing.assert_close(naive.dense(cold(x_TD)), naive.dense(plain(x_TD)))
+
+
+def test_wrong_settings_are_refused_by_name():
+    sizes = {"width": 5, "num_experts": 6, "k": 2, "noise_epsilon": EPSILON}
+    for wrong, message in (
+        ({"noise_scale": -1.0}, r"gate\.noise_scale=-1\.0"),
+        ({"noise_schedule": "cosine"}, r"gate\.noise_schedule=cosine: choose constant or linear"),
+        ({"init_std": -0.1}, r"model\.gate_init_std=-0\.1"),
+        ({"temperature": 0.0}, r"gate_temperature=0\.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            NoisyTopK(**sizes | wrong)

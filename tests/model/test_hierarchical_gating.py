@@ -37,7 +37,7 @@ def test_a_groups_gate_sees_only_what_it_is_sent(secondary):
     seen = []
     layer.gate.register_forward_hook(lambda module, given, gating: seen.extend([*given, gating]))
     _, gating, *_ = replayed(layer, x_TD)
-    rows_RD, group_R, second = seen
+    rows_RD, group_R, _, second = seen
     for i in range(4):
         sent = gating.token_A[gating.expert_A // 3 == i]
         received = [t for t in range(12) if any(torch.equal(x_TD[t], row) for row in rows_RD[group_R == i])]

@@ -4,6 +4,7 @@ Shape suffixes: T tokens, D width, G groups, E experts (of a group or of all), R
 """
 
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -139,7 +140,7 @@ def test_any_gate_may_stand_at_either_level(train):
         first, second = (gates[name] for name in names)
         ks = [getattr(gate.func, "only_k", None) or 2 for gate in (second, first)]
         layer, x_TD = make(4, 3, *ks, train=train, primary_gate=first, gate=second), tokens(20).requires_grad_()
-        y_TD, gating = layer(x_TD, sentences(20))
+        y_TD, gating = layer(x_TD, replace(sentences(20), input_T=torch.arange(20)))
         assert len(gating.expert_A) == gating.num_requested - gating.num_dropped, names
         rows_AD = x_TD[gating.token_A].unsqueeze(1)
         hidden_AH = (rows_AD @ layer.experts.w1_EDH[gating.expert_A]).clamp(min=0)

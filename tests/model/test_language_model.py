@@ -37,7 +37,8 @@ class Affine(nn.Module):
         self.a, self.b, self.gating = a, b, gating
 
     def forward(self, x_TD, sentences):
-        assert sentences is BATCH.layout
+        assert sentences.index_T is BATCH.layout.index_T
+        assert sentences.input_T is BATCH.input_T
         return self.a * x_TD + self.b, self.gating
 
 
