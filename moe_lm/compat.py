@@ -41,14 +41,25 @@ METRICS = {"dropped": "dropped_fraction", "unserved": "unrouted_fraction"}
 PARAMETERS = {"embedding_VD": "embedding.weight_VD"}
 """Names of parameters in checkpoints and exports."""
 
-_MIXTURE = {"gate_init_std": None, "gate_temperature": 1.0, "output_activation": "sigmoid", "output_init_scale": 1.0}
-_MODEL = {"output_activation": "sigmoid", "output_init_scale": 1.0, "gate_init_std": None}
+_MIXTURE = {
+    "gate_init_std": None,
+    "gate_noise_scale": 1.0,
+    "gate_temperature": 1.0,
+    "output_activation": "sigmoid",
+    "output_init_scale": 1.0,
+}
+_MODEL = {
+    "output_activation": "sigmoid",
+    "output_init_scale": 1.0,
+    "gate_init_std": None,
+    "gate_noise_scale": 1.0,
+}
 ARGUMENTS = {
     "moe_lm.optim.adam.Adam": {
         "rates": {"experts": 1.0, "gates": 1.0, "vocabulary": 1.0, "rest": 1.0},
         "sparsity_exponent": 0.0,
     },
-    "moe_lm.gate.noisy_top_k.NoisyTopK": {"noise_scale": 1.0, "noise_schedule": "constant"},
+    "moe_lm.gate.noisy_top_k.NoisyTopK": {"noise_schedule": "constant"},
     "moe_lm.model.feed_forward.FeedForward": {"output_activation": "sigmoid", "output_init_scale": 1.0},
     "moe_lm.model.hierarchical_moe.HierarchicalMoE": _MIXTURE,
     "moe_lm.model.moe.MoE": _MIXTURE,

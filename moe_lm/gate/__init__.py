@@ -138,14 +138,17 @@ class Gate(nn.Module):
         num_groups: int | None = None,
         init_std: float | None = None,
         temperature: float = 1.0,
+        noise_scale: float = 1.0,
     ):
-        """W_g is drawn from N(0, `init_std`^2), or by `init_matrix_` if None; logits are divided by `temperature`."""
+        """W_g begins as N(0, `init_std`^2), or by `init_matrix_`; `noise_scale` multiplies the noise, 0 leaves it out."""
         super().__init__()
         self.num_experts, self.k, self.num_groups = num_experts, k, num_groups
-        self.init_std, self.temperature = init_std, temperature
+        self.init_std, self.temperature, self.noise_scale = init_std, temperature, noise_scale
+        self.has_noise = self.has_noise and noise_scale > 0
         self.check_k()
-        if init_std is not None and not 0 <= init_std < math.inf:
-            raise ValueError(f"model.gate_init_std={init_std}: must be at least 0 and finite, or null")
+        for key, value in (("gate_init_std", init_std or 0), ("gate_noise_scale", noise_scale)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"model.{key}={value}: must be at least 0 and finite")
         if not 0 < temperature < math.inf:
             raise ValueError(f"gate_temperature={temperature}: must be positive and finite")
         self.assignments_per_token: float = k  # on average
@@ -205,10 +208,7 @@ class Gate(nn.Module):
             return self.choose(self.logits(x_TD.to(dtype), groups), groups)
 
     def logits(self, x_TD: Tensor, groups: TokenGroups) -> Tensor:
-        """Return x W_g (T, E) or, for a gate with noise in training, x W_g and x W_noise side by side (T, 2 E).
-
-        x W_g is divided by the temperature.
-        """
+        """Return x W_g / temperature (T, E), and for a gate with noise in training x W_noise beside it (T, 2 E)."""
         if not self.has_matrix:
             return x_TD.new_zeros(len(x_TD), self.num_experts)
         gate_DE = self.gate_DE if self.temperature == 1 else self.gate_DE / self.temperature

@@ -3,8 +3,6 @@
 Shape suffixes: T tokens, E experts of a group, F = E or, in training, 2 E, K experts a token, N = min(K + 1, E).
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -24,20 +22,15 @@ class NoisyTopK(Gate):
     has_noise = True
     differentiable_stats = Gate.differentiable_stats | {"load_E", "probability_E"}
 
-    def __init__(
-        self, *, noise_epsilon: float, noise_scale: float = 1.0, noise_schedule: str = "constant", **sizes: float | None
-    ):
+    def __init__(self, *, noise_epsilon: float, noise_schedule: str = "constant", **sizes: float | None):
         if not noise_epsilon > 0:
             raise ValueError(f"gate.noise_epsilon={noise_epsilon}: must be positive")
-        if not 0 <= noise_scale < math.inf:
-            raise ValueError(f"gate.noise_scale={noise_scale}: must be at least 0 and finite")
         if noise_schedule not in _SCHEDULES:
             raise ValueError(f"gate.noise_schedule={noise_schedule}: choose {' or '.join(_SCHEDULES)}")
-        if noise_scale == 0:
-            self.has_noise = False
-            self.differentiable_stats = self.differentiable_stats - {"load_E"}
         super().__init__(**sizes)
-        self.noise_epsilon, self.noise_scale, self.noise_schedule = noise_epsilon, noise_scale, noise_schedule
+        self.noise_epsilon, self.noise_schedule = noise_epsilon, noise_schedule
+        if not self.has_noise:
+            self.differentiable_stats = self.differentiable_stats - {"load_E"}
 
     @property
     def depends_on_length(self) -> bool:

@@ -38,6 +38,7 @@ class HierarchicalMoE(Layer):
         gate: Callable[..., Gate],
         primary_k: int | None = None,
         gate_init_std: float | None = None,
+        gate_noise_scale: float = 1.0,
         gate_temperature: float = 1.0,
         output_activation: str = "sigmoid",
         output_init_scale: float = 1.0,
@@ -46,7 +47,8 @@ class HierarchicalMoE(Layer):
         primary_k = k if primary_k is None else primary_k
         _check(k, primary_k, width=width, expert_hidden=hidden, num_experts=num_experts, num_groups=num_groups)
         self.k, self.num_groups, group_size = k, num_groups, num_experts // num_groups
-        common = {"width": width, "init_std": gate_init_std, "temperature": gate_temperature}
+        common = {"width": width, "init_std": gate_init_std}
+        common |= {"temperature": gate_temperature, "noise_scale": gate_noise_scale}
         self.primary_gate = primary_gate(num_experts=num_groups, k=primary_k, **common)
         self.gate = gate(num_experts=group_size, k=k, num_groups=num_groups, **common)
         self.experts = Experts(

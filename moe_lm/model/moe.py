@@ -90,6 +90,7 @@ class MoE(Layer):
         k: int,
         gate: Callable[..., Gate],
         gate_init_std: float | None = None,
+        gate_noise_scale: float = 1.0,
         gate_temperature: float = 1.0,
         output_activation: str = "sigmoid",
         output_init_scale: float = 1.0,
@@ -99,7 +100,8 @@ class MoE(Layer):
             raise ValueError(
                 f"model.width={width} model.expert_hidden={hidden} model.num_experts={num_experts} must be at least 1"
             )
-        common = {"width": width, "init_std": gate_init_std, "temperature": gate_temperature}
+        common = {"width": width, "init_std": gate_init_std}
+        common |= {"temperature": gate_temperature, "noise_scale": gate_noise_scale}
         self.gate = gate(num_experts=num_experts, k=k, **common)
         self.experts = Experts(width=width, hidden=hidden, num_experts=num_experts, output_init_scale=output_init_scale)
         self.output_activation = output_activation_of(output_activation)

@@ -278,7 +278,7 @@ def test_initial_deviation_and_temperature():
 def test_wrong_settings_are_refused_by_name():
     sizes = {"width": 5, "num_experts": 6, "k": 2, "noise_epsilon": EPSILON}
     for wrong, message in (
-        ({"noise_scale": -1.0}, r"gate\.noise_scale=-1\.0"),
+        ({"noise_scale": -1.0}, r"model\.gate_noise_scale=-1\.0"),
         ({"noise_schedule": "cosine"}, r"gate\.noise_schedule=cosine: choose constant or linear"),
         ({"init_std": -0.1}, r"model\.gate_init_std=-0\.1"),
         ({"temperature": 0.0}, r"gate_temperature=0\.0"),
