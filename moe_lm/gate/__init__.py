@@ -140,7 +140,7 @@ class Gate(nn.Module):
         temperature: float = 1.0,
         noise_scale: float = 1.0,
     ):
-        """W_g begins as N(0, `init_std`^2), or by `init_matrix_`; `noise_scale` multiplies the noise, 0 leaves it out."""
+        """W_g begins as N(0, `init_std`^2), or by `init_matrix_`; `noise_scale` multiplies the noise, 0 omits it."""
         super().__init__()
         self.num_experts, self.k, self.num_groups = num_experts, k, num_groups
         self.init_std, self.temperature, self.noise_scale = init_std, temperature, noise_scale
