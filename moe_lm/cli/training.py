@@ -17,6 +17,7 @@ from moe_lm.loss.objective import BalanceLoss, Objective
 from moe_lm.model.language_model import LanguageModel
 from moe_lm.model.moe import set_recompute
 from moe_lm.optim import OptimizerRecipe
+from moe_lm.optim.schedule import Schedule
 from moe_lm.parallel.context import SINGLE_PROCESS, ParallelContext
 from moe_lm.parallel.grad_reduce import GradReducer
 from moe_lm.parallel.parallelize import parallelize
@@ -40,6 +41,7 @@ def check(config: dict) -> None:
     for group in ("optimizer", "schedule"):
         make.build(config[group])
     _settings(config)
+    make.autocast_type(config["machine"]["precision"], torch.device("cpu"))
     words, micro_words = config["batch"]["words"], config["batch"]["micro_words"]
     check_words(words, words if micro_words is None else micro_words)
 
@@ -71,7 +73,9 @@ def trainer_of(
     parallel = _materialised(model, config, on, parallel)
     model.to(on)
     parallel.first(lambda: run.keep_vocabulary(vocabulary.save))
-    for line in [_sizes(counts, run, vocabulary.size), *non_causal_notes(model), *_idle(batches, parallel)]:
+    schedule, num_steps = make.build(config["schedule"]), batches.num_steps(settings.num_words)
+    log(_sizes(counts, run, vocabulary.size))
+    for line in [*_plan(config, schedule, num_steps), *non_causal_notes(model), *_idle(batches, parallel)]:
         log(line)
     saver = Saver(
         run.checkpoints,
@@ -84,8 +88,8 @@ def trainer_of(
     trainer = Trainer(
         train_step=_train_step(model, config, recipe, on, parallel),
         peak_rate=recipe.learning_rate,
-        schedule=make.build(config["schedule"]),
-        num_steps=batches.num_steps(settings.num_words),
+        schedule=schedule,
+        num_steps=num_steps,
         prefetcher=Prefetcher(batches, parallel.round_robin, pin_memory=on.type == "cuda"),
         validate=partial(measure_split, model, config, data, "valid", limit, parallel=parallel),
         metrics=MetricsLog(run, config, writes=parallel.is_first),
@@ -143,6 +147,18 @@ def _batches(config: dict, data: Prepared) -> Batches:
         words=config["batch"]["words"],
         micro_words=config["batch"]["micro_words"],
     )
+
+
+def _plan(config: dict, schedule: Schedule, num_steps: int) -> list[str]:
+    """Return what the training will do, and a warning if it would end before its warm-up does."""
+    words, warmup = config["batch"]["words"], schedule.warmup(num_steps)
+    lines = [f"{num_steps:,} updates of {words:,} words, warm-up {warmup:,}"]
+    if warmup > num_steps:
+        lines.append(
+            f"WARNING: the warm-up of {warmup:,} updates outlasts this training of {num_steps:,}: "
+            "schedule.max_warmup_fraction=0.1 shortens it, or recipe=small_batch, under another name=..."
+        )
+    return lines
 
 
 def _idle(batches: Batches, parallel: ParallelContext) -> list[str]:

@@ -11,7 +11,8 @@ from moe_lm.errors import UserError
 _OPTIONAL_OF_TYPE = {
     int: (
         *("batch.micro_words", "batch.words", "gate.max_experts", "machine.threads", "max_words"),
-        *("parallel.expert_size", "processes", "softmax.chunk_logits", "top", "vocabulary.max_size", "vocabulary_size"),
+        *("parallel.expert_size", "processes", "softmax.chunk_logits", "top", "training.valid_every"),
+        *("vocabulary.max_size", "vocabulary_size"),
     ),
     float: ("gate.capacity_factor", "layer.gate_init_std", "model.gate_init_std", "schedule.max_warmup_fraction"),
     str: (

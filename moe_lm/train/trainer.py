@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 
 from tqdm import tqdm
 
@@ -15,6 +16,9 @@ from moe_lm.errors import UserError
 from moe_lm.train.metrics import Interval, MetricsLog, step_figures
 from moe_lm.train.step import StepResult, TrainStep
 
+_TIMED_STEPS = 10
+"""Steps after which the remaining time is estimated."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -24,8 +28,8 @@ class Settings:
     """Number of predicted words; training ends with the step that reaches it."""
     log_every: int
     """Steps between two lines of metrics.jsonl."""
-    valid_every: int
-    """Steps between two validations."""
+    valid_every: int | None
+    """Steps between two validations, besides the one at the end; None: a tenth of all steps, at most 500."""
     every_seconds: float
     """Seconds between two checkpoints."""
     max_skipped_steps: int
@@ -33,7 +37,7 @@ class Settings:
 
     def __post_init__(self):
         for key in ("num_words", "log_every", "valid_every", "max_skipped_steps"):
-            if getattr(self, key) < 1:
+            if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise UserError(f"training.{key}={getattr(self, key)}: must be at least 1")
         if not self.every_seconds >= 0:
             raise UserError(f"checkpoint.every_seconds={self.every_seconds}: must be at least 0")
@@ -82,6 +86,7 @@ class Trainer:
         self.progress = Progress()
         self._log, self._interval, self._flops_per_token = log, Interval(), flops_per_token
         self._num_steps = num_steps
+        self._valid_every = settings.valid_every or min(500, -(-num_steps // 10))
         self._saved_at = time.monotonic()
 
     def resume(self) -> bool:
@@ -102,8 +107,11 @@ class Trainer:
         stop = self.parallel.any(asked_to_stop())[0]
         try:
             with self._progress_bar() as bar:
+                first = self.progress.step
                 while self.progress.words < self.settings.num_words and not stop:
                     self._step(bar)
+                    if self.progress.step == first + _TIMED_STEPS:
+                        self._log_remaining_time()
                     due = time.monotonic() - self._saved_at >= self.settings.every_seconds
                     # The first process's clock decides, because all processes save together.
                     stop, due = self.parallel.any(asked_to_stop(), due and self.parallel.is_first)
@@ -117,6 +125,14 @@ class Trainer:
         if error is not None:
             raise UserError(f"{error}: earlier checkpoints are untouched; make room and repeat the command")
         return self.progress.words >= self.settings.num_words
+
+    def _log_remaining_time(self) -> None:
+        """Log how long the rest of a training will take that lasts more than a minute."""
+        progress = self.progress
+        speed = progress.words / progress.seconds
+        minutes = (self.settings.num_words - progress.words) / speed / 60
+        if minutes > 1:
+            self._log(f"about {timedelta(minutes=math.ceil(minutes))} (hours:minutes:seconds) at {speed:,.0f} words/s")
 
     def flops(self) -> int:
         """Return the training FLOPs spent so far."""
@@ -176,7 +192,7 @@ class Trainer:
         elif progress.words >= settings.num_words:
             # The line of a partial interval; a longer run replaces it, see `resume`.
             self._write_line(bar)
-        if progress.step % settings.valid_every == 0:
+        if progress.step % self._valid_every == 0 or progress.words >= settings.num_words:
             self._validate(bar)
 
     def _write_line(self, bar: tqdm) -> None:
