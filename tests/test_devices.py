@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from moe_lm.cli import job_runner as running
 from moe_lm.cli import sweep
-from moe_lm.cli.job_runner import Devices, Job, audit_of, run_all, visible
+from moe_lm.cli.job_runner import Clock, Devices, Job, audit_of, run_all, visible
 from moe_lm.cli.sweep import with_gpus
 from moe_lm.errors import UserError
 
@@ -180,3 +180,24 @@ def test_parallel_is_a_number_or_auto(value, tmp_path, monkeypatch, moe_lm):
     outcome = moe_lm("sweep", "model=moe_4,moe_32", f"parallel={value}")
     assert outcome.code == 2
     assert f"parallel={value}: needs a whole number of at least 1, or auto" in outcome.err
+
+
+def test_the_live_line_tells_what_runs_how_far_and_how_long_yet():
+    """Two at a time: one run took 100 s; two have run 60 s and need 30 and 90 s more; two wait.
+
+    A run takes (100 + 90 + 150) / 3 s, so the work left is 30 + 90 + 2 * 113 s, half of it 173 s: three minutes.
+    """
+    now = [0.0]
+    clock = Clock(5, 2, now=lambda: now[0])
+    first, second, third = (Job(Path("runs") / name, ()) for name in "abc")
+    clock.start(first)
+    now[0] = 100.0
+    clock.end(first)
+    clock.start(second)
+    clock.start(third)
+    assert clock.line({second: "starting", third: "reading"}, 2) == "1 of 5 runs done | b: starting | c: reading"
+    now[0] = 160.0
+    bars = ("b:  66%|###   | 2.6M/4.0M [01:00<00:30, 44kword/s]", "c:  40%|##    | 1.6M/4.0M [01:00<01:30, 26kword/s]")
+    assert clock.line({second: bars[0], third: bars[1]}, 2) == ("1 of 5 runs done | b 66 % | c 40 % | about 3 min left")
+    assert clock.line({second: bars[0]}, 0).endswith("about 1 min left")
+    assert clock.line({second: bars[0].replace("00:30", "1:00:00")}, 0).endswith("about 60 min left")

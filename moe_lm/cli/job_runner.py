@@ -1,12 +1,14 @@
 """The runs of a sweep as processes: started as GPUs and `parallel` allow, watched, and stopped with the sweep."""
 
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,21 +75,65 @@ def visible(environment: Mapping[str, str] = os.environ, count: int | None = Non
     return names[:count]  # CUDA stops at the first name that it does not know
 
 
+class Clock:
+    """Tells what a sweep is doing, how far its runs are, and about how long the whole sweep will take yet."""
+
+    def __init__(self, num_jobs: int, at_a_time: int, now: Callable[[], float] = time.monotonic):
+        self._num_jobs, self._at_a_time, self._now = num_jobs, at_a_time, now
+        self._started: dict[Job, float] = {}
+        self._durations: list[float] = []
+
+    def start(self, job: Job) -> None:
+        """Take the time at which a job starts."""
+        self._started[job] = self._now()
+
+    def end(self, job: Job) -> None:
+        """Keep how long a training took."""
+        seconds = self._now() - self._started.pop(job)
+        self._durations += [seconds] if job.command == "train" else []
+
+    def line(self, running: Mapping[Job, str], num_waiting: int) -> str:
+        """Return one line from the last output of the running jobs, which is mostly a progress bar of tqdm."""
+        bars = {job: re.search(r"(\d+)%\|.*<([\d:]+)", text) for job, text in running.items()}
+        parts = [
+            f"{job.folder.name} {bars[job][1]} %" if bars[job] else f"{job.folder.name}: {text}"
+            for job, text in running.items()
+        ]
+        if running and all(bars.values()):
+            parts.append(self._remaining({job: _seconds(bar[2]) for job, bar in bars.items()}, num_waiting))
+        return " | ".join([f"{len(self._durations)} of {self._num_jobs} runs done", *parts])
+
+    def _remaining(self, seconds_left: Mapping[Job, float], num_waiting: int) -> str:
+        now = self._now()
+        whole = [*self._durations, *(now - self._started[job] + left for job, left in seconds_left.items())]
+        work = sum(seconds_left.values()) + num_waiting * sum(whole) / len(whole)
+        seconds = max(*seconds_left.values(), work / self._at_a_time)
+        return f"about {math.ceil(seconds / 60)} min left"
+
+
+def _seconds(text: str) -> float:
+    """Return the seconds of a duration such as 1:02:03 or 02:03."""
+    return sum(int(part) * 60**place for place, part in enumerate(reversed(text.split(":"))))
+
+
 def run_all(jobs: list[Job], runs: Path, *, parallel: int | None, audit: bool, devices: Devices) -> int:
     """Run every job, at most `parallel` at a time (None: as GPUs allow, but at least one); return the exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGHUP, _interrupt)
     waiting, running, failed = list(jobs), {}, []
+    clock = Clock(len(jobs), parallel or max(1, len(devices.names)))
     try:
         while waiting or running:
             while waiting and (environment := _place(waiting[0], len(running), parallel, devices)) is not None:
                 job = waiting.pop(0)
                 running[job] = _start(job, environment)
+                clock.start(job)
                 _print(f"[{jobs.index(job) + 1}/{len(jobs)}] {job.folder}" if job in jobs else f"audit of {job.folder}")
-            _status(" | ".join(_last_line(job.log) for job in running))
+            _status(clock.line({job: _last_line(job.log) for job in running}, len(waiting)))
             time.sleep(0.2)
             for job in [job for job, child in running.items() if child.poll() is not None]:
                 code = running.pop(job).returncode
+                clock.end(job)
                 devices.give_back(job)
                 if code in STOPPED:
                     raise KeyboardInterrupt
