@@ -56,7 +56,7 @@ _MODEL = {
 }
 ARGUMENTS = {
     "moe_lm.optim.adam.Adam": {
-        "rates": {"experts": 1.0, "gates": 1.0, "vocabulary": 1.0, "rest": 1.0},
+        "rates": {"experts": 1.0, "gates": 1.0, "feed_forward": 1.0, "vocabulary": 1.0, "rest": 1.0},
         "sparsity_exponent": 0.0,
     },
     "moe_lm.gate.noisy_top_k.NoisyTopK": {"noise_schedule": "constant"},

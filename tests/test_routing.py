@@ -24,6 +24,7 @@ TRAINABLE = {
     "gshard": ["balance=[gshard]"],
     "switch": ["balance=[switch,importance]", "model.k=1"],
     "expert_choice": ["balance=[z_loss]"],
+    "hash": ["balance=[]"],
     "loss_free": ["balance=[switch]"],
     "sinkhorn": ["balance=[]"],
     "strictly_balanced": ["balance=[batchwise]"],

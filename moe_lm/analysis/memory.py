@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moe_lm.errors import UserError
 from moe_lm.ops import grouped_gemm
-from moe_lm.optim import EXPERTS, GATES, REST, VOCABULARY, OptimizerRecipe, parameter_groups
+from moe_lm.optim import EXPERTS, REST, VOCABULARY, OptimizerRecipe, parameter_groups
 from moe_lm.parallel.context import expert_parallel_size
 from moe_lm.parallel.group import Group, shard_rows
 
@@ -98,7 +98,7 @@ def parameter_memory(model: nn.Module, recipe: OptimizerRecipe, step: StepSizes)
     """
     sums = {kind: [0, 0, 0, 0] for kind in (EXPERTS, VOCABULARY, REST)}
     for group, name, parameter, rows in iter_parameters(model, step):
-        shard, kind = _shard(model, group, name, parameter, step), REST if group == GATES else group
+        shard, kind = _shard(model, group, name, parameter, step), group if group in (EXPERTS, VOCABULARY) else REST
         weights = shard.numel() * shard.element_size()
         if step.bfloat16 and shard.dim() > 1 and _is_cast(group, name, shard):
             weights += shard.numel() * BFLOAT16  # the copy that matrix products read

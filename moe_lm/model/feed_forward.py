@@ -20,6 +20,8 @@ class FeedForward(Layer):
     `output_activation` is on top, and the last matrix begins at `output_init_scale` times its usual deviation.
     """
 
+    parameter_group = "feed_forward"
+
     def __init__(
         self,
         *,

@@ -11,7 +11,7 @@ from moe_lm.ops.sparse_rows import row_grad
 
 _T = TypeVar("_T")
 
-EXPERTS, VOCABULARY, GATES, REST = "experts", "vocabulary", "gates", "rest"
+EXPERTS, GATES, FEED_FORWARD, VOCABULARY, REST = "experts", "gates", "feed_forward", "vocabulary", "rest"
 """Groups of parameters, as modules declare them by `parameter_group`."""
 
 

@@ -6,12 +6,21 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from moe_lm.optim import EXPERTS, GATES, REST, VOCABULARY, CompositeOptimizer, parameter_groups, token_shares
+from moe_lm.optim import (
+    EXPERTS,
+    FEED_FORWARD,
+    GATES,
+    REST,
+    VOCABULARY,
+    CompositeOptimizer,
+    parameter_groups,
+    token_shares,
+)
 from moe_lm.optim.factored_adam import FactoredAdam
 from moe_lm.optim.lazy_adam import LazyAdam
 
 _EXPERTS, _VOCABULARY = ("adam", "factored"), ("lazy", "dense")
-_EQUAL_RATES = {EXPERTS: 1.0, GATES: 1.0, VOCABULARY: 1.0, REST: 1.0}
+_EQUAL_RATES = dict.fromkeys((EXPERTS, GATES, FEED_FORWARD, VOCABULARY, REST), 1.0)
 
 
 class Adam:

@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 
 from tqdm import tqdm
 
@@ -111,6 +110,7 @@ class Trainer:
                 while self.progress.words < self.settings.num_words and not stop:
                     self._step(bar)
                     if self.progress.step == first + _TIMED_STEPS:
+                        bar.clear()
                         self._log_remaining_time()
                     due = time.monotonic() - self._saved_at >= self.settings.every_seconds
                     # The first process's clock decides, because all processes save together.
@@ -132,7 +132,8 @@ class Trainer:
         speed = progress.words / progress.seconds
         minutes = (self.settings.num_words - progress.words) / speed / 60
         if minutes > 1:
-            self._log(f"about {timedelta(minutes=math.ceil(minutes))} (hours:minutes:seconds) at {speed:,.0f} words/s")
+            left = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+            self._log(f"about {left} left at {speed:,.0f} words/s")
 
     def flops(self) -> int:
         """Return the training FLOPs spent so far."""
