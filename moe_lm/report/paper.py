@@ -69,8 +69,11 @@ TEST_WORDS = 159_658
 TOLERANCE = {"operations": 0.055, "parameters": 0.055, "total": 0.065}
 """Largest difference between a count and the printed figure, in its unit: half a unit of the last digit, and a little
 more because 8.651 is printed as 8.6 and 5.94 as 6.0."""
-SIZES = ("width", "expert_hidden", "hidden", "lstm_units", "units", "dropout", "exact", "global_batch")
-"""Last parts of keys that may differ from the paper's model: sizes, and keys that change no operation."""
+SIZES = (
+    *("width", "expert_hidden", "hidden", "lstm_units", "units", "dropout", "exact", "global_batch"),
+    *("output_activation", "output_init_scale", "gate_init_std", "gate_noise_scale", "gate_temperature"),
+)
+"""Last parts of keys that may differ from the paper's model: sizes, keys that change no operation, and recipes."""
 
 
 def paper_result(preset: str | None) -> PaperResult | None:

@@ -6,6 +6,7 @@ from moe_lm.report import Column, Figures, Row, RunRecord, Table
 from moe_lm.report.formats import bits, millions, percent, perplexity, plain, power, small
 from moe_lm.report.paper_comparison import balance_tables, gate_names, paper_tables, row_of
 from moe_lm.report.runs import LAST_LINES, deviations, mean_figures, run_figures, seed_groups
+from moe_lm.report.scaling import scaling_tables
 
 BALANCE = {
     Column("cv_importance", "CV (importance)"): small,
@@ -68,7 +69,13 @@ GATES_TEXT = (
 
 def report_tables(runs: Sequence[RunRecord]) -> list[Table]:
     """Return the main table, and each further table for which the runs have figures."""
-    return [main_table(runs), *paper_tables(runs), *balance_tables(runs), *gate_tables(runs)]
+    return [
+        main_table(runs),
+        *scaling_tables(runs),
+        *paper_tables(runs),
+        *balance_tables(runs),
+        *gate_tables(runs),
+    ]
 
 
 def main_table(runs: Iterable[RunRecord]) -> Table:

@@ -12,7 +12,7 @@ from moe_lm.report.runs import Presets, environments_of, read_runs
 from moe_lm.report.tables import report_tables, unfinished_runs
 
 OPTIONAL = (
-    *("paper.csv", "imitated.csv", "balance.csv", "routing.csv"),
+    *("paper.csv", "imitated.csv", "balance.csv", "routing.csv", "leverage.csv", "experts.csv"),
     *(f"{name}.{kind}" for name in NAMES for kind in ("png", "svg")),
 )
 """Files that only some reports have."""

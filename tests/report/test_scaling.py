@@ -1,0 +1,79 @@
+"""Leverage and the fit over experts, at numbers worked by hand."""
+
+import json
+
+import pytest
+from conftest import write_run
+
+from moe_lm.report.runs import read_runs
+from moe_lm.report.scaling import families, fit_law, leverage, scaling_tables
+
+DENSE = [(1.0, 100.0), (4.0, 80.0), (16.0, 70.0)]
+
+
+def mixture(experts, k=4):
+    layer = {"width": 64, "hidden": 128, "num_experts": experts, "k": k, "gate": {"_target_": "moe_lm.gate.top_k.TopK"}}
+    return {"model": {"order": ["middle"], "layers": {"middle": layer}}}
+
+
+def test_leverage_is_read_off_the_dense_curve():
+    """Half-way in log perplexity from 100 to 80 is half-way in log cost from 1 to 4: a dense model of cost 2."""
+    assert leverage((1.0, (100 * 80) ** 0.5), DENSE) == (pytest.approx(2.0), "")
+    assert leverage((2.0, 80.0), DENSE) == (pytest.approx(2.0), "")
+    assert leverage((0.5, 100.0), DENSE) == (2.0, "")
+    assert leverage((2.0, 69.0), DENSE) == (8.0, ">")  # no dense model is as good
+    assert leverage((2.0, 120.0), DENSE) == (0.5, "<")  # the smallest one is better
+    # A larger dense model that is worse does not count: the first that is as good does.
+    assert leverage((1.0, 85.0), [*DENSE[:2], (8.0, 90.0)])[0] < 4
+
+
+def test_a_law_is_found_again_and_scatter_has_none():
+    """60 + 40 E^-0.5 at 4, 16, 64, 256 experts: 80, 70, 65, 62.5; three counts have no floor: 100 E^-0.25."""
+    law = fit_law([(4, 80.0), (16, 70.0), (64, 65.0), (256, 62.5)])
+    assert (law.floor, law.factor, law.exponent) == (pytest.approx(60), pytest.approx(40), pytest.approx(0.5))
+    assert law(1024) == pytest.approx(61.25)
+    law = fit_law([(1, 100.0), (16, 50.0), (256, 25.0)])
+    assert (law.floor, law.factor, law.exponent) == (0, pytest.approx(100), pytest.approx(0.25))
+    assert fit_law([(4, 80.0), (16, 70.0)]) is None
+    assert fit_law([(4, 80.0), (16, 70.0), (64, 82.0), (256, 69.0)]) is None
+    assert fit_law([(4, 60.0), (16, 65.0), (64, 70.0), (256, 75.0)]) is None  # rises
+    assert fit_law([(4, 60.0), (16, 60.0), (64, 60.0), (256, 60.0)]) is None
+
+
+def test_tables_of_a_study(tmp_path):
+    """Two seeds of a mixture against three widths of a dense layer with the same seeds; means, and the single seeds."""
+    for seed, shift in ((1, 1.0), (2, 1.1)):
+        for operations, loss in DENSE:
+            figures = {"operations_per_timestep": operations * 1e6, "perplexity": {"test": loss * shift}}
+            name = f"dense_{operations},seed={seed}"
+            write_run(tmp_path, name, experts=0, preset="moe_1_wide", seed=seed, **figures)
+        for experts, loss in ((4, 100.0), (16, 89.442719), (64, 80.0), (256, 69.0)):
+            figures = {"operations_per_timestep": 1e6, "perplexity": {"test": loss * shift}}
+            write_run(tmp_path, f"moe_{experts},seed={seed}", seed=seed, settings=mixture(experts), **figures)
+    runs = read_runs(tmp_path)
+    found, fit = scaling_tables(runs)
+    texts = {row.name: row.figures["leverage_operations_per_timestep"] for row in found.rows}
+    assert texts == {
+        "moe_4": "1 × (1 × to 1 ×)",
+        "moe_16": "2 × (2 × to 2 ×)",
+        "moe_64": "4 × (4 × to 4 ×)",
+        "moe_256": "> 16 × (> 16 × to > 16 ×)",
+    }
+    assert [row.name for row in fit.rows] == ["4 experts", "16 experts", "64 experts", "256 experts"]
+    [family] = families(runs)
+    assert [experts for experts, _ in family.points] == [4, 16, 64, 256]
+    assert family.points[0][1] == pytest.approx(105.0)
+    assert sum(row.figures["residual"] for row in fit.rows) == pytest.approx(0, abs=1e-6)  # least squares with a floor
+
+
+def test_without_what_they_need_there_are_no_tables(tmp_path):
+    """Two dense costs and two numbers of experts carry nothing; an unfinished run and a damaged model are no matter."""
+    for operations in (1e6, 2e6):
+        write_run(tmp_path, f"dense_{operations}", experts=0, operations_per_timestep=operations)
+    for experts in (4, 16):
+        write_run(tmp_path, f"moe_{experts}", settings=mixture(experts))
+    write_run(tmp_path, "unfinished", finished=False, settings=mixture(64))
+    write_run(tmp_path, "strange", settings={"model": {"order": 3, "layers": [1]}})
+    write_run(tmp_path, "none", settings=mixture(256), perplexity={"valid": 3.0})
+    assert scaling_tables(read_runs(tmp_path)) == []
+    assert json.loads((tmp_path / "none" / "result.json").read_text())["perplexity"] == {"valid": 3.0}
