@@ -30,7 +30,9 @@ TRAINING = shlex.split(
 )
 
 # Lines that may precede the error: progress of the preparation.
-PROGRESS = re.compile(r"(vocabulary|train|valid|test|unigram perplexity|runs/\S+): |the token ids of its training ")
+PROGRESS = re.compile(
+    r"(vocabulary|train|valid|test|unigram perplexity|runs/\S+): |[\d,]+ updates of |the token ids of its training "
+)
 
 
 class Outcome(NamedTuple):
