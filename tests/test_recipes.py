@@ -3,9 +3,11 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_training import TRAINING, with_overrides
 
 from moe_lm.cli.config import composed, resolved
@@ -30,7 +32,8 @@ def test_every_recipe_sets_existing_keys_only():
 
 def test_the_papers_recipe_is_the_default_and_states_the_paper():
     """Sigmoid, gates that begin at zero under full noise, one rate, no final decay: Appendices A and C.1."""
-    assert config_of("recipe=paper") == (config := config_of())
+    config = config_of()
+    assert config_of("recipe=paper") == config
     layer = config["model"]["layers"]["middle"]
     assert (layer["output_activation"], layer["gate_init_std"], layer["gate_noise_scale"]) == ("sigmoid", None, 1.0)
     assert set(config["optimizer"]["rates"].values()) == {1.0}
@@ -96,3 +99,25 @@ def test_a_run_laid_out_for_its_length_cannot_grow(trained_once, tmp_path, monke
     assert outcome.code == 2
     assert "laid out for them: to train on, choose another name=... and init_from=runs/tiny" in outcome.err
     assert Path("runs/tiny/result.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("gate", ["noisy_top_k model.layers.middle.gate.noise_schedule=linear", "hash balance=[]"])
+def test_a_stopped_run_resumes_exactly(trainer, gate):
+    """Rates of groups, final decay and falling noise depend on the update alone: two halves make the whole."""
+    recipe = ["recipe=small_batch", "schedule.warmup_steps=3", f"gate@model.layers.middle.gate={gate}"]
+    overrides = [part for text in recipe for part in text.split()]
+    whole = trainer(torch.device("cpu"), *overrides)
+    assert whole.train()
+    steps = whole.progress.step
+    shutil.rmtree("runs")
+
+    first = trainer(torch.device("cpu"), *overrides)
+    stops = iter([False] * (steps // 2) + [True] * steps)
+    assert not first.train(lambda: next(stops))
+    second = trainer(torch.device("cpu"), *overrides)
+    assert second.resume()
+    assert 0 < second.progress.step < steps
+    assert second.train()
+    assert second.progress.step == steps
+    for (name, one), (_, two) in zip(whole.model.named_parameters(), second.model.named_parameters(), strict=True):
+        assert torch.equal(one, two), name
