@@ -47,10 +47,12 @@ _MIXTURE = {
     "gate_temperature": 1.0,
     "output_activation": "sigmoid",
     "output_init_scale": 1.0,
+    "num_shared_experts": 0,
 }
 _MODEL = {
     "output_activation": "sigmoid",
     "output_init_scale": 1.0,
+    "num_shared_experts": 0,
     "gate_init_std": None,
     "gate_noise_scale": 1.0,
 }

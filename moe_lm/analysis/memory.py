@@ -230,6 +230,8 @@ def _kept_by_moe(layer: nn.Module, step: StepSizes, product: int) -> int:
     # Inputs and outputs of experts are only kept where they travel between processes.
     travelling = 2 * width if step.expert_processes(layer.experts.num_experts) > 1 else 0
     expert_numbers = rows * (travelling + (0 if step.recompute else hidden)) + width
+    if layer.shared is not None:
+        expert_numbers += sum(matrix.shape[-1] for matrix in layer.shared.weights)
     # A gate keeps some 5 numbers per expert (logits, noise, standard deviation, ...) and 12 per assignment.
     gate_numbers = 5 * layer.gate.num_experts
     if hasattr(layer, "primary_gate"):  # the secondary gate reads a token's row once for each of its groups

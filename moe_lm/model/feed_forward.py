@@ -41,7 +41,7 @@ class FeedForward(Layer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights, each with the variance that keeps the activations' scale."""
+        """Draw the weights, each with the variance that keeps the activations' scale, the last one scaled."""
         for weight in self.weights[:-1]:
             init_uniform_(weight, math.sqrt(2 / weight.shape[0]))
         init_uniform_(self.weights[-1], self.output_init_scale * math.sqrt(1 / self.weights[-1].shape[0]))

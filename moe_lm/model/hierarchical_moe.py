@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_lm.data.batch import PaddedLayout
 from moe_lm.gate import Gate, Gating
 from moe_lm.model import Layer, output_activation_of
-from moe_lm.model.moe import Experts
+from moe_lm.model.moe import Experts, shared_experts
 from moe_lm.ops.routing import segment_sizes, segment_sum
 from moe_lm.ops.token_dispatch import dispatch
 
@@ -42,6 +42,7 @@ class HierarchicalMoE(Layer):
         gate_temperature: float = 1.0,
         output_activation: str = "sigmoid",
         output_init_scale: float = 1.0,
+        num_shared_experts: int = 0,
     ):
         super().__init__()
         primary_k = k if primary_k is None else primary_k
@@ -58,6 +59,7 @@ class HierarchicalMoE(Layer):
             group_size=group_size,
             output_init_scale=output_init_scale,
         )
+        self.shared = shared_experts(width, hidden, num_shared_experts, output_init_scale)
         self.output_activation = output_activation_of(output_activation)
         self.token_share = self.assignments_per_token / num_experts
         self.primary_gate.token_share = self.groups_per_token / num_groups
@@ -67,6 +69,8 @@ class HierarchicalMoE(Layer):
         self.primary_gate.reset_parameters()
         self.gate.reset_parameters()
         self.experts.reset_parameters()
+        if self.shared is not None:
+            self.shared.reset_parameters()
 
     def gates(self) -> dict[str, Gate]:
         """Return the gates of both levels."""
@@ -78,13 +82,17 @@ class HierarchicalMoE(Layer):
         input_R = None if layout.input_T is None else layout.input_T.index_select(0, primary.token_A)
         secondary = self.gate(dispatch(x_TD, primary.token_A), primary.expert_A, input_R)
         gating = HierarchicalGating.of_levels(primary, secondary, self.k)
-        return self.output_activation(self.experts(x_TD, gating)), gating
+        y_TD = self.experts(x_TD, gating)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD, layout)[0]
+        return self.output_activation(y_TD), gating
 
     def operations_per_timestep(self) -> int:
         """Return the multiply-adds of the primary gate and, for each of a token's groups, of its gate and experts."""
         secondary = self.gate.operations_per_timestep() * self.groups_per_token
         experts = self.assignments_per_token * self.experts.operations_per_row()
-        return self.primary_gate.operations_per_timestep() + round(secondary + experts)
+        shared = 0 if self.shared is None else self.shared.operations_per_timestep()
+        return self.primary_gate.operations_per_timestep() + shared + round(secondary + experts)
 
     @property
     def groups_per_token(self) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moe_lm.data.batch import PaddedLayout
 from moe_lm.gate import Gate, Gating
 from moe_lm.model import Layer, checked_init_scale, output_activation_of
+from moe_lm.model.feed_forward import FeedForward
 from moe_lm.model.init import init_experts_
 from moe_lm.ops.experts import moe_mlp
 
@@ -78,8 +79,27 @@ def set_recompute(model: nn.Module, on: bool) -> None:
             module.recompute = on
 
 
+def shared_experts(width: int, hidden: int, number: int, output_init_scale: float) -> FeedForward | None:
+    """Return the experts that every token uses, as one dense layer; None without any."""
+    if number < 0:
+        raise ValueError(f"model.num_shared_experts={number}: must be at least 0")
+    if number == 0:
+        return None
+    return FeedForward(
+        width=width,
+        hidden=number * hidden,
+        num_hidden=1,
+        output_activation="none",
+        output_init_scale=output_init_scale,
+    )
+
+
 class MoE(Layer):
-    """y = f(sum_i G(x)_i E_i(x)) (eq. 1), where f is `output_activation`, a sigmoid in the paper (Appendix C.1)."""
+    """y = f(sum_i G(x)_i E_i(x)) (eq. 1), where f is `output_activation`, a sigmoid in the paper (Appendix C.1).
+
+    With `num_shared_experts`, experts that every token uses are added to the sum with weight 1 (DeepSeekMoE, Dai et al.
+    2024, arXiv 2401.06066, section 3.2); they are one dense layer of as many times the hidden units.
+    """
 
     def __init__(
         self,
@@ -94,6 +114,7 @@ class MoE(Layer):
         gate_temperature: float = 1.0,
         output_activation: str = "sigmoid",
         output_init_scale: float = 1.0,
+        num_shared_experts: int = 0,
     ):
         super().__init__()
         if min(width, hidden, num_experts) < 1:
@@ -104,13 +125,16 @@ class MoE(Layer):
         common |= {"temperature": gate_temperature, "noise_scale": gate_noise_scale}
         self.gate = gate(num_experts=num_experts, k=k, **common)
         self.experts = Experts(width=width, hidden=hidden, num_experts=num_experts, output_init_scale=output_init_scale)
+        self.shared = shared_experts(width, hidden, num_shared_experts, output_init_scale)
         self.output_activation = output_activation_of(output_activation)
         self.token_share = self.assignments_per_token / num_experts
 
     def reset_parameters(self) -> None:
-        """Draw the gate's parameters, then the experts' parameters."""
+        """Draw the gate's parameters, then those of the experts and of the shared experts."""
         self.gate.reset_parameters()
         self.experts.reset_parameters()
+        if self.shared is not None:
+            self.shared.reset_parameters()
 
     def gates(self) -> dict[str, Gate]:
         """Return the one gate."""
@@ -119,12 +143,16 @@ class MoE(Layer):
     def forward(self, x_TD: Tensor, layout: PaddedLayout) -> tuple[Tensor, Gating]:
         """Return the mixture's output and its gating."""
         gating = self.gate(x_TD, input_T=layout.input_T)
-        return self.output_activation(self.experts(x_TD, gating)), gating
+        y_TD = self.experts(x_TD, gating)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD, layout)[0]
+        return self.output_activation(y_TD), gating
 
     def operations_per_timestep(self) -> int:
         """Return the multiply-adds of the gate and of the experts that a token is sent to on average."""
         experts = round(self.assignments_per_token * self.experts.operations_per_row())
-        return experts + self.gate.operations_per_timestep()
+        shared = 0 if self.shared is None else self.shared.operations_per_timestep()
+        return experts + shared + self.gate.operations_per_timestep()
 
     @property
     def assignments_per_token(self) -> float:

@@ -70,7 +70,7 @@ def families(runs: Sequence[RunRecord]) -> list[Family]:
             found.setdefault(rest, {}).setdefault(experts, []).append(fmean(losses))
     return [
         Family(f"{k} of E experts of {hidden} hidden units", tuple(sorted((e, fmean(v)) for e, v in counts.items())))
-        for (_, hidden, k, _), counts in found.items()
+        for (_, hidden, k, *_), counts in found.items()
         if len(counts) >= 3
     ]
 
@@ -89,7 +89,7 @@ def mixture_sizes(run: RunRecord) -> tuple[int, tuple] | None:
     experts, width, hidden, k = (layer.get(key) for key in ("num_experts", "width", "hidden", "k"))
     if not all(isinstance(size, int) for size in (experts, width, hidden, k)):
         return None
-    return experts, (width, hidden, k, gate)
+    return experts, (width, hidden, k, gate, layer.get("num_shared_experts"))
 
 
 def fit_law(points: Sequence[Point]) -> Law | None:

@@ -42,6 +42,9 @@ LAYERS = {
     "lstm, to as many": lambda: ProjectedLstm(width=WIDTH, units=WIDTH),
     "flat": lambda: MoE(width=WIDTH, hidden=96, num_experts=8, k=2, gate=GATE),
     "flat, many experts": lambda: MoE(width=WIDTH, hidden=64, num_experts=128, k=4, gate=GATE),
+    "flat, with shared experts": lambda: MoE(
+        width=WIDTH, hidden=64, num_experts=8, k=2, gate=GATE, num_shared_experts=3
+    ),
     "hierarchical": lambda: HierarchicalMoE(
         width=WIDTH, hidden=96, num_experts=32, num_groups=4, k=2, gate=GATE, primary_gate=GATE
     ),

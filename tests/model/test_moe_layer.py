@@ -12,7 +12,9 @@ import torch
 from moe_lm.data.batch import PaddedLayout
 from moe_lm.gate.noisy_top_k import NoisyTopK
 from moe_lm.model.feed_forward import FeedForward
+from moe_lm.model.hierarchical_moe import HierarchicalMoE
 from moe_lm.model.moe import MoE
+from moe_lm.optim import parameter_groups, token_shares
 
 WIDTH, HIDDEN = 5, 7
 GATE = partial(NoisyTopK, noise_epsilon=0.01)
@@ -164,3 +166,59 @@ def test_wrong_sizes_are_mistakes(sizes):
     with pytest.raises(ValueError, match=r"must be|k=|experts") as caught:
         MoE(**{"width": 4, "hidden": 4, "num_experts": 4, "k": 2, "gate": GATE} | sizes)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("hierarchical", [False, True])
+def test_shared_experts_are_added_with_weight_one_to_what_is_chosen(hierarchical):
+    """y = routed + sum of S dense experts; without an output activation the parts add up; they cost 2 D S H."""
+    torch.manual_seed(0)
+    sizes = {"width": WIDTH, "hidden": HIDDEN, "num_experts": 6, "k": 2, "gate": GATE, "output_activation": "none"}
+    sizes |= {"num_groups": 2, "primary_gate": GATE, "primary_k": 1} if hierarchical else {}
+    layer_class = HierarchicalMoE if hierarchical else MoE
+    layer = layer_class(**sizes, num_shared_experts=3, gate_init_std=1.0).double().eval()
+    plain = layer_class(**sizes, gate_init_std=1.0).double().eval()
+    plain.load_state_dict({name: x for name, x in layer.state_dict().items() if "shared" not in name})
+    x_TD = torch.randn(20, WIDTH, dtype=torch.float64)
+    w1_DH, w2_HD = layer.shared.weights
+    assert w1_DH.shape == (WIDTH, 3 * HIDDEN)
+    dense_TD = sum(
+        (x_TD @ w1_DH[:, part]).clamp(min=0) @ w2_HD[part] for part in (slice(7 * s, 7 * s + 7) for s in range(3))
+    )
+    torch.testing.assert_close(layer(x_TD, sentences(20))[0], plain(x_TD, sentences(20))[0] + dense_TD)
+    assert layer.operations_per_timestep() - plain.operations_per_timestep() == 2 * WIDTH * 3 * HIDDEN
+    groups = parameter_groups(layer)
+    assert {group for name, group in groups.items() if "shared" in name} == {"feed_forward"}
+
+
+def test_shared_experts_see_every_token():
+    """Their learning rate is not lowered by the share of the tokens that a routed expert receives."""
+    layer = MoE(width=WIDTH, hidden=HIDDEN, num_experts=8, k=2, gate=GATE, num_shared_experts=1)
+    shares = token_shares(layer)
+    assert {share for name, share in shares.items() if "shared" in name} == {1.0}
+    assert {share for name, share in shares.items() if "shared" not in name} == {0.25}
+
+
+def test_the_last_matrix_begins_at_a_scale():
+    """W2 of experts, and the last matrix of a dense layer, are the usual ones times the scale; nothing else changes."""
+    for make_layer in (
+        lambda scale: MoE(width=4, hidden=8, num_experts=3, k=1, gate=GATE, output_init_scale=scale),
+        lambda scale: FeedForward(width=4, hidden=8, num_hidden=1, output_init_scale=scale),
+    ):
+        states = []
+        for scale in (1.0, 0.25):
+            torch.manual_seed(4)
+            states.append(make_layer(scale).state_dict())
+        for name, usual in states[0].items():
+            factor = 0.25 if name.endswith(("w2_EHD", "weights.1")) else 1.0
+            torch.testing.assert_close(states[1][name], usual * factor)
+
+
+def test_wrong_choices_are_refused_by_name():
+    sizes = {"width": 4, "hidden": 8, "num_experts": 3, "k": 1, "gate": GATE}
+    for wrong, message in (
+        ({"output_activation": "tanh"}, r"model\.output_activation=tanh: choose sigmoid or none"),
+        ({"output_init_scale": -1.0}, r"model\.output_init_scale=-1\.0"),
+        ({"num_shared_experts": -1}, r"model\.num_shared_experts=-1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MoE(**sizes | wrong)

@@ -46,6 +46,7 @@ KINDS = {
     "switch": gate("switch", "model.k=1", "balance=[switch]"),
     "expert_choice": gate("expert_choice", "balance=[]"),
     "hash": gate("hash", "balance=[]"),
+    "shared_experts": ("model.num_shared_experts=2",),
     "recipe": ("recipe=small_batch",),
     "recipe_hierarchical": ("recipe=small_batch", *HIERARCHY, FACTORED),
     "loss_free": gate("loss_free", "balance=[]"),
