@@ -48,6 +48,7 @@ _MIXTURE = {
     "output_activation": "sigmoid",
     "output_init_scale": 1.0,
     "num_shared_experts": 0,
+    "identical_experts": False,
 }
 _MODEL = {
     "output_activation": "sigmoid",

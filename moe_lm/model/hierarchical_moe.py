@@ -43,6 +43,7 @@ class HierarchicalMoE(Layer):
         output_activation: str = "sigmoid",
         output_init_scale: float = 1.0,
         num_shared_experts: int = 0,
+        identical_experts: bool = False,
     ):
         super().__init__()
         primary_k = k if primary_k is None else primary_k
@@ -52,13 +53,8 @@ class HierarchicalMoE(Layer):
         common |= {"temperature": gate_temperature, "noise_scale": gate_noise_scale}
         self.primary_gate = primary_gate(num_experts=num_groups, k=primary_k, **common)
         self.gate = gate(num_experts=group_size, k=k, num_groups=num_groups, **common)
-        self.experts = Experts(
-            width=width,
-            hidden=hidden,
-            num_experts=num_experts,
-            group_size=group_size,
-            output_init_scale=output_init_scale,
-        )
+        begin = {"output_init_scale": output_init_scale, "identical": identical_experts}
+        self.experts = Experts(width=width, hidden=hidden, num_experts=num_experts, group_size=group_size, **begin)
         self.shared = shared_experts(width, hidden, num_shared_experts, output_init_scale)
         self.output_activation = output_activation_of(output_activation)
         self.token_share = self.assignments_per_token / num_experts

@@ -31,14 +31,15 @@ class Experts(nn.Module):
         group_size: int = 1,
         held: range | None = None,
         output_init_scale: float = 1.0,
+        identical: bool = False,
     ):
         """`group_size` consecutive experts are one group of a hierarchical layer.
 
         The module holds only the matrices of the experts in `held`, by default of all experts. W2 begins at
-        `output_init_scale` times its usual deviation.
+        `output_init_scale` times its usual deviation, and all experts begin as copies of the first if `identical`.
         """
         super().__init__()
-        self.num_experts, self.group_size = num_experts, group_size
+        self.num_experts, self.group_size, self.identical = num_experts, group_size, identical
         self.output_init_scale = checked_init_scale(output_init_scale)
         self.held = range(num_experts) if held is None else held
         self.recompute = False
@@ -59,8 +60,17 @@ class Experts(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw uniformly with variance 2/fan-in before the ReLU and 1/fan-in after it."""
-        init_experts_(self.w1_EDH, math.sqrt(2 / self.width), self.held)
-        init_experts_(self.w2_EHD, self.output_init_scale * math.sqrt(1 / self.hidden), self.held)
+        self._draw(self.w1_EDH, math.sqrt(2 / self.width))
+        self._draw(self.w2_EHD, self.output_init_scale * math.sqrt(1 / self.hidden))
+
+    @torch.no_grad()
+    def _draw(self, weight_E: Tensor, std: float) -> None:
+        if not self.identical:
+            init_experts_(weight_E, std, self.held)
+            return
+        first = weight_E.new_empty(1, *weight_E.shape[1:])
+        init_experts_(first, std, range(1))
+        weight_E.copy_(first.expand_as(weight_E))
 
     def forward(self, x_TD: Tensor, gating: Gating) -> Tensor:
         """Return y_TD = sum_i G(x)_i E_i(x) over a token's experts (eq. 1); zeros for a token without experts."""
@@ -115,6 +125,7 @@ class MoE(Layer):
         output_activation: str = "sigmoid",
         output_init_scale: float = 1.0,
         num_shared_experts: int = 0,
+        identical_experts: bool = False,
     ):
         super().__init__()
         if min(width, hidden, num_experts) < 1:
@@ -124,7 +135,8 @@ class MoE(Layer):
         common = {"width": width, "init_std": gate_init_std}
         common |= {"temperature": gate_temperature, "noise_scale": gate_noise_scale}
         self.gate = gate(num_experts=num_experts, k=k, **common)
-        self.experts = Experts(width=width, hidden=hidden, num_experts=num_experts, output_init_scale=output_init_scale)
+        begin = {"output_init_scale": output_init_scale, "identical": identical_experts}
+        self.experts = Experts(width=width, hidden=hidden, num_experts=num_experts, **begin)
         self.shared = shared_experts(width, hidden, num_shared_experts, output_init_scale)
         self.output_activation = output_activation_of(output_activation)
         self.token_share = self.assignments_per_token / num_experts

@@ -33,6 +33,7 @@ class ExpertParallelExperts(Experts):
             group_size=experts.group_size,
             held=shard.rows,
             output_init_scale=experts.output_init_scale,
+            identical=experts.identical,
         )
         self.recompute, self.shard = experts.recompute, shard
 

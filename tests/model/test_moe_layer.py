@@ -13,7 +13,7 @@ from moe_lm.data.batch import PaddedLayout
 from moe_lm.gate.noisy_top_k import NoisyTopK
 from moe_lm.model.feed_forward import FeedForward
 from moe_lm.model.hierarchical_moe import HierarchicalMoE
-from moe_lm.model.moe import MoE
+from moe_lm.model.moe import Experts, MoE
 from moe_lm.optim import parameter_groups, token_shares
 
 WIDTH, HIDDEN = 5, 7
@@ -222,3 +222,18 @@ def test_wrong_choices_are_refused_by_name():
     ):
         with pytest.raises(ValueError, match=message):
             MoE(**sizes | wrong)
+
+
+def test_identical_experts_begin_as_copies_of_the_first():
+    """As many processes hold them: a shard of experts 2 and 3 has the same matrices as the whole."""
+    states = []
+    for held in (None, range(2, 4)):
+        torch.manual_seed(4)
+        states.append(Experts(width=4, hidden=8, num_experts=6, held=held, identical=True))
+    for name in ("w1_EDH", "w2_EHD"):
+        whole, shard = (getattr(experts, name) for experts in states)
+        assert torch.equal(whole, whole[:1].expand_as(whole))
+        assert torch.equal(shard, whole[:2])
+    layer = MoE(width=4, hidden=8, num_experts=6, k=2, gate=GATE, identical_experts=True)
+    assert torch.equal(layer.experts.w1_EDH[0], layer.experts.w1_EDH[5])
+    assert layer.experts.w1_EDH.std() > 0.3  # sqrt(2 / 4) over 32 numbers
