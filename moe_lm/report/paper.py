@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moe_lm.compat import current_config
 from moe_lm.config_files import flatten
 from moe_lm.report import PaperModel, PaperResult, RunRecord
 
@@ -101,7 +102,8 @@ def paper_model(run: RunRecord, presets: Presets) -> PaperModel | None:
 
 def same_architecture(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
     """Whether two configurations have the same layers and balance losses up to their sizes."""
-    a, b = (flatten({key: settings.get(key) for key in ("model", "balance")}) for settings in (ours, theirs))
+    both = (current_config(settings) for settings in (ours, theirs))
+    a, b = (flatten({key: settings.get(key) for key in ("model", "balance")}) for settings in both)
     return all(a.get(key) == b.get(key) for key in a.keys() | b.keys() if key.split(".")[-1] not in SIZES)
 
 

@@ -9,19 +9,19 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import cycle, pairwise
 from statistics import fmean
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from moe_lm.report import RunRecord
+from moe_lm.report.axes import positive, set_log_axis
 from moe_lm.report.runs import seed_groups
+from moe_lm.report.scaling import families
 
 INK, GRID, PAPER = "#1f2328", "#d8dee4", "#ffffff"  # the page replaces these by its theme's colours
 INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "legend.labelcolor")
@@ -54,8 +54,6 @@ DASHES = {
 }
 HOLLOW = {"markerfacecolor": "none", "markeredgewidth": 1, "markersize": 11, "linestyle": "none"}
 LOG_RATIO = 20  # the y axis of a curve is logarithmic where the ratio of its values is larger
-# Ticks of a logarithmic axis, by the ratio that its values exceed; below all of these, ticks stand at equal steps.
-MANTISSAS = {500: (1,), 30: (1, 3), 8: (1, 2, 5), 2.5: (1, 1.5, 2, 3, 5, 7)}
 RISE = 1.2  # a line joins models where each costs at least this many times as much as the one before
 
 OPERATIONS, PARAMETERS = "operations_per_timestep", "parameters_without_embedding_and_softmax"
@@ -163,13 +161,42 @@ class CurvePanel:
         return [(x, y) for x, y in points if x > 0 and y is not None and math.isfinite(y)]
 
 
-Panel = ScatterPanel | CurvePanel
+@dataclass(frozen=True)
+class ExpertsPanel:
+    """Test perplexity against the number of experts, with fitted laws, and dense models as horizontal lines."""
+
+    def draw(self, axes: Axes, runs: Sequence[RunRecord]) -> Legend:
+        """Draw families of mixtures and return their legend, empty where none has three numbers of experts."""
+        found = families(runs)
+        if not found:
+            return {}
+        axes.set(xlabel="experts", ylabel="test perplexity")
+        legend = {}
+        for family, colour in zip(found, cycle(COLOURS)):
+            (legend[family.label],) = axes.plot(*zip(*family.points, strict=True), color=colour, marker="o", ls="none")
+            if law := family.law():
+                xs = [family.points[0][0] * 2 ** (step / 8) for step in range(8 * family.doublings + 1)]
+                (legend[f"perplexity = {law}"],) = axes.plot(xs, [law(x) for x in xs], color=colour, linewidth=1)
+        levels = [(name, self._level(members)) for name, members in seed_groups(runs) if not members[0].is_moe]
+        for (name, level), dash in zip([pair for pair in levels if positive(pair[1])], cycle(DASHES[False])):
+            legend[name] = axes.axhline(level, color=INK, alpha=0.5, linewidth=1, linestyle=dash)
+        xs, ys = zip(*(point for family in found for point in family.points), strict=True)
+        set_log_axis(axes.xaxis, xs, pad=0.05, least=1.15)
+        set_log_axis(axes.yaxis, [*ys, *(level for _, level in levels if positive(level))], pad=0.1, least=1.02)
+        return legend
+
+    def _level(self, runs: Sequence[RunRecord]) -> float:
+        return fmean(run.perplexity("test") or math.nan for run in runs)
+
+
+Panel = ScatterPanel | CurvePanel | ExpertsPanel
 GROUPS: Mapping[str, Mapping[str, Panel]] = {
     "perplexity": {
         "perplexity_operations": ScatterPanel(OPERATIONS, "operations per timestep (M)", 1e6, "operations"),
         "perplexity_parameters": ScatterPanel(PARAMETERS, "parameters w/o embedding, softmax (M)", 1e6, "parameters"),
         "perplexity_flops": ScatterPanel("flops", "training FLOPs ($\\times 10^{15}$)", 1e15),
     },
+    "experts": {"perplexity_experts": ExpertsPanel()},
     "curves": {
         "training": CurvePanel("nats_per_word", "training loss (nats per word)"),
         "validation": CurvePanel("perplexity", "validation perplexity", split="valid"),
@@ -270,28 +297,3 @@ def joined(models: Sequence[Model]) -> Iterator[list[Point]]:
             if len(order) > 1 and all(b >= a * RISE for (a, _), (b, _) in pairwise(order)):
                 yield [point for _, point in order]
                 break
-
-
-def positive(value: float | None) -> bool:
-    """Whether a value has a place on a logarithmic axis."""
-    return value is not None and math.isfinite(value) and value > 0
-
-
-def set_log_axis(axis: Axis, values: Sequence[float], pad: float, least: float) -> None:
-    """Make an axis logarithmic with a few round ticks, written as plain numbers.
-
-    On either side of the values there is space: a share `pad` of their span, or a factor `least` if that is more.
-    """
-    low, ratio = min(values), max(values) / min(values)
-    factor = max(ratio**pad, least)
-    axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}lim": (low / factor, low * ratio * factor)})
-    mantissas = next((mantissas for least_ratio, mantissas in MANTISSAS.items() if ratio > least_ratio), None)
-    even = MaxNLocator(nbins=5, steps=(1, 2, 5, 10), min_n_ticks=3)
-    axis.set_major_locator(LogLocator(subs=mantissas) if mantissas else even)
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(tick_label)
-
-
-def tick_label(value: float, _position: int | None = None) -> str:
-    """Return a tick as a plain number without an offset: 0.3, 8.4, 4,300."""
-    return f"{value:,.10g}"

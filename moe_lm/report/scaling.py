@@ -50,6 +50,11 @@ class Family:
     label: str
     points: tuple[Point, ...]
 
+    @property
+    def doublings(self) -> int:
+        """Number of doublings from the fewest experts to the most, rounded up."""
+        return math.ceil(math.log2(self.points[-1][0] / self.points[0][0]))
+
     def law(self) -> Law | None:
         """Return the fitted law, None where fewer than three counts, or too much scatter, do not carry one."""
         return fit_law(self.points)

@@ -7,7 +7,8 @@ import matplotlib
 import pytest
 from matplotlib.figure import Figure
 
-from moe_lm.report.plots import draw_figures, draw_plots, fixed_style, set_log_axis, tick_label, wrapped
+from moe_lm.report.axes import set_log_axis, tick_label
+from moe_lm.report.plots import draw_figures, draw_plots, fixed_style, wrapped
 from moe_lm.report.runs import read_runs
 
 POINTS = ("perplexity", "perplexity_operations", "perplexity_parameters", "perplexity_flops")

@@ -5,6 +5,7 @@ import json
 import pytest
 from conftest import write_run
 
+from moe_lm.report.plots import ExpertsPanel, draw_figure, fixed_style
 from moe_lm.report.runs import read_runs
 from moe_lm.report.scaling import families, fit_law, leverage, scaling_tables
 
@@ -77,3 +78,21 @@ def test_without_what_they_need_there_are_no_tables(tmp_path):
     write_run(tmp_path, "none", settings=mixture(256), perplexity={"valid": 3.0})
     assert scaling_tables(read_runs(tmp_path)) == []
     assert json.loads((tmp_path / "none" / "result.json").read_text())["perplexity"] == {"valid": 3.0}
+
+
+def test_the_figure_has_points_a_law_and_the_dense_level(tmp_path):
+    """Four counts on 60 + 40 E^-0.5: the line passes through the points, and the dense model is a horizontal line."""
+    write_run(tmp_path, "dense", experts=0, perplexity={"test": 82.0})
+    for experts, loss in ((4, 80.0), (16, 70.0), (64, 65.0), (256, 62.5)):
+        write_run(tmp_path, f"moe_{experts}", settings=mixture(experts), perplexity={"test": loss})
+    runs = read_runs(tmp_path)
+    with fixed_style():
+        figure = draw_figure([ExpertsPanel()], runs)
+    points, law, dense = figure.axes[0].lines
+    assert points.get_xydata().tolist() == [[4, 80], [16, 70], [64, 65], [256, 62.5]]
+    line = dict(map(tuple, law.get_xydata()))
+    assert {x: line[x] for x in (4, 16, 64, 256)} == pytest.approx({4: 80, 16: 70, 64: 65, 256: 62.5}, rel=1e-3)
+    assert set(dense.get_ydata()) == {82.0}
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["4 of E experts of 128 hidden units", "perplexity = 60.0 + 40.0 · E^−0.50", "dense"]
+    assert draw_figure([ExpertsPanel()], runs[:2]) is None
