@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_lm.model.init import init_words_
 from moe_lm.ops.cross_entropy import candidate_nats, token_nats
+from moe_lm.ops.init import init_words_
 from moe_lm.ops.sparse_rows import RowSparseModule, RowSparseParameter, UniqueIndices, copy_to_device, take_rows
 
 _CHUNK_LOGITS_CPU, _CHUNK_LOGITS_GPU = 1 << 24, 1 << 28

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moe_lm.data.batch import PaddedLayout
 from moe_lm.model import Layer, checked_init_scale, output_activation_of
-from moe_lm.model.init import init_uniform_
+from moe_lm.ops.init import init_uniform_
 
 
 class FeedForward(Layer):

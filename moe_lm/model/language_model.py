@@ -14,7 +14,7 @@ from moe_lm.data.batch import MicroBatch
 from moe_lm.gate import Gating
 from moe_lm.loss.softmax import Softmax
 from moe_lm.model import Layer
-from moe_lm.model.init import init_words_
+from moe_lm.ops.init import init_words_
 from moe_lm.ops.sparse_rows import RowSparseModule, RowSparseParameter, UniqueIndices, take_rows
 
 

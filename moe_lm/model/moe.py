@@ -13,8 +13,8 @@ from moe_lm.data.batch import PaddedLayout
 from moe_lm.gate import Gate, Gating
 from moe_lm.model import Layer, checked_init_scale, output_activation_of
 from moe_lm.model.feed_forward import FeedForward
-from moe_lm.model.init import init_experts_
 from moe_lm.ops.experts import moe_mlp
+from moe_lm.ops.init import init_experts_
 
 
 class Experts(nn.Module):

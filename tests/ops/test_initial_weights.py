@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from moe_lm.model import init as initial
-from moe_lm.model.init import init_experts_, init_words_
+from moe_lm.ops import init as initial
+from moe_lm.ops.init import init_experts_, init_words_
 
 
 @pytest.mark.parametrize("threads", [2, 5])
