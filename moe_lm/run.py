@@ -5,7 +5,7 @@ runs/<name>/config.yaml  metrics.jsonl  checkpoints/<step>/  vocabulary/  result
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache
 from pathlib import Path
 
@@ -125,10 +125,10 @@ class Run:
         """Write the waiting lines of metrics.jsonl; raises `UserError` if the disk is still full."""
         self._metrics.finish()
 
-    def cut_metrics(self, step: int, *, and_training_at_step: bool = False) -> None:
+    def cut_metrics(self, step: int, *, also_at_step: Collection[str | None] = ()) -> None:
         """Delete the lines after this step, and an unfinished last line.
 
-        `and_training_at_step` deletes the training line of the step itself too.
+        `also_at_step` names the splits whose lines of the step itself are deleted too, None for the training line.
         """
         if not self.metrics_file.exists():
             return
@@ -138,7 +138,7 @@ class Run:
                 continue
             try:
                 record = json.loads(line)
-                drop = and_training_at_step and record["step"] == step and "split" not in record
+                drop = record["step"] == step and record.get("split") in also_at_step
                 if record["step"] <= step and not drop:
                     kept.append(line.decode())
             except (ValueError, KeyError, TypeError) as error:

@@ -167,16 +167,11 @@ def test_a_finished_run_repeated_changes_nothing(own_trained, moe_lm):
 def test_more_words_continue_a_finished_run_exactly(workspace, undisturbed, moe_lm, first):
     shorter = with_overrides(list(TRAINING), f"training.num_words={first}")
     assert moe_lm("train", *shorter, "name=other").code == 0
-    end = json.loads(Path("runs/other/result.json").read_text())["steps"]
     longer = with_overrides(list(TRAINING), "training.num_words=2900")
     assert moe_lm("train", *longer, "name=other").code == 0
     assert moe_lm("train", *longer).code == 0
     continued, run_parallel = results(Path("runs/other")), results()
     assert continued["step"] > undisturbed["step"]
-    if end % 5:  # besides every fifth step, a run validates at its end, and keeps that line
-        at_end = [line for line in continued["metrics"] if "split" in line and line["step"] == end]
-        assert len(at_end) == 1
-        continued["metrics"].remove(at_end[0])
     assert continued == run_parallel
 
 

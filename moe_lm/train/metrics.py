@@ -1,6 +1,6 @@
 """Training metrics: sums between two log lines, balance figures (Table 6), and the log that receives the lines."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -74,9 +74,9 @@ class MetricsLog:
             numbers = {prefix + key: value for key, value in line.items() if isinstance(value, int | float)}
             self._wandb.log(numbers, step=line["step"])
 
-    def cut(self, step: int, *, and_training_at_step: bool) -> None:
+    def cut(self, step: int, *, also_at_step: Collection[str | None]) -> None:
         """Drop the lines after this step, as `Run.cut_metrics` does."""
-        self._run.cut_metrics(step, and_training_at_step=and_training_at_step)
+        self._run.cut_metrics(step, also_at_step=also_at_step)
 
     def close(self) -> None:
         """Finish Weights & Biases; raises `UserError` where a full disk still keeps lines out of metrics.jsonl."""

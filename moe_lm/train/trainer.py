@@ -94,10 +94,18 @@ class Trainer:
         if state is not None:
             self.progress = Progress(**state["progress"])
             self._interval = Interval(self.progress.interval)
-        # A finished run that is extended takes up its last, partial interval again.
-        extended = bool(self.progress.interval) and self.progress.words < self.settings.num_words
-        self.parallel.first(lambda: self.metrics.cut(self.progress.step, and_training_at_step=extended))
+        self.parallel.first(lambda: self.metrics.cut(self.progress.step, also_at_step=self._lines_of_an_end()))
         return state is not None
+
+    def _lines_of_an_end(self) -> list[str | None]:
+        """Return which lines of the current step exist only because a run, which now goes on, had its end there.
+
+        It takes up its last, partial interval again.
+        """
+        if self.progress.words >= self.settings.num_words:
+            return []
+        training = [None] if self.progress.interval else []
+        return training + (["valid"] if self.progress.step % self._valid_every else [])
 
     def train(self, asked_to_stop: Callable[[], bool] = bool) -> bool:
         """Train to the end and return True, or until a process is asked to stop and return False; saves either way."""

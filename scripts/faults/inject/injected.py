@@ -109,7 +109,7 @@ def spoil(kind: str, first: int, last: int) -> None:
     from moe_lm.ops.sparse_rows import RowSparseParameter
 
     now = [0]
-    before("moe_lm.train.step:TrainStep.__call__", lambda _self, _batch, step, _rate: now.__setitem__(0, step))
+    before("moe_lm.train.step:TrainStep.__call__", lambda _self, _batch, step, *_: now.__setitem__(0, step))
 
     def spoiled(value, bad):
         return bad(value) if first <= now[0] < last else value
