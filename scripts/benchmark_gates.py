@@ -29,6 +29,8 @@ LOSSES = {
     "strictly_balanced": ["batchwise"],
 }
 _CPU = torch.device("cpu")
+_WORDS = 1000
+"""Distinct input words, for gates that read them."""
 
 
 def main() -> None:
@@ -60,15 +62,16 @@ def _measured(name: str, options: argparse.Namespace) -> dict[str, float]:
     torch.manual_seed(0)
     gate = _built("gate", name)
     k = gate.func.only_k or options.k
-    layer = MoE(width=options.width, hidden=options.hidden, num_experts=options.experts, k=k, gate=gate).train()
-    torch.nn.init.normal_(layer.gate.gate_DE, std=options.width**-0.5)
+    sizes = {"width": options.width, "hidden": options.hidden, "num_experts": options.experts, "k": k}
+    layer = MoE(**sizes, gate=gate, gate_init_std=options.width**-0.5).train()
     losses = [_built("balance", loss) for loss in LOSSES.get(name, [])]
     layer.gate.required_stats = frozenset(loss.stat for loss in losses)
     x_TD = torch.randn(options.tokens, options.width, requires_grad=True)
-    grad_TD, layout = torch.randn_like(x_TD), PaddedLayout(options.tokens, 1, None)
+    input_T = torch.arange(options.tokens) % _WORDS
+    grad_TD, layout = torch.randn_like(x_TD), PaddedLayout(options.tokens, 1, None, input_T)
 
     def without_experts() -> tuple[Tensor, Gating]:
-        gating = layer.gate(x_TD)
+        gating = layer.gate(x_TD, input_T=input_T)
         return _combined(dispatch(x_TD, gating.token_A), gating), gating
 
     def both_passes(forward: Work) -> None:
@@ -81,7 +84,8 @@ def _measured(name: str, options: argparse.Namespace) -> dict[str, float]:
     works = {name: lambda work=work: both_passes(work) for name, work in works.items()}
     rows = ratios(interleaved(works, options.rounds, _CPU), "layer")
     seconds = {
-        f"{name}_seconds": row["seconds"] for name, row in (rows | _forward(layer, x_TD, options.rounds)).items()
+        f"{name}_seconds": row["seconds"]
+        for name, row in (rows | _forward(layer, x_TD, input_T, options.rounds)).items()
     }
     return {"k": k, "share": rows["without_experts"]["ratio"], **seconds}
 
@@ -96,11 +100,11 @@ def _combined(y_AD: Tensor, gating: Gating) -> Tensor:
 
 
 @torch.no_grad()
-def _forward(layer: MoE, x_TD: Tensor, rounds: int) -> dict[str, dict[str, float]]:
-    gating = layer.gate(x_TD)
+def _forward(layer: MoE, x_TD: Tensor, input_T: Tensor, rounds: int) -> dict[str, dict[str, float]]:
+    gating = layer.gate(x_TD, input_T=input_T)
     y_AD = dispatch(x_TD, gating.token_A)
     parts = {
-        "gate": lambda: layer.gate(x_TD),
+        "gate": lambda: layer.gate(x_TD, input_T=input_T),
         "dispatch": lambda: dispatch(x_TD, gating.token_A),
         "combine": lambda: _combined(y_AD, gating),
     }

@@ -54,7 +54,7 @@ def step(of: Trainer) -> int:
     """Run the next training step and return its words; raises `UserError` if it was skipped, which takes less time."""
     number = of.progress.step
     batch = of.prefetcher.step(number)
-    result = of.train_step(batch, number, of.peak_rate * of.schedule(number))
+    result = of.train_step(batch, number, of.learning_rate(number))
     if not result.updated:
         raise UserError("a step was skipped, its loss or gradient not finite: lower optimizer.learning_rate")
     of.progress.step += 1

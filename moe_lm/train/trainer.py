@@ -151,7 +151,7 @@ class Trainer:
         progress, started = self.progress, time.perf_counter()
         batch = self.prefetcher.step(progress.step)
         result = self.train_step(
-            batch, progress.step, self._learning_rate(progress.step), min(1.0, progress.step / self._num_steps)
+            batch, progress.step, self.learning_rate(progress.step), min(1.0, progress.step / self._num_steps)
         )
         progress.step += 1
         progress.words += batch.num_words
@@ -164,7 +164,8 @@ class Trainer:
         bar.update(batch.num_words)
         self._after_step(bar)
 
-    def _learning_rate(self, step: int) -> float:
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of the update after `step` steps."""
         return self.peak_rate * self.schedule(step, self._num_steps)
 
     def _count(self, result: StepResult, num_words: int) -> None:
@@ -216,7 +217,7 @@ class Trainer:
                 **self._position(),
                 "epoch": self.prefetcher.epoch(self.progress.step),
                 **loss,
-                "learning_rate": self._learning_rate(self.progress.step - 1),
+                "learning_rate": self.learning_rate(self.progress.step - 1),
                 "words_per_second": passed / max(seconds, 1e-9),
                 **means,
                 **({"skipped": int(skipped)} if skipped else {}),
