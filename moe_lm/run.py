@@ -44,7 +44,7 @@ class Run:
         """Create the directory or resume it, locked against other processes until this one ends.
 
         A directory without checkpoints, metrics and result accepts any configuration. A run may be resumed with a
-        larger `training.num_words` only if `may_grow`, that is, unless its schedules end with the training.
+        larger `training.num_words` only if `may_grow`: a schedule that ends with the training forbids it.
 
         Raises `UserError` if the directory holds another run, is in use, or cannot be written.
         """
@@ -157,20 +157,21 @@ class Run:
 
     def _compare(self, config: dict, may_grow: bool) -> None:
         stored, wanted = (flatten({key: each.get(key) for key in IDENTITY}) for each in (self.config(), config))
-        before, now = (each["training"]["num_words"] for each in (self.config(), config))
-        if now < before:
-            raise UserError(f"{self.folder} is a run of training.num_words={before}: it can grow, not shrink to {now}")
-        if now > before and not may_grow:
-            raise UserError(
-                f"{self.folder} is a run of training.num_words={before}, and its schedule (of the learning rate or "
-                f"of the noise) was laid out for them: to train on, choose another name=... and init_from={self.folder}"
-            )
         for key in sorted((stored.keys() | wanted.keys()) - _NOT_IDENTITY):
             if stored.get(key) != wanted.get(key):
                 raise UserError(
                     f"{self.folder} holds another run: {key}={stored.get(key)} there, {wanted.get(key)} here; "
                     "choose another name=... or delete that folder"
                 )
+        before, now = (each["training"]["num_words"] for each in (self.config(), config))
+        if now < before:
+            may = "it can grow, not shrink" if may_grow else "it cannot shrink"
+            raise UserError(f"{self.folder} is a run of training.num_words={before}: {may} to {now}")
+        if now > before and not may_grow:
+            raise UserError(
+                f"{self.folder} is a run of training.num_words={before}, at which its schedule of the learning rate or "
+                f"the noise ends: to train further, choose another name=... and init_from={self.folder}"
+            )
 
 
 @cache

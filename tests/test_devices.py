@@ -182,22 +182,28 @@ def test_parallel_is_a_number_or_auto(value, tmp_path, monkeypatch, moe_lm):
     assert f"parallel={value}: needs a whole number of at least 1, or auto" in outcome.err
 
 
-def test_the_live_line_tells_what_runs_how_far_and_how_long_yet():
+def test_the_live_line_tells_what_runs_how_far_and_how_much_longer():
     """Two at a time: one run took 100 s; two have run 60 s and need 30 and 90 s more; two wait.
 
-    A run takes (100 + 90 + 150) / 3 s, so the work left is 30 + 90 + 2 * 113 s, half of it 173 s: three minutes.
+    A run takes (100 + 90 + 150) / 3 = 113 s: one waiting run ends after 30 + 113 s, the other after 90 + 113 s, which
+    is four minutes. A run that failed, or was finished before, counts for no duration.
     """
     now = [0.0]
     clock = Clock(5, 2, now=lambda: now[0])
     first, second, third = (Job(Path("runs") / name, ()) for name in "abc")
     clock.start(first)
+    clock.line({first: "a:  10%|#  | 0.4M/4.0M [00:10<01:30, 44kword/s]"}, 4)
     now[0] = 100.0
-    clock.end(first)
+    clock.end(first, 0)
     clock.start(second)
     clock.start(third)
-    assert clock.line({second: "starting", third: "reading"}, 2) == "1 of 5 runs done | b: starting | c: reading"
+    assert clock.line({second: "starting", third: "b:   0%|   | 0/4M"}, 2) == "1 of 5 runs done | b begins | c begins"
     now[0] = 160.0
     bars = ("b:  66%|###   | 2.6M/4.0M [01:00<00:30, 44kword/s]", "c:  40%|##    | 1.6M/4.0M [01:00<01:30, 26kword/s]")
-    assert clock.line({second: bars[0], third: bars[1]}, 2) == ("1 of 5 runs done | b 66 % | c 40 % | about 3 min left")
+    assert clock.line({second: bars[0], third: bars[1]}, 2) == ("1 of 5 runs done | b 66 % | c 40 % | about 4 min left")
     assert clock.line({second: bars[0]}, 0).endswith("about 1 min left")
+    clock.end(third, 1)
+    clock.start(failed := Job(Path("runs/d"), ()))
+    clock.end(failed, 0)  # had been finished before
+    assert clock.line({second: bars[0]}, 1).startswith("2 of 5 runs done | b 66 % | about 2 min left")
     assert clock.line({second: bars[0].replace("00:30", "1:00:00")}, 0).endswith("about 60 min left")

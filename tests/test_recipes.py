@@ -5,12 +5,14 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_training import TRAINING, with_overrides
 
-from moe_lm.cli.config import composed, resolved
+from moe_lm.cli.config import composed, default_name, resolved
+from moe_lm.cli.sweep import jobs_of
 from moe_lm.config_files import choices, flatten
 
 ROOT = Path(__file__).parent.parent
@@ -23,11 +25,35 @@ def config_of(*overrides):
 
 
 def test_every_recipe_sets_existing_keys_only():
-    """A misspelt key in a recipe would be a new key that nobody reads."""
-    keys = flatten(config_of()).keys()
+    """A misspelt key in a recipe would be a new key that nobody reads; `describe` takes what `train` takes."""
     assert choices("recipe") == ["paper", "small_batch"]
-    for recipe in choices("recipe"):
-        assert flatten(config_of(f"recipe={recipe}")).keys() == keys
+    for command in ("train", "describe"):
+        keys = flatten(resolved(composed(command, []))).keys()
+        for recipe in choices("recipe"):
+            assert flatten(resolved(composed(command, [f"recipe={recipe}"]))).keys() == keys
+
+
+def test_null_is_taken_whatever_the_recipe_or_the_schedule_says():
+    """Keys that may be null by default may be so again."""
+    config = config_of("recipe=small_batch", "model.gate_init_std=null", "schedule.max_warmup_fraction=null")
+    assert (config["model"]["gate_init_std"], config["schedule"]["max_warmup_fraction"]) == (None, None)
+    assert (
+        config_of("schedule=constant", "schedule.max_warmup_fraction=null")["schedule"]["max_warmup_fraction"] is None
+    )
+
+
+def test_runs_of_two_recipes_have_two_names():
+    """So that they do not take each other's directory, and a grid over recipes works."""
+    assert default_name("moe_4", ["recipe=small_batch", "seed=2"]) == "moe_4,recipe=small_batch,seed=2"
+    jobs = jobs_of(["model=moe_4", "recipe=paper,small_batch"])
+    assert {job.folder.name for job in jobs} == {"moe_4,recipe=paper", "moe_4,recipe=small_batch"}
+
+
+def test_help_lists_the_keys_of_a_recipe_by_their_names(moe_lm):
+    """A recipe sets keys of other groups."""
+    text = moe_lm("train", "--help").out
+    assert "recipe=small_batch  model.output_activation=none" in text
+    assert "recipe.model" not in text
 
 
 def test_the_papers_recipe_is_the_default_and_states_the_paper():
@@ -97,8 +123,44 @@ def test_a_run_laid_out_for_its_length_cannot_grow(trained_once, tmp_path, monke
     before = Path("runs/tiny/result.json").read_bytes()
     outcome = moe_lm("train", *with_overrides(arguments, "training.num_words=900"))
     assert outcome.code == 2
-    assert "laid out for them: to train on, choose another name=... and init_from=runs/tiny" in outcome.err
+    assert "ends: to train further, choose another name=... and init_from=runs/tiny" in outcome.err
     assert Path("runs/tiny/result.json").read_bytes() == before
+
+
+def test_another_recipe_is_another_run_and_says_so(own_trained, moe_lm):
+    """Even with more words: the stored run, without a schedule that ends, could grow."""
+    longer = with_overrides(list(TRAINING), "training.num_words=9000", "recipe=small_batch")
+    outcome = moe_lm("train", *longer)
+    assert outcome.code == 2
+    assert "runs/tiny holds another run: " in outcome.err
+    assert len(outcome.err.splitlines()) == 1
+
+
+def test_a_run_that_grows_forgets_the_validation_at_its_end(trainer):
+    """Neither the line nor the best perplexity of a step that an uninterrupted run would not have validated."""
+    short = trainer(torch.device("cpu"), "training.num_words=700")
+    assert short.train()
+    step = short.progress.step
+    assert step % 5
+    assert short.progress.best["step"] == step
+    lines = [json.loads(line) for line in Path("runs/cpu/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "split" in line] == [step]
+    longer = trainer(torch.device("cpu"), "training.num_words=1500")
+    assert longer.resume()
+    assert longer.progress.best is None
+    assert longer.train()
+    lines = [json.loads(line) for line in Path("runs/cpu/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "split" in line] == [5, longer.progress.step]
+
+
+def test_the_remaining_time_is_that_of_the_timed_steps(trainer):
+    """Nine steps of 200 words in 10 s each, after a slow first one: 12,000 words more take ten minutes."""
+    found = trainer(torch.device("cpu"), "training.num_words=14_000")
+    said = []
+    found._log, found._timed = said.append, [(200, 30.0), *[(200, 10.0)] * 9]
+    found.progress.words = 2_000
+    found._log_remaining_time(SimpleNamespace(clear=lambda: None))
+    assert said == ["about 10 min left at 20 words/s"]
 
 
 @pytest.mark.parametrize("gate", ["noisy_top_k model.layers.middle.gate.noise_schedule=linear", "hash balance=[]"])
@@ -109,6 +171,7 @@ def test_a_stopped_run_resumes_exactly(trainer, gate):
     whole = trainer(torch.device("cpu"), *overrides)
     assert whole.train()
     steps = whole.progress.step
+    assert whole.progress.skipped == 0
     shutil.rmtree("runs")
 
     first = trainer(torch.device("cpu"), *overrides)

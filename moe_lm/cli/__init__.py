@@ -55,11 +55,12 @@ def _choice(group: str, choice: str) -> str:
     line = f"  {place}={choice}"
     if group == "study":
         return line
+    prefix = "" if group == "recipe" else f"{place.partition('@')[2] or group}."  # a recipe names keys of any group
     config = flatten(read_choice(group, choice))
     for key, value in config.items():
         # Keys with an underscore are Hydra's own; an interpolated key is set where it is defined.
         if key != "defaults" and "_target_" not in key and not key.startswith("_") and "${" not in str(value):
-            line += f"  {place.partition('@')[2] or group}.{key}={as_typed(value)}"
+            line += f"  {prefix}{key}={as_typed(value)}"
     return line
 
 

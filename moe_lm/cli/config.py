@@ -103,7 +103,7 @@ def default_name(preset: str, arguments: list[str]) -> str:
     given = dict(argument.lstrip("+~").partition("=")[::2] for argument in arguments)
     parts = []
     for key, value in given.items():
-        if key != "model" and re.split(r"[.@]", current_key(key))[0] in (*IDENTITY, "layer", "gate"):
+        if key != "model" and re.split(r"[.@]", current_key(key))[0] in (*IDENTITY, "layer", "gate", "recipe"):
             plain = re.fullmatch(r"[\w.+\-\[\]]{1,40}", value)
             parts.append(f"{stored_key(key)}={value if plain else blake2b(value.encode(), digest_size=4).hexdigest()}")
     name = ",".join([preset, *sorted(parts)]).replace("/", "-")

@@ -76,39 +76,48 @@ def visible(environment: Mapping[str, str] = os.environ, count: int | None = Non
 
 
 class Clock:
-    """Tells what a sweep is doing, how far its runs are, and about how long the whole sweep will take yet."""
+    """Tells what a sweep is doing, how far its runs are, and about how much longer the whole sweep will take."""
 
     def __init__(self, num_jobs: int, at_a_time: int, now: Callable[[], float] = time.monotonic):
         self._num_jobs, self._at_a_time, self._now = num_jobs, at_a_time, now
         self._started: dict[Job, float] = {}
         self._durations: list[float] = []
+        self._trained: set[Job] = set()
+        self._num_done = 0
 
     def start(self, job: Job) -> None:
         """Take the time at which a job starts."""
         self._started[job] = self._now()
 
-    def end(self, job: Job) -> None:
-        """Keep how long a training took."""
+    def end(self, job: Job, code: int) -> None:
+        """Count a job that has ended, and keep how long it took if it has trained to its end."""
         seconds = self._now() - self._started.pop(job)
-        self._durations += [seconds] if job.command == "train" else []
+        self._num_done += job.command == "train" and code == 0
+        self._durations += [seconds] if job in self._trained and code == 0 else []
 
     def line(self, running: Mapping[Job, str], num_waiting: int) -> str:
         """Return one line from the last output of the running jobs, which is mostly a progress bar of tqdm."""
         bars = {job: re.search(r"(\d+)%\|.*<([\d:]+)", text) for job, text in running.items()}
-        parts = [
-            f"{job.folder.name} {bars[job][1]} %" if bars[job] else f"{job.folder.name}: {text}"
-            for job, text in running.items()
-        ]
+        self._trained |= {job for job, bar in bars.items() if bar and job.command == "train"}
+        parts = [f"{job.folder.name} {bars[job][1]} %" if bars[job] else f"{job.folder.name} begins" for job in running]
         if running and all(bars.values()):
             parts.append(self._remaining({job: _seconds(bar[2]) for job, bar in bars.items()}, num_waiting))
-        return " | ".join([f"{len(self._durations)} of {self._num_jobs} runs done", *parts])
+        return " | ".join([f"{self._num_done} of {self._num_jobs} runs done", *parts])
 
     def _remaining(self, seconds_left: Mapping[Job, float], num_waiting: int) -> str:
         now = self._now()
         whole = [*self._durations, *(now - self._started[job] + left for job, left in seconds_left.items())]
-        work = sum(seconds_left.values()) + num_waiting * sum(whole) / len(whole)
-        seconds = max(*seconds_left.values(), work / self._at_a_time)
+        # Runs go to the place that is free first, as in the sweep.
+        places = sorted([*seconds_left.values(), *[0.0] * self._at_a_time])[-max(self._at_a_time, len(seconds_left)) :]
+        for _ in range(num_waiting):
+            places = sorted([places[0] + sum(whole) / len(whole), *places[1:]])
+        seconds = places[-1]
         return f"about {math.ceil(seconds / 60)} min left"
+
+
+def num_trainings(jobs: Sequence[Job]) -> int:
+    """Return how many of these jobs are trainings, not audits."""
+    return sum(job.command == "train" for job in jobs)
 
 
 def _seconds(text: str) -> float:
@@ -129,11 +138,11 @@ def run_all(jobs: list[Job], runs: Path, *, parallel: int | None, audit: bool, d
                 running[job] = _start(job, environment)
                 clock.start(job)
                 _print(f"[{jobs.index(job) + 1}/{len(jobs)}] {job.folder}" if job in jobs else f"audit of {job.folder}")
-            _status(clock.line({job: _last_line(job.log) for job in running}, len(waiting)))
+            _status(clock.line({job: _last_line(job.log) for job in running}, num_trainings(waiting)))
             time.sleep(0.2)
             for job in [job for job, child in running.items() if child.poll() is not None]:
                 code = running.pop(job).returncode
-                clock.end(job)
+                clock.end(job, code)
                 devices.give_back(job)
                 if code in STOPPED:
                     raise KeyboardInterrupt

@@ -110,6 +110,11 @@ def _claimed(config: dict, run: Run) -> tuple[dict, str | None]:
         begun = run.begun()
         same = begun is not None and begun["batch"].get("words") == batch["words"]
         batch["micro_words"] = begun["batch"]["micro_words"] if same else -(-batch["words"] // config["num_processes"])
+    training = config["training"]
+    if training["valid_every"] is None:  # chosen once too, so that a run that grows is validated at the same intervals
+        begun = run.begun()
+        tenth = -(-training["num_words"] // (10 * batch["words"]))
+        training["valid_every"] = begun["training"]["valid_every"] if begun else min(500, tenth)
     run.claim(config, may_grow=not depends_on_length(config))
     result = run.result()
     done = result is not None and result["words"] >= config["training"]["num_words"]

@@ -42,8 +42,9 @@ def check_types(defaults: DictConfig, config: DictConfig) -> None:
         if key not in known:
             _refuse_shape(key, value, known)
         default = known[key]
-        expected = type(default) if default is not None else OPTIONAL.get(_GATE.sub("gate.", _LAYER.sub("layer.", key)))
-        if expected is None or (value is None and default is None):
+        optional = OPTIONAL.get(_GATE.sub("gate.", _LAYER.sub("layer.", key)))
+        expected = type(default) if default is not None else optional
+        if expected is None or (value is None and (default is None or optional)):
             continue
         converted = _converted(value, expected)
         if converted is None:

@@ -147,10 +147,10 @@ class Gate(nn.Module):
         self.has_noise = self.has_noise and noise_scale > 0
         self.check_k()
         for key, value in (("gate_init_std", init_std or 0), ("gate_noise_scale", noise_scale)):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"model.{key}={value}: must be at least 0 and finite")
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"gate_temperature={temperature}: must be positive and finite")
+            if value and not 1e-6 <= value <= 1e6:  # beyond these, logits are lost to rounding or overflow
+                raise ValueError(f"model.{key}={value}: must be 0, or at least 1e-6 and at most 1e6")
+        if not 1e-6 <= temperature <= 1e6:
+            raise ValueError(f"model.layers.NAME.gate_temperature={temperature}: must be at least 1e-6 and at most 1e6")
         self.assignments_per_token: float = k  # on average
         self._initial_values: dict[str, float] = {}
         shape = (width, num_experts) if num_groups is None else (num_groups, width, num_experts)

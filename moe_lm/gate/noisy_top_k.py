@@ -26,7 +26,9 @@ class NoisyTopK(Gate):
         if not noise_epsilon > 0:
             raise ValueError(f"gate.noise_epsilon={noise_epsilon}: must be positive")
         if noise_schedule not in _SCHEDULES:
-            raise ValueError(f"gate.noise_schedule={noise_schedule}: choose {' or '.join(_SCHEDULES)}")
+            raise ValueError(
+                f"model.layers.NAME.gate.noise_schedule={noise_schedule}: choose {' or '.join(_SCHEDULES)}"
+            )
         super().__init__(**sizes)
         self.noise_epsilon, self.noise_schedule = noise_epsilon, noise_schedule
         if not self.has_noise:

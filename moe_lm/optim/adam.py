@@ -1,6 +1,5 @@
 """Adam (Kingma & Ba 2015), the paper's optimizer, with its savings for experts and vocabulary (Appendix D)."""
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -21,6 +20,8 @@ from moe_lm.optim.lazy_adam import LazyAdam
 
 _EXPERTS, _VOCABULARY = ("adam", "factored"), ("lazy", "dense")
 _EQUAL_RATES = dict.fromkeys((EXPERTS, GATES, FEED_FORWARD, VOCABULARY, REST), 1.0)
+
+_HIGHEST_RATE = 1_000_000
 
 
 class Adam:
@@ -61,8 +62,10 @@ class Adam:
         for group, rate in rates.items():
             if group not in _EQUAL_RATES:
                 raise ValueError(f"optimizer.rates.{group}: the parameter groups are {', '.join(_EQUAL_RATES)}")
-            if not 0 <= rate < math.inf:
-                raise ValueError(f"optimizer.rates.{group}={rate}: must be at least 0 and finite")
+            if not 0 <= rate <= _HIGHEST_RATE:
+                raise ValueError(f"optimizer.rates.{group}={rate}: must be at least 0 and at most {_HIGHEST_RATE:,}")
+        if not any({**_EQUAL_RATES, **rates}.values()):
+            raise ValueError("optimizer.rates: all are 0, so that nothing would be learned")
         if not 0 <= sparsity_exponent <= 1:
             raise ValueError(f"optimizer.sparsity_exponent={sparsity_exponent}: must be at least 0 and at most 1")
         self.learning_rate, self.clip_norm = learning_rate, clip_norm

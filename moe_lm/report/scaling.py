@@ -4,9 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import fmean
+from statistics import fmean, linear_regression
+from string import ascii_uppercase
 
+from moe_lm.config_files import flatten
 from moe_lm.report import Column, Row, RunRecord, Table
+from moe_lm.report.axes import positive
 from moe_lm.report.formats import perplexity, times
 from moe_lm.report.runs import seed_groups
 
@@ -16,7 +19,10 @@ COSTS = {
     "flops": "training FLOPs",
 }
 LEAVES_OPEN = 0.2
-"""Largest share of the variance of log perplexity that a fitted power law may leave unexplained."""
+"""Largest share of the variance of the perplexities that a fitted law may leave unexplained."""
+_EXPONENTS, _STEPS = (0.05, 2.0), 800
+_RATIO = (_EXPONENTS[1] / _EXPONENTS[0]) ** (1 / _STEPS)
+_COMPARED = ("model", "corpus", "vocabulary", "batch", "softmax", "optimizer", "schedule", "balance")
 LEVERAGE_TEXT = (
     "How many times its own cost a dense model needs for the perplexity of a mixture: dense models of different width "
     "({dense}) are joined by straight lines in log perplexity over log cost, and nothing is extrapolated. > means that "
@@ -40,7 +46,7 @@ class Law:
 
     def __str__(self) -> str:
         floor = f"{self.floor:.1f} + " if self.floor else ""
-        return f"{floor}{self.factor:.1f} · E^−{self.exponent:.2f}"
+        return f"{floor}{self.factor:.1f} · E^−{self.exponent:.2g}"
 
 
 @dataclass(frozen=True)
@@ -67,21 +73,19 @@ def scaling_tables(runs: Sequence[RunRecord]) -> list[Table]:
 
 def families(runs: Sequence[RunRecord]) -> list[Family]:
     """Return the flat mixtures with at least three numbers of experts, whose other settings are equal."""
-    found: dict[tuple, dict[int, list[float]]] = {}
+    found: dict[tuple, dict[int, float]] = {}
     for _, members in seed_groups(runs):
-        sizes, losses = mixture_sizes(members[0]), [run.perplexity("test") for run in members]
-        if sizes and all(loss is not None and math.isfinite(loss) for loss in losses):
-            experts, rest = sizes
-            found.setdefault(rest, {}).setdefault(experts, []).append(fmean(losses))
-    return [
-        Family(f"{k} of E experts of {hidden} hidden units", tuple(sorted((e, fmean(v)) for e, v in counts.items())))
-        for (_, hidden, k, *_), counts in found.items()
-        if len(counts) >= 3
-    ]
+        experts = _num_experts(members[0])
+        if experts and all(positive(run.perplexity("test")) for run in members):
+            others = found.setdefault(_settings_but_for(members[0], "num_experts"), {})
+            others[experts] = fmean(run.perplexity("test") for run in members)
+    counts = [tuple(sorted(points.items())) for points in found.values() if len(points) >= 3]
+    labels = ["mixtures"] if len(counts) == 1 else [f"mixtures {letter}" for letter in ascii_uppercase]
+    return [Family(label, points) for label, points in zip(labels, counts, strict=False)]
 
 
-def mixture_sizes(run: RunRecord) -> tuple[int, tuple] | None:
-    """Return the number of experts and the other sizes of a run's only flat mixture, None for other models."""
+def _num_experts(run: RunRecord) -> int | None:
+    """Return the number of experts of a run's only flat mixture, None for other models."""
     model = run.settings.get("model")
     layers = model.get("layers") if isinstance(model, Mapping) else None
     order = model.get("order") if isinstance(layers, Mapping) else None
@@ -89,52 +93,68 @@ def mixture_sizes(run: RunRecord) -> tuple[int, tuple] | None:
     mixtures = [layer for layer in chosen if isinstance(layer, Mapping) and "num_experts" in layer]
     if len(mixtures) != 1 or "num_groups" in mixtures[0]:
         return None
-    [layer] = mixtures
-    gate = layer["gate"].get("_target_") if isinstance(layer.get("gate"), Mapping) else None
-    experts, width, hidden, k = (layer.get(key) for key in ("num_experts", "width", "hidden", "k"))
-    if not all(isinstance(size, int) for size in (experts, width, hidden, k)):
-        return None
-    return experts, (width, hidden, k, gate, layer.get("num_shared_experts"))
+    experts = mixtures[0]["num_experts"]
+    return experts if isinstance(experts, int) and experts >= 1 else None
+
+
+def _settings_but_for(run: RunRecord, *names: str) -> tuple:
+    """Return the settings that identify a run, without the seed and without keys whose last part is in `names`."""
+    settings = flatten({key: run.settings.get(key) for key in _COMPARED})
+    kept = {key: str(value) for key, value in settings.items() if key.rpartition(".")[2] not in names}
+    return (run.result["words"] // 1_000_000, *sorted(kept.items()))
 
 
 def fit_law(points: Sequence[Point]) -> Law | None:
-    """Fit a power law in least squares of perplexity, with a floor if there are at least four points."""
+    """Fit a power law in least squares: with a floor where at least four points have one, else in log perplexity."""
     if len(points) < 3:
         return None
     mean = fmean(y for _, y in points)
     variance = sum((y - mean) ** 2 for _, y in points)
-    with_floor = len(points) >= 4
-    laws = [law for step in range(1, 301) if (law := _law_of(points, step / 100, with_floor))]
-    best = min(laws, key=lambda law: _left(points, law), default=None)
-    if best is None or variance == 0 or _left(points, best) > LEAVES_OPEN * variance:
+    law = (_with_floor(points) if len(points) >= 4 else None) or _without_floor(points)
+    if law is None or variance == 0 or _left(points, law) > LEAVES_OPEN * variance:
         return None
-    return best
+    return law
 
 
 def _left(points: Sequence[Point], law: Law) -> float:
     return sum((y - law(x)) ** 2 for x, y in points)
 
 
-def _law_of(points: Sequence[Point], exponent: float, with_floor: bool) -> Law | None:
-    """Return the best law of this exponent; None if its perplexity does not fall, or its floor is not positive."""
-    xs, ys = [x**-exponent for x, _ in points], [y for _, y in points]
-    if not with_floor:
-        return Law(0.0, sum(x * y for x, y in zip(xs, ys, strict=True)) / sum(x * x for x in xs), exponent)
-    mean_x, mean_y = fmean(xs), fmean(ys)
-    factor = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / sum((x - mean_x) ** 2 for x in xs)
-    floor = mean_y - factor * mean_x
-    return Law(floor, factor, exponent) if factor > 0 and floor > 0 else None
+def _without_floor(points: Sequence[Point]) -> Law | None:
+    slope, height = linear_regression([math.log(x) for x, _ in points], [math.log(y) for _, y in points])
+    return Law(0.0, math.exp(height), -slope) if slope < 0 else None
+
+
+def _with_floor(points: Sequence[Point]) -> Law | None:
+    """Search the exponent on a grid of ratios; None where the best one is at an end, or the floor is not positive."""
+    laws = [_law_of(points, _EXPONENTS[0] * _RATIO**step) for step in range(_STEPS + 1)]
+    place = min(range(len(laws)), key=lambda step: _left(points, laws[step]))
+    law = laws[place]
+    return law if 0 < place < _STEPS and law.factor > 0 and law.floor > 0 else None
+
+
+def _law_of(points: Sequence[Point], exponent: float) -> Law:
+    """Return the best law of this exponent."""
+    factor, floor = linear_regression([x**-exponent for x, _ in points], [y for _, y in points])
+    return Law(floor, factor, exponent)
 
 
 def fit_tables(runs: Sequence[RunRecord]) -> list[Table]:
     """Return a row for each number of experts with the fitted perplexity and the residual."""
     rows, texts = [], []
-    for family in families(runs):
+    found = families(runs)
+    for family in found:
         law = family.law()
         texts.append(f"{family.label}: " + (f"perplexity = {law}" if law else "no power law fits"))
-        for experts, found in family.points:
-            fitted = {"fitted": law(experts), "residual": found - law(experts)} if law else {}
-            rows.append(Row("run", f"{experts} experts", {"test_perplexity": found, **fitted}))
+        for experts, measured in family.points:
+            fitted = {"fitted": law(experts), "residual": measured - law(experts)} if law else {}
+            rows.append(
+                Row(
+                    "run",
+                    f"{experts} experts" + ("" if len(found) == 1 else f" ({family.label})"),
+                    {"test_perplexity": measured, **fitted},
+                )
+            )
     if not rows:
         return []
     formats = {
@@ -149,12 +169,17 @@ def fit_tables(runs: Sequence[RunRecord]) -> list[Table]:
 def leverage_tables(runs: Sequence[RunRecord]) -> list[Table]:
     """Return a row for each mixture if there are dense models of at least three different costs."""
     dense = _dense_family(runs)
-    mixtures = [(name, members) for name, members in seed_groups(runs) if members[0].is_moe]
-    if not dense or not mixtures:
+    alike = _text_and_length(dense[0][1][0]) if dense else None
+    mixtures = [
+        (name, members)
+        for name, members in seed_groups(runs)
+        if members[0].is_moe and all(map(_can_be_placed, members)) and _text_and_length(members[0]) == alike
+    ]
+    if not mixtures:
         return []
     rows = []
     for name, members in mixtures:
-        figures = {"test_perplexity": fmean(run.perplexity("test") or math.nan for run in members)}
+        figures = {"test_perplexity": fmean(run.perplexity("test") for run in members)}
         figures |= {f"leverage_{key}": _leverage_text(members, dense, key) for key in COSTS}
         rows.append(Row("run" if len(members) == 1 else "mean", name, figures, len(members)))
     formats = {Column("test_perplexity", "test perplexity"): perplexity}
@@ -164,13 +189,25 @@ def leverage_tables(runs: Sequence[RunRecord]) -> list[Table]:
 
 
 def _dense_family(runs: Sequence[RunRecord]) -> list[tuple[str, list[RunRecord]]]:
-    """Return the dense models of the preset that has the most different costs, at least three."""
-    presets: dict[str, list[tuple[str, list[RunRecord]]]] = {}
+    """Return the dense models of equal preset, text and length that have the most different costs, at least three."""
+    found: dict[tuple, list[tuple[str, list[RunRecord]]]] = {}
     for name, members in seed_groups(runs):
-        if not members[0].is_moe and all(run.perplexity("test") for run in members):
-            presets.setdefault(str(members[0].result.get("preset")), []).append((name, members))
-    best = max(presets.values(), key=_num_costs, default=[])
+        if not members[0].is_moe and all(map(_can_be_placed, members)):
+            key = (str(members[0].result.get("preset")), _text_and_length(members[0]))
+            found.setdefault(key, []).append((name, members))
+    best = max(found.values(), key=_num_costs, default=[])
     return best if _num_costs(best) >= 3 else []
+
+
+def _can_be_placed(run: RunRecord) -> bool:
+    """Whether a run has a test perplexity and all costs, on logarithmic axes."""
+    return positive(run.perplexity("test")) and all(positive(run.result[key]) for key in COSTS)
+
+
+def _text_and_length(run: RunRecord) -> tuple:
+    """Return what runs must have in common to be compared: text, vocabulary, words of a batch and of the training."""
+    shared = flatten({key: run.settings.get(key) for key in ("corpus", "vocabulary", "batch")})
+    return (run.result["words"] // 1_000_000, *sorted((key, str(value)) for key, value in shared.items()))
 
 
 def _num_costs(groups: Sequence[tuple[str, list[RunRecord]]]) -> int:

@@ -16,7 +16,7 @@ from moe_lm.train.metrics import Interval, MetricsLog, step_figures
 from moe_lm.train.step import StepResult, TrainStep
 
 _TIMED_STEPS = 10
-"""Steps after which the remaining time is estimated."""
+"""Steps of this process from which the remaining time is estimated."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Progress:
     """Sums since the last log line."""
     best: dict[str, float] | None = None
     """Step and perplexity of the best validation so far."""
+    before_end: dict[str, dict[str, float] | None] | None = None
+    """`best` before the validation at the end of the training; None if no validation was made only for the end."""
 
 
 class Trainer:
@@ -87,6 +89,7 @@ class Trainer:
         self._num_steps = num_steps
         self._valid_every = settings.valid_every or min(500, -(-num_steps // 10))
         self._saved_at = time.monotonic()
+        self._timed: list[tuple[int, float]] = []
 
     def resume(self) -> bool:
         """Load the newest intact checkpoint, if there is one, and drop the metrics that came after it."""
@@ -94,18 +97,20 @@ class Trainer:
         if state is not None:
             self.progress = Progress(**state["progress"])
             self._interval = Interval(self.progress.interval)
-        self.parallel.first(lambda: self.metrics.cut(self.progress.step, also_at_step=self._lines_of_an_end()))
+        lines = self._undo_end() if self.progress.words < self.settings.num_words else []
+        self.parallel.first(lambda: self.metrics.cut(self.progress.step, also_at_step=lines))
         return state is not None
 
-    def _lines_of_an_end(self) -> list[str | None]:
-        """Return which lines of the current step exist only because a run, which now goes on, had its end there.
+    def _undo_end(self) -> list[str | None]:
+        """Undo what a run, which now goes on, did only for its end; return the splits of the lines to drop.
 
         It takes up its last, partial interval again.
         """
-        if self.progress.words >= self.settings.num_words:
-            return []
-        training = [None] if self.progress.interval else []
-        return training + (["valid"] if self.progress.step % self._valid_every else [])
+        lines: list[str | None] = [None] if self.progress.interval else []
+        if self.progress.before_end is not None:
+            self.progress.best, self.progress.before_end = self.progress.before_end["best"], None
+            lines.append("valid")
+        return lines
 
     def train(self, asked_to_stop: Callable[[], bool] = bool) -> bool:
         """Train to the end and return True, or until a process is asked to stop and return False; saves either way."""
@@ -114,12 +119,8 @@ class Trainer:
         stop = self.parallel.any(asked_to_stop())[0]
         try:
             with self._progress_bar() as bar:
-                first = self.progress.step
                 while self.progress.words < self.settings.num_words and not stop:
                     self._step(bar)
-                    if self.progress.step == first + _TIMED_STEPS:
-                        bar.clear()
-                        self._log_remaining_time()
                     due = time.monotonic() - self._saved_at >= self.settings.every_seconds
                     # The first process's clock decides, because all processes save together.
                     stop, due = self.parallel.any(asked_to_stop(), due and self.parallel.is_first)
@@ -134,13 +135,14 @@ class Trainer:
             raise UserError(f"{error}: earlier checkpoints are untouched; make room and repeat the command")
         return self.progress.words >= self.settings.num_words
 
-    def _log_remaining_time(self) -> None:
-        """Log how long the rest of a training will take that lasts more than a minute."""
-        progress = self.progress
-        speed = progress.words / progress.seconds
-        minutes = (self.settings.num_words - progress.words) / speed / 60
+    def _log_remaining_time(self, bar: tqdm) -> None:
+        """Log how long the rest of the training takes at the speed of the timed steps, if it is more than a minute."""
+        words, seconds = map(sum, zip(*self._timed[1:], strict=True))  # the first step takes longer
+        speed = words / seconds
+        minutes = (self.settings.num_words - self.progress.words) / speed / 60
         if minutes > 1:
             left = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+            bar.clear()
             self._log(f"about {left} left at {speed:,.0f} words/s")
 
     def flops(self) -> int:
@@ -150,9 +152,8 @@ class Trainer:
     def _step(self, bar: tqdm) -> None:
         progress, started = self.progress, time.perf_counter()
         batch = self.prefetcher.step(progress.step)
-        result = self.train_step(
-            batch, progress.step, self.learning_rate(progress.step), min(1.0, progress.step / self._num_steps)
-        )
+        done = min(progress.step, self._num_steps - 1) / self._num_steps  # the number of steps is an estimate
+        result = self.train_step(batch, progress.step, self.learning_rate(progress.step), done)
         progress.step += 1
         progress.words += batch.num_words
         progress.tokens += batch.num_tokens
@@ -161,6 +162,10 @@ class Trainer:
         progress.seconds += seconds
         self._interval.add(passed_words=batch.num_words)
         self._interval.add(seconds=seconds)
+        if len(self._timed) < _TIMED_STEPS:
+            self._timed.append((batch.num_words, seconds))
+            if len(self._timed) == _TIMED_STEPS:
+                self._log_remaining_time(bar)
         bar.update(batch.num_words)
         self._after_step(bar)
 
@@ -202,7 +207,10 @@ class Trainer:
         elif progress.words >= settings.num_words:
             # The line of a partial interval; a longer run replaces it, see `resume`.
             self._write_line(bar)
-        if progress.step % self._valid_every == 0 or progress.words >= settings.num_words:
+        scheduled = progress.step % self._valid_every == 0
+        if progress.words >= settings.num_words and not scheduled:
+            progress.before_end = {"best": progress.best}
+        if scheduled or progress.before_end is not None:
             self._validate(bar)
 
     def _write_line(self, bar: tqdm) -> None:
@@ -256,7 +264,8 @@ class Trainer:
     def _save(self, wait: bool = False) -> None:
         self.progress.interval = self._interval.sums()
         state = {"data": self.fingerprint, "progress": asdict(self.progress)}
-        best = {int(self.progress.best["step"])} if self.progress.best else set()
+        kept = (self.progress.best, (self.progress.before_end or {}).get("best"))
+        best = {int(found["step"]) for found in kept if found}
         self.saver.save(self.progress.step, self.model, self.optimizer, state, best, wait=wait)
         self._saved_at = time.monotonic()
 

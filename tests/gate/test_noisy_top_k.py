@@ -280,6 +280,8 @@ def test_wrong_settings_are_refused_by_name():
     for wrong, message in (
         ({"noise_scale": -1.0}, r"model\.gate_noise_scale=-1\.0"),
         ({"noise_schedule": "cosine"}, r"gate\.noise_schedule=cosine: choose constant or linear"),
+        ({"noise_scale": 1e-40}, r"model\.gate_noise_scale=1e-40: must be 0, or at least 1e-6"),
+        ({"init_std": 1e300}, r"model\.gate_init_std=1e\+300"),
         ({"init_std": -0.1}, r"model\.gate_init_std=-0\.1"),
         ({"temperature": 0.0}, r"gate_temperature=0\.0"),
     ):

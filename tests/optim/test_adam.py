@@ -141,10 +141,16 @@ def test_rates_hold_for_the_other_rules(rule):
             torch.testing.assert_close(parameter, moved[name] - 0.001, rtol=0, atol=1e-6)
 
 
+def rates_groups():
+    """The parameter groups."""
+    return ("experts", "gates", "feed_forward", "vocabulary", "rest")
+
+
 def test_wrong_rates_are_refused_by_name():
     for wrong, key in (
         ({"rates": {"experts": -1.0}}, r"optimizer\.rates\.experts=-1\.0"),
         ({"rates": {"gates": math.inf}}, r"optimizer\.rates\.gates=inf"),
+        ({"rates": dict.fromkeys(rates_groups(), 0.0)}, r"optimizer\.rates: all are 0"),
         ({"rates": {"lstm": 1.0}}, r"optimizer\.rates\.lstm: the parameter groups are experts, gates"),
         ({"sparsity_exponent": -0.5}, r"optimizer\.sparsity_exponent=-0\.5"),
     ):
