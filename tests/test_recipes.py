@@ -94,7 +94,7 @@ def test_the_readme_line_learns(trained_once, tmp_path, monkeypatch, moe_lm):
     outcome = moe_lm(command, *overrides)
     assert outcome.code == 0, outcome.err
     assert "WARNING" not in outcome.err
-    assert "203 updates of 128 words, warm-up 20" in outcome.err
+    assert "203 updates of 128 words, of which 20 are warm-up" in outcome.err
     result = json.loads(Path("runs/news/result.json").read_text())
     assert result["perplexity"]["test"] < 41.8 / 4
     lines = [json.loads(line) for line in Path("runs/news/metrics.jsonl").read_text().splitlines()]

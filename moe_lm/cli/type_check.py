@@ -23,6 +23,9 @@ _OPTIONAL_OF_TYPE = {
 OPTIONAL = {key: kind for kind, keys in _OPTIONAL_OF_TYPE.items() for key in keys}
 """Types of the keys whose default is null; `layer.` stands for any layer, `gate.` for any gate of a layer."""
 
+_OF_RECIPES = ("layer.gate_init_std", "model.gate_init_std", "schedule.max_warmup_fraction")
+"""Those to which a recipe or a schedule gives another default; null stays a choice."""
+
 _LAYER, _GATE = re.compile(r"model\.layers\.\w+\."), re.compile(r"layer\.(primary_)?gate\.")
 
 _IN_WORDS = {
@@ -42,9 +45,9 @@ def check_types(defaults: DictConfig, config: DictConfig) -> None:
         if key not in known:
             _refuse_shape(key, value, known)
         default = known[key]
-        optional = OPTIONAL.get(_GATE.sub("gate.", _LAYER.sub("layer.", key)))
-        expected = type(default) if default is not None else optional
-        if expected is None or (value is None and (default is None or optional)):
+        place = _GATE.sub("gate.", _LAYER.sub("layer.", key))
+        expected = type(default) if default is not None else OPTIONAL.get(place)
+        if expected is None or (value is None and (default is None or place in _OF_RECIPES)):
             continue
         converted = _converted(value, expected)
         if converted is None:

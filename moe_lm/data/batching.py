@@ -105,7 +105,7 @@ class Batches:
         return GlobalBatch(self.split, self.start, self._pool(pool)[first : first + self.micro_batches_per_step])
 
     def num_steps(self, words: int) -> int:
-        """Return the number of steps that read this many words, to within a step or two: steps differ in length."""
+        """Return an estimate of the number of steps that read this many words; steps differ in length."""
         words_per_step = self.sentences_per_pool / POOL_STEPS * self.split.num_words / self.split.num_sentences
         return max(1, round(words / words_per_step))
 

@@ -37,7 +37,7 @@ class Hash(Gate):
 
 
 def distinct_experts(key_T: Tensor, num_experts: int, k: int, seed: int) -> Tensor:
-    """Return k distinct experts for each key (int64, T, K), any ordered choice equally likely over random keys."""
+    """Return k distinct experts for each key (int64, T, K); every ordered choice is equally likely for a random key."""
     chosen: list[Tensor] = []
     for place in range(k):
         # The number among the experts that are left; counting past those taken, in ascending order, gives the expert.

@@ -33,8 +33,8 @@ class Adam:
 
     A parameter group learns at `rates[group]` times the learning rate, experts and gates also at s^`sparsity_exponent`,
     where s is the share of the batch's tokens that one expert receives (k / E of a flat mixture). Adam divides a
-    gradient by its own size, noise included, so an expert that sees few tokens takes steps as long as those of a dense
-    layer, of which most is noise: the noise of a mean of n tokens falls only with n^-0.5.
+    gradient by its own size, noise included. An expert that sees few tokens therefore takes steps as long as those of a
+    dense layer, and most of each step is noise. The noise of a mean over n tokens falls only with n^-0.5.
     """
 
     def __init__(

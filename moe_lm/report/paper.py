@@ -74,7 +74,7 @@ SIZES = (
     *("width", "expert_hidden", "hidden", "lstm_units", "units", "dropout", "exact", "global_batch"),
     *("output_activation", "output_init_scale", "gate_init_std", "gate_noise_scale", "gate_temperature"),
 )
-"""Last parts of keys that may differ from the paper's model: sizes, keys that change no operation, and recipes."""
+"""Last parts of keys that may differ from the paper's model: sizes, keys that change no operation, keys of recipes."""
 
 
 def paper_result(preset: str | None) -> PaperResult | None:

@@ -225,7 +225,7 @@ def test_wrong_choices_are_refused_by_name():
 
 
 def test_identical_experts_begin_as_copies_of_the_first():
-    """As many processes hold them: a shard of experts 2 and 3 has the same matrices as the whole."""
+    """A process that holds experts 2 and 3 alone begins with the same matrices."""
     states = []
     for held in (None, range(2, 4)):
         torch.manual_seed(4)
