@@ -157,7 +157,7 @@ class Peeking(nn.Module):
         super().__init__()
         self.num_experts, self.seen = num_experts, seen
 
-    def forward(self, x_TD, group_T=None):
+    def forward(self, x_TD, group_T=None, input_T=None):
         token_T = torch.arange(len(x_TD))
         expert_T = (self.seen(x_TD) * 1e3).long().remainder(self.num_experts).expand(len(x_TD))
         expert_T, token_T = expert_T.sort(stable=True)

@@ -15,7 +15,7 @@ from moe_lm.analysis.cost import (
 )
 from moe_lm.cli.config import composed, resolved
 from moe_lm.cli.machine import build_model
-from moe_lm.data.batch import collate
+from moe_lm.data.batch import PaddedLayout, collate
 from moe_lm.data.prepared import Split
 from moe_lm.gate.noisy_top_k import NoisyTopK
 from moe_lm.loss.softmax import FullSoftmax
@@ -86,7 +86,8 @@ def test_forward_makes_the_operations_claimed(name):
     """A training pass of the layer multiplies exactly operations_per_timestep numbers a token."""
     layer = LAYERS[name]()
     x_TD = torch.randn(NUM_TOKENS, WIDTH)
-    assert counted(lambda: layer(x_TD, None)) == 2 * NUM_TOKENS * layer.operations_per_timestep() > 0
+    layout = PaddedLayout(NUM_TOKENS, 1, None)
+    assert counted(lambda: layer(x_TD, layout)) == 2 * NUM_TOKENS * layer.operations_per_timestep() > 0
 
 
 def test_lstm_makes_the_operations_claimed():

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from moe_lm.analysis.perplexity import EvalResult, evaluate
+from moe_lm.data.batch import PaddedLayout
 from moe_lm.data.prepared import Split
 from moe_lm.gate.noisy_top_k import NoisyTopK
 from moe_lm.loss.softmax import FullSoftmax, SampledSoftmax
@@ -62,7 +63,7 @@ def by_sentence(model, split, count):
         x_TD = model.embedding.weight_VD[torch.tensor([START, *ids[:-1]])]
         cell, _ = model.layers["lower"].lstm(x_TD[:, None])
         x_TD = x_TD + cell[:, 0]
-        x_TD = x_TD + model.layers["middle"](x_TD, None)[0]
+        x_TD = x_TD + model.layers["middle"](x_TD, PaddedLayout(len(x_TD), 1, None))[0]
         log_p = (x_TD @ model.softmax.weight_VD.t() + model.softmax.bias_V).log_softmax(dim=1)
         nats -= sum(log_p[t, word].item() for t, word in enumerate(ids))
     return nats
