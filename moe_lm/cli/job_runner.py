@@ -1,5 +1,6 @@
 """The runs of a sweep as processes: started as GPUs and `parallel` allow, watched, and stopped with the sweep."""
 
+import heapq
 import math
 import os
 import re
@@ -76,7 +77,7 @@ def visible(environment: Mapping[str, str] = os.environ, count: int | None = Non
 
 
 class Clock:
-    """Tells what a sweep is doing, how far its runs are, and about how much longer the whole sweep will take."""
+    """Estimates the progress and the remaining time of a sweep from the output of its running jobs."""
 
     def __init__(self, num_jobs: int, at_a_time: int, now: Callable[[], float] = time.monotonic):
         self._num_jobs, self._at_a_time, self._now = num_jobs, at_a_time, now
@@ -96,7 +97,7 @@ class Clock:
         self._durations += [seconds] if job in self._trained and code == 0 else []
 
     def line(self, running: Mapping[Job, str], num_waiting: int) -> str:
-        """Return one line from the last output of the running jobs, which is mostly a progress bar of tqdm."""
+        """Return the status line; `running` holds the last line of each job's output, mostly a bar of tqdm."""
         bars = {job: re.search(r"(\d+)%\|.*<([\d:]+)", text) for job, text in running.items()}
         self._trained |= {job for job, bar in bars.items() if bar and job.command == "train"}
         parts = [f"{job.folder.name} {bars[job][1]} %" if bars[job] else f"{job.folder.name} begins" for job in running]
@@ -107,12 +108,11 @@ class Clock:
     def _remaining(self, seconds_left: Mapping[Job, float], num_waiting: int) -> str:
         now = self._now()
         whole = [*self._durations, *(now - self._started[job] + left for job, left in seconds_left.items())]
-        # Runs go to the place that is free first, as in the sweep.
-        places = sorted([*seconds_left.values(), *[0.0] * self._at_a_time])[-max(self._at_a_time, len(seconds_left)) :]
-        for _ in range(num_waiting):
-            places = sorted([places[0] + sum(whole) / len(whole), *places[1:]])
-        seconds = places[-1]
-        return f"about {math.ceil(seconds / 60)} min left"
+        slots = [*seconds_left.values(), *[0.0] * (self._at_a_time - len(seconds_left))]
+        heapq.heapify(slots)
+        for _ in range(num_waiting):  # a waiting run starts in the slot that is free first
+            heapq.heapreplace(slots, slots[0] + sum(whole) / len(whole))
+        return f"about {math.ceil(max(slots) / 60)} min left"
 
 
 def num_trainings(jobs: Sequence[Job]) -> int:

@@ -14,7 +14,7 @@ from moe_lm.cli import machine as make
 from moe_lm.cli.config import composed, default_name, preset_of, resolved
 from moe_lm.cli.data import prepared_data
 from moe_lm.cli.result import result_of, summary
-from moe_lm.cli.training import check, depends_on_length, trainer_of
+from moe_lm.cli.training import check, may_grow, trainer_of
 from moe_lm.data.prepared import Prepared
 from moe_lm.errors import PeerLost, UserError, in_a_line, is_out_of_memory
 from moe_lm.parallel import launch
@@ -115,7 +115,7 @@ def _claimed(config: dict, run: Run) -> tuple[dict, str | None]:
         begun = run.begun()
         tenth = -(-training["num_words"] // (10 * batch["words"]))
         training["valid_every"] = begun["training"]["valid_every"] if begun else min(500, tenth)
-    run.claim(config, may_grow=not depends_on_length(config))
+    run.claim(config, may_grow=may_grow(config))
     result = run.result()
     done = result is not None and result["words"] >= config["training"]["num_words"]
     return config, summary(result) if done else None

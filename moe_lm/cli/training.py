@@ -46,13 +46,12 @@ def check(config: dict) -> None:
     check_words(words, words if micro_words is None else micro_words)
 
 
-def depends_on_length(config: dict) -> bool:
-    """Return whether schedule or gates depend on the number of all updates, so that the run cannot grow."""
+def may_grow(config: dict) -> bool:
+    """Return whether a run may be continued to more words: not if its updates depend on how many there are in all."""
     with torch.device("meta"):
         model = make.build_model(config, _SOME_WORDS)
-    return make.build(config["schedule"]).depends_on_length or any(
-        gate.depends_on_length for _, gate in gates_of(model)
-    )
+    parts = [make.build(config["schedule"]), *(gate for _, gate in gates_of(model))]
+    return not any(part.depends_on_length for part in parts)
 
 
 def trainer_of(

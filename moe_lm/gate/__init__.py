@@ -125,9 +125,9 @@ class Gate(nn.Module):
     required_stats: frozenset[str] | None = None
     """Statistics that the balance losses read; others are not computed. None: all are computed."""
     depends_on_length: bool = False
-    """Whether training depends on the number of all updates, by `progress`."""
+    """Whether the gate reads `progress`, so that its training depends on the total number of updates."""
     progress: float = 0.0
-    """Share of all updates that were made before the current one; the training step sets it."""
+    """Fraction of all updates made before the current one; the training step sets it."""
 
     def __init__(
         self,
@@ -208,9 +208,9 @@ class Gate(nn.Module):
             return self.choose(self.logits(x_TD.to(dtype), groups), groups)
 
     def logits(self, x_TD: Tensor, groups: TokenGroups) -> Tensor:
-        """Return x W_g / temperature (T, E), and for a gate with noise in training x W_noise beside it (T, 2 E)."""
+        """Return x W_g / temperature (T, E), in training with x W_noise appended for a gate with noise (T, 2 E)."""
         if not self.has_matrix:
-            return x_TD.new_zeros(len(x_TD), self.num_experts)
+            return x_TD.new_zeros(1, 1).expand(len(x_TD), self.num_experts)
         gate_DE = self.gate_DE if self.temperature == 1 else self.gate_DE / self.temperature
         if self.has_noise and self.training:  # a single product, as a wide one is faster than two narrow ones
             return groups.matmul(x_TD, torch.cat([gate_DE, self.noise_DE], dim=-1))

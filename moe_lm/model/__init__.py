@@ -33,7 +33,7 @@ class Layer(nn.Module):
     """One layer of the stack; the model adds dropout and the residual sum around it."""
 
     token_share: float = 1.0
-    """Share of the batch's tokens that reach one of its experts, or one column of its gate, on average."""
+    """Mean fraction of the batch's tokens that reach one of the layer's experts; a submodule may declare its own."""
 
     def forward(self, x_TD: Tensor, layout: PaddedLayout) -> tuple[Tensor, Gating | None]:
         """Return y_TD and the gating, or None for a layer without a gate."""

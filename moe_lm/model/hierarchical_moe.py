@@ -10,8 +10,7 @@ from torch import Tensor
 
 from moe_lm.data.batch import PaddedLayout
 from moe_lm.gate import Gate, Gating
-from moe_lm.model import Layer, output_activation_of
-from moe_lm.model.moe import Experts, shared_experts
+from moe_lm.model.moe import Mixture
 from moe_lm.ops.routing import segment_sizes, segment_sum
 from moe_lm.ops.token_dispatch import dispatch
 
@@ -19,7 +18,7 @@ _PRODUCTS = ("load_E", "requested_E", "first_choice_E", "probability_E")
 """Statistics per expert that combine both levels as equation 14 combines the load."""
 
 
-class HierarchicalMoE(Layer):
+class HierarchicalMoE(Mixture):
     """y = f(sum_i sum_j G_primary(x)_i G_i(x)_j E_ij(x)) (eq. 12), f being `output_activation`, the paper's sigmoid.
 
     There are `num_experts` experts in `num_groups` equal groups; a token goes to `primary_k` groups (k by default), and
@@ -49,27 +48,25 @@ class HierarchicalMoE(Layer):
         primary_k = k if primary_k is None else primary_k
         _check(k, primary_k, width=width, expert_hidden=hidden, num_experts=num_experts, num_groups=num_groups)
         self.k, self.num_groups, group_size = k, num_groups, num_experts // num_groups
-        common = {"width": width, "init_std": gate_init_std}
-        common |= {"temperature": gate_temperature, "noise_scale": gate_noise_scale}
+        common = {"width": width, "init_std": gate_init_std, "temperature": gate_temperature}
+        common["noise_scale"] = gate_noise_scale
         self.primary_gate = primary_gate(num_experts=num_groups, k=primary_k, **common)
         self.gate = gate(num_experts=group_size, k=k, num_groups=num_groups, **common)
-        begin = {"output_init_scale": output_init_scale, "identical": identical_experts}
-        self.experts = Experts(width=width, hidden=hidden, num_experts=num_experts, group_size=group_size, **begin)
-        self.shared = shared_experts(width, hidden, num_shared_experts, output_init_scale)
-        self.output_activation = output_activation_of(output_activation)
+        self.add_experts(
+            width=width,
+            hidden=hidden,
+            num_experts=num_experts,
+            group_size=group_size,
+            output_activation=output_activation,
+            output_init_scale=output_init_scale,
+            num_shared_experts=num_shared_experts,
+            identical_experts=identical_experts,
+        )
         self.token_share = self.assignments_per_token / num_experts
         self.primary_gate.token_share = self.groups_per_token / num_groups
 
-    def reset_parameters(self) -> None:
-        """Draw the parameters of the primary gate, the secondary gates and the experts, in this order."""
-        self.primary_gate.reset_parameters()
-        self.gate.reset_parameters()
-        self.experts.reset_parameters()
-        if self.shared is not None:
-            self.shared.reset_parameters()
-
     def gates(self) -> dict[str, Gate]:
-        """Return the gates of both levels."""
+        """Return the gates of both levels, the primary gate first."""
         return {"primary_gate": self.primary_gate, "gate": self.gate}
 
     def forward(self, x_TD: Tensor, layout: PaddedLayout) -> tuple[Tensor, "HierarchicalGating"]:
@@ -78,17 +75,13 @@ class HierarchicalMoE(Layer):
         input_R = None if layout.input_T is None else layout.input_T.index_select(0, primary.token_A)
         secondary = self.gate(dispatch(x_TD, primary.token_A), primary.expert_A, input_R)
         gating = HierarchicalGating.of_levels(primary, secondary, self.k)
-        y_TD = self.experts(x_TD, gating)
-        if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD, layout)[0]
-        return self.output_activation(y_TD), gating
+        return self.output(x_TD, gating, layout), gating
 
     def operations_per_timestep(self) -> int:
         """Return the multiply-adds of the primary gate and, for each of a token's groups, of its gate and experts."""
         secondary = self.gate.operations_per_timestep() * self.groups_per_token
         experts = self.assignments_per_token * self.experts.operations_per_row()
-        shared = 0 if self.shared is None else self.shared.operations_per_timestep()
-        return self.primary_gate.operations_per_timestep() + shared + round(secondary + experts)
+        return self.primary_gate.operations_per_timestep() + self.shared_operations() + round(secondary + experts)
 
     @property
     def groups_per_token(self) -> float:

@@ -89,27 +89,64 @@ def set_recompute(model: nn.Module, on: bool) -> None:
             module.recompute = on
 
 
-def shared_experts(width: int, hidden: int, number: int, output_init_scale: float) -> FeedForward | None:
-    """Return the experts that every token uses, as one dense layer; None without any."""
-    if number < 0:
-        raise ValueError(f"model.num_shared_experts={number}: must be at least 0")
-    if number == 0:
-        return None
-    return FeedForward(
-        width=width,
-        hidden=number * hidden,
-        num_hidden=1,
-        output_activation="none",
-        output_init_scale=output_init_scale,
-    )
+class Mixture(Layer):
+    """What flat and hierarchical mixtures share: routed experts, shared experts, and the activation on top.
 
-
-class MoE(Layer):
-    """y = f(sum_i G(x)_i E_i(x)) (eq. 1), where f is `output_activation`, a sigmoid in the paper (Appendix C.1).
-
-    With `num_shared_experts`, experts that every token uses are added to the sum with weight 1 (DeepSeekMoE, Dai et al.
-    2024, arXiv 2401.06066, section 3.2); they are one dense layer of as many times the hidden units.
+    `num_shared_experts` experts that every token uses are added to the sum with weight 1 (DeepSeekMoE, Dai et al. 2024,
+    arXiv 2401.06066, section 3.2). They are one dense layer of as many times the hidden units.
     """
+
+    experts: Experts
+    shared: FeedForward | None
+
+    def add_experts(
+        self,
+        *,
+        width: int,
+        hidden: int,
+        num_experts: int,
+        group_size: int = 1,
+        output_activation: str,
+        output_init_scale: float,
+        num_shared_experts: int,
+        identical_experts: bool,
+    ) -> None:
+        """Build the experts; a constructor calls it after it has built the gates, whose weights are drawn first."""
+        if num_shared_experts < 0:
+            raise ValueError(f"model.num_shared_experts={num_shared_experts}: must be at least 0")
+        sizes = {"width": width, "output_init_scale": output_init_scale}
+        self.experts = Experts(
+            hidden=hidden, num_experts=num_experts, group_size=group_size, identical=identical_experts, **sizes
+        )
+        self.shared = None
+        if num_shared_experts:
+            self.shared = FeedForward(
+                hidden=num_shared_experts * hidden, num_hidden=1, output_activation="none", **sizes
+            )
+        self.output_activation = output_activation_of(output_activation)
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters of the gates, the experts and the shared experts, in this order."""
+        for gate in self.gates().values():
+            gate.reset_parameters()
+        self.experts.reset_parameters()
+        if self.shared is not None:
+            self.shared.reset_parameters()
+
+    def output(self, x_TD: Tensor, gating: Gating, layout: PaddedLayout) -> Tensor:
+        """Return y_TD = f(sum_i G(x)_i E_i(x) + shared experts), with f the output activation."""
+        y_TD = self.experts(x_TD, gating)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD, layout)[0]
+        return self.output_activation(y_TD)
+
+    def shared_operations(self) -> int:
+        """Return the multiply-adds per token of the shared experts."""
+        return 0 if self.shared is None else self.shared.operations_per_timestep()
+
+
+class MoE(Mixture):
+    """y = f(sum_i G(x)_i E_i(x)) (eq. 1), where f is `output_activation`, a sigmoid in the paper (Appendix C.1)."""
 
     def __init__(
         self,
@@ -132,21 +169,24 @@ class MoE(Layer):
             raise ValueError(
                 f"model.width={width} model.expert_hidden={hidden} model.num_experts={num_experts} must be at least 1"
             )
-        common = {"width": width, "init_std": gate_init_std}
-        common |= {"temperature": gate_temperature, "noise_scale": gate_noise_scale}
-        self.gate = gate(num_experts=num_experts, k=k, **common)
-        begin = {"output_init_scale": output_init_scale, "identical": identical_experts}
-        self.experts = Experts(width=width, hidden=hidden, num_experts=num_experts, **begin)
-        self.shared = shared_experts(width, hidden, num_shared_experts, output_init_scale)
-        self.output_activation = output_activation_of(output_activation)
+        self.gate = gate(
+            width=width,
+            num_experts=num_experts,
+            k=k,
+            init_std=gate_init_std,
+            temperature=gate_temperature,
+            noise_scale=gate_noise_scale,
+        )
+        self.add_experts(
+            width=width,
+            hidden=hidden,
+            num_experts=num_experts,
+            output_activation=output_activation,
+            output_init_scale=output_init_scale,
+            num_shared_experts=num_shared_experts,
+            identical_experts=identical_experts,
+        )
         self.token_share = self.assignments_per_token / num_experts
-
-    def reset_parameters(self) -> None:
-        """Draw the gate's parameters, then those of the experts and of the shared experts."""
-        self.gate.reset_parameters()
-        self.experts.reset_parameters()
-        if self.shared is not None:
-            self.shared.reset_parameters()
 
     def gates(self) -> dict[str, Gate]:
         """Return the one gate."""
@@ -155,16 +195,12 @@ class MoE(Layer):
     def forward(self, x_TD: Tensor, layout: PaddedLayout) -> tuple[Tensor, Gating]:
         """Return the mixture's output and its gating."""
         gating = self.gate(x_TD, input_T=layout.input_T)
-        y_TD = self.experts(x_TD, gating)
-        if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD, layout)[0]
-        return self.output_activation(y_TD), gating
+        return self.output(x_TD, gating, layout), gating
 
     def operations_per_timestep(self) -> int:
         """Return the multiply-adds of the gate and of the experts that a token is sent to on average."""
         experts = round(self.assignments_per_token * self.experts.operations_per_row())
-        shared = 0 if self.shared is None else self.shared.operations_per_timestep()
-        return experts + shared + self.gate.operations_per_timestep()
+        return experts + self.shared_operations() + self.gate.operations_per_timestep()
 
     @property
     def assignments_per_token(self) -> float:

@@ -77,6 +77,17 @@ class RunRecord:
         return current_config(settings) if isinstance(settings, dict) else {}
 
     @property
+    def layers(self) -> list[Mapping[str, Any]]:
+        """The configured layers in their order; empty if the configuration has none."""
+        model = self.settings.get("model")
+        layers = model.get("layers") if isinstance(model, Mapping) else None
+        if not isinstance(layers, Mapping):
+            return []
+        order = model.get("order")
+        found = [layers.get(name) for name in order] if isinstance(order, list) else layers.values()
+        return [layer for layer in found if isinstance(layer, Mapping)]
+
+    @property
     def base_name(self) -> str:
         """The name without its `seed=N` part, which runs that differ only in the seed share."""
         return re.sub(r",seed=\d+(?=,|$)", "", self.name)

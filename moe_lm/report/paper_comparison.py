@@ -170,9 +170,6 @@ def balance_weights(run: RunRecord) -> tuple[float, float]:
 
 def gate_names(run: RunRecord) -> str:
     """Return the names of a run's gates in the order of its layers, each once, such as `noisy_top_k, switch`."""
-    model = run.settings.get("model")
-    layers = model.get("layers") if isinstance(model, Mapping) else None
-    layers = [layer for layer in layers.values() if isinstance(layer, Mapping)] if isinstance(layers, Mapping) else []
-    gates = [layer.get(part) for layer in layers for part in ("primary_gate", "gate")]
+    gates = [layer.get(part) for layer in run.layers for part in ("primary_gate", "gate")]
     targets = [str(gate.get("_target_")).split(".") for gate in gates if isinstance(gate, Mapping)]
     return ", ".join(dict.fromkeys(target[-2] for target in targets if len(target) > 1))

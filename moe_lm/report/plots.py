@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 from moe_lm.report import RunRecord
 from moe_lm.report.axes import positive, set_log_axis
 from moe_lm.report.runs import seed_groups
-from moe_lm.report.scaling import families
+from moe_lm.report.scaling import dense_perplexities, families
 
 INK, GRID, PAPER = "#1f2328", "#d8dee4", "#ffffff"  # the page replaces these by its theme's colours
 INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "legend.labelcolor")
@@ -177,16 +177,13 @@ class ExpertsPanel:
             if law := family.law():
                 xs = [family.points[0][0] * 2 ** (step / 8) for step in range(8 * family.doublings + 1)]
                 (legend[f"perplexity = {law}"],) = axes.plot(xs, [law(x) for x in xs], color=colour, linewidth=1)
-        levels = [(name, self._level(members)) for name, members in seed_groups(runs) if not members[0].is_moe]
-        for (name, level), dash in zip([pair for pair in levels if positive(pair[1])], cycle(DASHES[False])):
+        levels = dense_perplexities(runs)
+        for (name, level), dash in zip(levels.items(), cycle(DASHES[False])):
             legend[name] = axes.axhline(level, color=INK, alpha=0.5, linewidth=1, linestyle=dash)
         xs, ys = zip(*(point for family in found for point in family.points), strict=True)
         set_log_axis(axes.xaxis, xs, pad=0.05, least=1.15)
-        set_log_axis(axes.yaxis, [*ys, *(level for _, level in levels if positive(level))], pad=0.1, least=1.02)
+        set_log_axis(axes.yaxis, [*ys, *levels.values()], pad=0.1, least=1.02)
         return legend
-
-    def _level(self, runs: Sequence[RunRecord]) -> float:
-        return fmean(run.perplexity("test") or math.nan for run in runs)
 
 
 Panel = ScatterPanel | CurvePanel | ExpertsPanel

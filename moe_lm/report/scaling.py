@@ -1,7 +1,7 @@
 """What experts buy: perplexity against their number, and what a dense model of the same perplexity would cost."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, linear_regression
@@ -84,13 +84,16 @@ def families(runs: Sequence[RunRecord]) -> list[Family]:
     return [Family(label, points) for label, points in zip(labels, counts, strict=False)]
 
 
+def dense_perplexities(runs: Sequence[RunRecord]) -> dict[str, float]:
+    """Return the mean test perplexity of each dense model by name."""
+    dense = [(name, members) for name, members in seed_groups(runs) if not members[0].is_moe]
+    found = {name: [run.perplexity("test") for run in members] for name, members in dense}
+    return {name: fmean(values) for name, values in found.items() if all(map(positive, values))}
+
+
 def _num_experts(run: RunRecord) -> int | None:
     """Return the number of experts of a run's only flat mixture, None for other models."""
-    model = run.settings.get("model")
-    layers = model.get("layers") if isinstance(model, Mapping) else None
-    order = model.get("order") if isinstance(layers, Mapping) else None
-    chosen = [layers.get(name) for name in order] if isinstance(order, list) else []
-    mixtures = [layer for layer in chosen if isinstance(layer, Mapping) and "num_experts" in layer]
+    mixtures = [layer for layer in run.layers if "num_experts" in layer]
     if len(mixtures) != 1 or "num_groups" in mixtures[0]:
         return None
     experts = mixtures[0]["num_experts"]
@@ -148,13 +151,8 @@ def fit_tables(runs: Sequence[RunRecord]) -> list[Table]:
         texts.append(f"{family.label}: " + (f"perplexity = {law}" if law else "no power law fits"))
         for experts, measured in family.points:
             fitted = {"fitted": law(experts), "residual": measured - law(experts)} if law else {}
-            rows.append(
-                Row(
-                    "run",
-                    f"{experts} experts" + ("" if len(found) == 1 else f" ({family.label})"),
-                    {"test_perplexity": measured, **fitted},
-                )
-            )
+            name = f"{experts} experts" + ("" if len(found) == 1 else f" ({family.label})")
+            rows.append(Row("run", name, {"test_perplexity": measured, **fitted}))
     if not rows:
         return []
     formats = {

@@ -33,7 +33,7 @@ def test_experts_are_those_of_unbounded_integers():
 
 
 def test_every_ordered_choice_is_equally_likely():
-    """Of 5 * 4 = 20 ordered pairs, 40,000 words choose each 2,000 times but for chance: chi-square of 19 degrees."""
+    """40,000 words are uniform over the 5 * 4 = 20 ordered pairs: a chi-square test with 19 degrees of freedom."""
     pairs = Counter(map(tuple, distinct_experts(torch.arange(40_000), 5, 2, seed=3).tolist()))
     assert len(pairs) == 20
     assert sum((count - 2000) ** 2 / 2000 for count in pairs.values()) < 43.8  # exceeded once in a thousand

@@ -18,7 +18,7 @@ def test_schedule_warms_up_to_one_and_falls_with_the_root():
 
 
 def test_the_final_decay_is_a_straight_line_to_zero():
-    """Of 1000 updates the last 200 are at 200/200, 199/200, ..., 1/200 of the curve; an update more stays at 1/200."""
+    """The last 200 of 1000 updates have the factors 200/200, 199/200, ..., 1/200; a further update keeps 1/200."""
     constant = Constant(warmup_steps=10, decay_fraction=0.2)
     assert [constant(step, 1000) for step in (0, 9, 799, 800, 801, 900, 999, 1000)] == pytest.approx(
         [0.1, 1, 1, 1, 199 / 200, 0.5, 1 / 200, 1 / 200]
