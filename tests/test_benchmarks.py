@@ -1,6 +1,7 @@
 """The benchmarks run at tiny sizes, and what they write can be read; how fast anything is they say elsewhere."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -127,3 +128,16 @@ def test_an_unusable_peer_is_left_out(tmp_path, content):
     found = found_by("layer", *sizes, "--layers", "moe", "davidmrau", "--peers", "peers")
     sys.modules.pop("moe", None)
     assert set(found["layers"]["4"]) == {"dense", "moe"}
+
+
+@pytest.mark.parametrize("recipe", ["paper", "small_batch"])
+def test_a_step_passes_through_at_most_twelve_files(recipe, capsys):
+    """From the batch to the loss, and from the loss to the changed weights, as scripts/trace_step.py counts them."""
+    with pytest.MonkeyPatch.context() as patch:
+        path = SCRIPTS / "trace_step.py"
+        patch.setattr(sys, "argv", [str(path), f"recipe={recipe}", "batch.words=120"])
+        patch.syspath_prepend(SCRIPTS)
+        runpy.run_path(str(path), run_name="__main__")
+    counts = [int(n) for n in re.findall(r": (\d+) files", capsys.readouterr().out)]
+    assert len(counts) == 2
+    assert max(counts) <= 12

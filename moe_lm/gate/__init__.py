@@ -15,8 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from moe_lm.ops.routing import segment_sizes, segment_sum, stable_sort_below
-from moe_lm.ops.token_groups import TokenGroups
+from moe_lm.ops.grouped_linear import grouped_linear
+from moe_lm.ops.routing import TokenGroups, segment_sizes, segment_sum, stable_sort_below
 
 
 @dataclass(frozen=True)
@@ -211,10 +211,10 @@ class Gate(nn.Module):
         """Return x W_g / temperature (T, E), in training with x W_noise appended for a gate with noise (T, 2 E)."""
         if not self.has_matrix:
             return x_TD.new_zeros(1, 1).expand(len(x_TD), self.num_experts)
-        gate_DE = self.gate_DE if self.temperature == 1 else self.gate_DE / self.temperature
+        weight = self.gate_DE if self.temperature == 1 else self.gate_DE / self.temperature
         if self.has_noise and self.training:  # a single product, as a wide one is faster than two narrow ones
-            return groups.matmul(x_TD, torch.cat([gate_DE, self.noise_DE], dim=-1))
-        return groups.matmul(x_TD, gate_DE)
+            weight = torch.cat([weight, self.noise_DE], dim=-1)
+        return x_TD @ weight if groups.group_T is None else grouped_linear(x_TD, weight, groups.group_T)
 
     def choose(self, logit_TF: Tensor, groups: TokenGroups) -> Gating:
         """Return the gating by the gate's equation, with `token_choice` or `expert_choice`."""

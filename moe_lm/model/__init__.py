@@ -4,22 +4,21 @@ Shape suffixes: T tokens, D width.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from moe_lm.data.batch import PaddedLayout
 from moe_lm.gate import Gate, Gating
 
-_OUTPUT_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "none": lambda x: x}
+_OUTPUT_ACTIVATIONS = {"sigmoid": nn.Sigmoid, "none": nn.Identity}
 
 
-def output_activation_of(name: str) -> Callable[[Tensor], Tensor]:
-    """Return the function on top of a mixture or dense layer: the paper's sigmoid (Appendix C.1), or none."""
+def output_activation_of(name: str) -> nn.Module:
+    """Return the activation on top of a mixture or dense layer: the paper's sigmoid (Appendix C.1), or none."""
     if name not in _OUTPUT_ACTIVATIONS:
         raise ValueError(f"model.output_activation={name}: choose {' or '.join(_OUTPUT_ACTIVATIONS)}")
-    return _OUTPUT_ACTIVATIONS[name]
+    return _OUTPUT_ACTIVATIONS[name]()
 
 
 def checked_init_scale(scale: float) -> float:

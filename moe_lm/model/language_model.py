@@ -77,7 +77,7 @@ class LanguageModel(nn.Module):
     def hidden(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Gating]]:
         """Return the last layer's outputs (T, D) and the gatings."""
         gatings = {}
-        x_TD, layout = self._dropout(self.embedding(batch.inputs)), replace(batch.layout, input_T=batch.input_T)
+        x_TD, layout = self._dropout(self.embedding(batch.inputs)), replace(batch.layout, input_T=batch.inputs.row_T)
         for name, layer in self.layers.items():
             y_TD, gating = layer(x_TD, layout)
             x_TD = x_TD + self._dropout(y_TD)

@@ -1,7 +1,7 @@
 """Operations of routing: rows sorted into segments, and the noisy top-k choice with its load estimate (eq. 4, 8 and 9).
 
 Shape suffixes: A rows, S segments, D width, T tokens, E experts, F = 2 E, K experts a token, N = min(K + 1, E) of which
-a token keeps K.
+a token keeps K, G groups of experts.
 """
 
 import math
@@ -75,6 +75,45 @@ _MAX_K_BY_SEARCH = 16
 
 _INDEX_BITS = (1 << 29) - 1
 """Low bits of a float64 that are zero in every float32 number."""
+
+
+class TokenGroups:
+    """The tokens of one call, sorted by the group of experts that each may choose from.
+
+    A flat gate has a single group with all tokens, so an equation is written once for flat and hierarchical layers.
+    """
+
+    def __init__(
+        self,
+        num_tokens: int,
+        num_experts: int,
+        group_T: Tensor | None = None,
+        num_groups: int | None = None,
+        input_T: Tensor | None = None,
+    ):
+        """`input_T` are the ids of the tokens' input words, for gates that read them."""
+        self.num_tokens, self.num_experts, self.input_T = num_tokens, num_experts, input_T
+        self.group_T, self.num_groups = group_T, num_groups or 1
+
+    def sizes(self) -> Tensor:
+        """Return the number of tokens in each group (float64, G)."""
+        if self.group_T is None:
+            return torch.tensor([self.num_tokens], dtype=torch.float64)
+        return segment_sizes(self.group_T, self.num_groups).double()
+
+    def sum(self, x_TE: Tensor) -> Tensor:
+        """Return the sums over each group's tokens (G, E)."""
+        if self.group_T is None:
+            return x_TE.sum(dim=0, keepdim=True)
+        return segment_sum(x_TE, self.group_T, self.num_groups)
+
+    def per_token(self, x_GE: Tensor) -> Tensor:
+        """Return the row of each token's group (T, E); without groups, the single row (1, E), to be broadcast."""
+        return x_GE if self.group_T is None else x_GE.index_select(0, self.group_T)
+
+    def expert_numbers(self, expert_TK: Tensor) -> Tensor:
+        """Return the experts' numbers among all groups: expert j of group g has the number g * num_experts + j."""
+        return expert_TK if self.group_T is None else expert_TK + (self.group_T * self.num_experts).unsqueeze(1)
 
 
 @operation
