@@ -31,5 +31,5 @@ def set_log_axis(axis: Axis, values: Sequence[float], pad: float, least: float) 
 
 
 def tick_label(value: float, _position: int | None = None) -> str:
-    """Return a tick as a plain number without an offset: 0.3, 8.4, 4,300."""
-    return f"{value:,.10g}"
+    """Return a tick as a number without an offset: 0.3, 8.4, 4,300, and from a billion on 1.6e9."""
+    return f"{value:,.10g}" if value < 1e9 else f"{value:.3g}".replace("e+", "e")

@@ -148,7 +148,8 @@ def fit_tables(runs: Sequence[RunRecord]) -> list[Table]:
     found = families(runs)
     for family in found:
         law = family.law()
-        texts.append(f"{family.label}: " + (f"perplexity = {law}" if law else "no power law fits"))
+        subject = "The fit" if len(found) == 1 else f"The fit to {family.label}"
+        texts.append(f"{subject}: perplexity = {law}." if law else f"{subject}: no power law.")
         for experts, measured in family.points:
             fitted = {"fitted": law(experts), "residual": measured - law(experts)} if law else {}
             name = f"{experts} experts" + ("" if len(found) == 1 else f" ({family.label})")
@@ -161,7 +162,7 @@ def fit_tables(runs: Sequence[RunRecord]) -> list[Table]:
         Column("residual", "residual"): lambda value: f"{value:+.2f}".replace("-", "−"),
     }
     text = "Test perplexity (mean over seeds) against the number of experts at equal operations but for the gate. "
-    return [Table("experts", "Number of experts", f"{text}{'; '.join(texts)}.", formats, rows, names="mixture")]
+    return [Table("experts", "Number of experts", f"{text}{' '.join(texts)}", formats, rows, names="mixture")]
 
 
 def leverage_tables(runs: Sequence[RunRecord]) -> list[Table]:

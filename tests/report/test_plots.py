@@ -206,6 +206,7 @@ def test_ticks_are_round(low, high, ticks):
 
 def test_tick_labels_are_plain_numbers():
     assert [tick_label(value) for value in (0.3, 8.4, 4300.0, 137577.6)] == ["0.3", "8.4", "4,300", "137,577.6"]
+    assert [tick_label(value) for value in (1.6e12, 1.25e12, 2e18)] == ["1.6e12", "1.25e12", "2e18"]
 
 
 def test_long_names_break_after_commas_and_else_anywhere():
