@@ -20,6 +20,9 @@ CASES = {
     "loss_free": ["gate@model.layers.middle.gate=loss_free", "balance=[]"],
     "sinkhorn": ["gate@model.layers.middle.gate=sinkhorn", "balance=[]"],
     "strictly_balanced": ["gate@model.layers.middle.gate=strictly_balanced", "balance=[batchwise]"],
+    "hash": ["gate@model.layers.middle.gate=hash", "balance=[]"],
+    "recipe": ["recipe=small_batch"],
+    "shared_experts": ["model.num_shared_experts=2"],
     "recompute": ["machine.recompute=true"],
     "one_micro_batch": ["batch.micro_words=200"],
 }
