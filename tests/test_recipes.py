@@ -114,7 +114,7 @@ def test_a_warm_up_that_outlasts_the_training_is_told(trained_once, tmp_path, mo
 
 @pytest.mark.parametrize("override", ["schedule.decay_fraction=0.3", "schedule.max_warmup_fraction=0.1", "noise"])
 def test_a_run_laid_out_for_its_length_cannot_grow(trained_once, tmp_path, monkeypatch, moe_lm, override):
-    """Its earlier learning rates, or its noise, would have been others; the run stays as it is."""
+    """A longer run would have had other learning rates, or other noise, from the start; the run stays as it is."""
     (tmp_path / "text").symlink_to(trained_once / "text")
     monkeypatch.chdir(tmp_path)
     chosen = override if "=" in override else "model.layers.middle.gate.noise_schedule=linear"

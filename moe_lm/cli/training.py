@@ -149,7 +149,7 @@ def _batches(config: dict, data: Prepared) -> Batches:
 
 
 def _plan(config: dict, schedule: Schedule, num_steps: int) -> list[str]:
-    """Return what the training will do, and a warning if it would end before its warm-up does."""
+    """Return the numbers of updates and of warm-up updates, and a warning if the warm-up is the larger one."""
     words, warmup = config["batch"]["words"], schedule.warmup(num_steps)
     lines = [f"{num_steps:,} updates of {words:,} words, of which {min(warmup, num_steps):,} are warm-up"]
     if warmup > num_steps:

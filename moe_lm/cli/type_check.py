@@ -24,7 +24,7 @@ OPTIONAL = {key: kind for kind, keys in _OPTIONAL_OF_TYPE.items() for key in key
 """Types of the keys whose default is null; `layer.` stands for any layer, `gate.` for any gate of a layer."""
 
 _OF_RECIPES = ("layer.gate_init_std", "model.gate_init_std", "schedule.max_warmup_fraction")
-"""Those to which a recipe or a schedule gives another default; null stays a choice."""
+"""Optional keys to which a recipe or a schedule gives a value; null can still be chosen."""
 
 _LAYER, _GATE = re.compile(r"model\.layers\.\w+\."), re.compile(r"layer\.(primary_)?gate\.")
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe_lm.gate import Gate, Gating, TokenGroups
 
-_MIX_1, _MIX_2 = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # the odd constants of the SplitMix64 generator, signed
+_MIX_1, _MIX_2 = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # SplitMix64's multipliers as signed integers
 _STEP = -0x61C8864680B583EB
 
 

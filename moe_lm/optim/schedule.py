@@ -38,7 +38,7 @@ class Schedule:
         factor = min(update / warmup, self.after_warmup(update, warmup))
         if self.decay_fraction == 0:
             return factor
-        remaining = max(1, num_steps - step)  # a training may take an update more than was expected
+        remaining = max(1, num_steps - step)  # num_steps is an estimate: a training may take more
         return factor * min(1.0, remaining / (self.decay_fraction * num_steps))
 
     def after_warmup(self, update: int, warmup: int) -> float:

@@ -1,4 +1,4 @@
-"""What experts buy: perplexity against their number, and what a dense model of the same perplexity would cost."""
+"""Scaling with the number of experts: power-law fits of perplexity, and leverage over dense models."""
 
 import math
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ COSTS = {
     "parameters_without_embedding_and_softmax": "parameters w/o embedding, softmax",
     "flops": "training FLOPs",
 }
-LEAVES_OPEN = 0.2
-"""Largest share of the variance of the perplexities that a fitted law may leave unexplained."""
+MAX_UNEXPLAINED = 0.2
+"""Largest unexplained share of the variance, 1 - R^2, of a fit that is reported."""
 _EXPONENTS, _STEPS = (0.05, 2.0), 800
 _RATIO = (_EXPONENTS[1] / _EXPONENTS[0]) ** (1 / _STEPS)
 _COMPARED = ("model", "corpus", "vocabulary", "batch", "softmax", "optimizer", "schedule", "balance")
@@ -62,7 +62,7 @@ class Family:
         return math.ceil(math.log2(self.points[-1][0] / self.points[0][0]))
 
     def law(self) -> Law | None:
-        """Return the fitted law, None where fewer than three counts, or too much scatter, do not carry one."""
+        """Return the fitted law, or None if there are fewer than three counts or the fit is poor."""
         return fit_law(self.points)
 
 
@@ -92,7 +92,7 @@ def dense_perplexities(runs: Sequence[RunRecord]) -> dict[str, float]:
 
 
 def _num_experts(run: RunRecord) -> int | None:
-    """Return the number of experts of a run's only flat mixture, None for other models."""
+    """Return the number of experts of a model with a single, flat mixture, and None for any other model."""
     mixtures = [layer for layer in run.layers if "num_experts" in layer]
     if len(mixtures) != 1 or "num_groups" in mixtures[0]:
         return None
@@ -101,7 +101,7 @@ def _num_experts(run: RunRecord) -> int | None:
 
 
 def _settings_but_for(run: RunRecord, *names: str) -> tuple:
-    """Return the settings that identify a run, without the seed and without keys whose last part is in `names`."""
+    """Return the settings that two runs of a family share: all but the seed and the keys that end in one of `names`."""
     settings = flatten({key: run.settings.get(key) for key in _COMPARED})
     kept = {key: str(value) for key, value in settings.items() if key.rpartition(".")[2] not in names}
     return (run.result["words"] // 1_000_000, *sorted(kept.items()))
@@ -114,7 +114,7 @@ def fit_law(points: Sequence[Point]) -> Law | None:
     mean = fmean(y for _, y in points)
     variance = sum((y - mean) ** 2 for _, y in points)
     law = (_with_floor(points) if len(points) >= 4 else None) or _without_floor(points)
-    if law is None or variance == 0 or _left(points, law) > LEAVES_OPEN * variance:
+    if law is None or variance == 0 or _left(points, law) > MAX_UNEXPLAINED * variance:
         return None
     return law
 
@@ -237,9 +237,9 @@ def _mean_point(runs: Sequence[RunRecord], key: str) -> Point:
 
 
 def leverage(mixture: Point, dense: Sequence[Point]) -> tuple[float, str]:
-    """Return the cost of a dense model of the mixture's perplexity over the mixture's cost, and `>` or `<` for a bound.
+    """Return the leverage: the cost of an equally good dense model over the mixture's cost. `>` or `<` marks a bound.
 
-    Points are (cost, perplexity). The dense curve is followed from its cheapest model to the first one that is as good.
+    Points are (cost, perplexity). The search along the dense curve begins at its cheapest model.
     """
     (cost, wanted), curve = mixture, sorted(dense)
     if curve[0][1] <= wanted:

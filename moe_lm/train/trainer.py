@@ -102,9 +102,9 @@ class Trainer:
         return state is not None
 
     def _undo_end(self) -> list[str | None]:
-        """Undo what a run, which now goes on, did only for its end; return the splits of the lines to drop.
+        """Undo what was done only because the run ended here; return the splits of the metrics lines to drop.
 
-        It takes up its last, partial interval again.
+        These are the training line of a partial interval, which is continued, and a validation outside the schedule.
         """
         lines: list[str | None] = [None] if self.progress.interval else []
         if self.progress.before_end is not None:
