@@ -49,7 +49,7 @@ class NoisyTopK(Gate):
             top_TK, expert_TK = logit_TF.topk(self.k, dim=1)
             return self.token_choice(expert_TK, top_TK.softmax(dim=1), logit_TF, groups)
         scale = self.noise_scale * (1 - self.progress if self.noise_schedule == "linear" else 1)
-        if scale != 1:  # divided by s, the noisy logits rank experts as before, with the same chances
+        if scale != 1:  # divided by s, the noisy logits have the same order and the same chances
             logit_TF = torch.cat([logit_TF[:, : self.num_experts] / scale, logit_TF[:, self.num_experts :]], dim=1)
         draw_TE = torch.randn_like(logit_TF[:, : self.num_experts])
         top_TN, expert_TN, noisy_TE, chance_TE = noisy_top_k(logit_TF, draw_TE, self.noise_epsilon, self.k)
