@@ -61,6 +61,7 @@ ARGUMENTS = {
     "moe_lm.optim.adam.Adam": {
         "rates": {"experts": 1.0, "gates": 1.0, "feed_forward": 1.0, "vocabulary": 1.0, "rest": 1.0},
         "sparsity_exponent": 0.0,
+        "average_decay": 0.0,
     },
     "moe_lm.gate.noisy_top_k.NoisyTopK": {"noise_schedule": "constant"},
     "moe_lm.model.feed_forward.FeedForward": {"output_activation": "sigmoid", "output_init_scale": 1.0},

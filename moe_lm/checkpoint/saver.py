@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import CheckpointException
 from moe_lm.checkpoint import checkpoint, sharded_safetensors
 from moe_lm.checkpoint.sharded_safetensors import NamedTensors
 from moe_lm.errors import UserError, in_a_line
-from moe_lm.optim import CompositeOptimizer
+from moe_lm.optim.composite import CompositeOptimizer
 from moe_lm.parallel.context import SINGLE_PROCESS, ParallelContext
 from moe_lm.resources import free_disk, free_memory
 

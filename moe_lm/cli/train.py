@@ -94,7 +94,7 @@ def _train(config: dict, preset: str, on: torch.device, stop: SignalHandler, par
     if code := _run(trainer, stop, config["batch"]["micro_words"]):
         log_line(f"{run.folder}: stopped and saved at step {trainer.progress.step}; repeat the command to go on")
         return code
-    with _naming_memory(config["batch"]["micro_words"]):
+    with _naming_memory(config["batch"]["micro_words"]), trainer.optimizer.averaged_weights():
         result = result_of(config, preset, data, trainer, counts)
     if parallel.is_first:
         run.write_result(result)

@@ -16,7 +16,7 @@ from moe_lm.errors import UserError
 from moe_lm.loss.objective import BalanceLoss, Objective
 from moe_lm.model.language_model import LanguageModel
 from moe_lm.model.moe import set_recompute
-from moe_lm.optim import OptimizerRecipe
+from moe_lm.optim.composite import OptimizerRecipe
 from moe_lm.optim.schedule import Schedule
 from moe_lm.parallel.context import SINGLE_PROCESS, ParallelContext
 from moe_lm.parallel.grad_reduce import GradReducer

@@ -11,10 +11,10 @@ from moe_lm.optim import (
     GATES,
     REST,
     VOCABULARY,
-    CompositeOptimizer,
     parameter_groups,
     token_shares,
 )
+from moe_lm.optim.composite import CompositeOptimizer
 from moe_lm.optim.factored_adam import FactoredAdam
 from moe_lm.optim.lazy_adam import LazyAdam
 
@@ -35,6 +35,8 @@ class Adam:
     where s is the share of the batch's tokens that one expert receives (k / E of a flat mixture). Adam divides a
     gradient by its own size, noise included. An expert that sees few tokens therefore takes steps as long as those of a
     dense layer, and most of each step is noise. The noise of a mean over n tokens falls only with n^-0.5.
+
+    An `average_decay` above 0 makes evaluations and checkpoints use averaged weights.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Adam:
         vocabulary: str,
         rates: Mapping[str, float] = _EQUAL_RATES,
         sparsity_exponent: float = 0.0,
+        average_decay: float = 0.0,
     ):
         if not (learning_rate > 0 and clip_norm > 0 and epsilon > 0 and 0 <= beta1 < 1 and 0 <= beta2 < 1):
             raise ValueError(
@@ -68,9 +71,12 @@ class Adam:
             raise ValueError("optimizer.rates: all are 0, so that nothing would be learned")
         if not 0 <= sparsity_exponent <= 1:
             raise ValueError(f"optimizer.sparsity_exponent={sparsity_exponent}: must be at least 0 and at most 1")
+        if not 0 <= average_decay < 1:
+            raise ValueError(f"optimizer.average_decay={average_decay}: must be at least 0 and below 1")
         self.learning_rate, self.clip_norm = learning_rate, clip_norm
         self._rates, self._sparsity_exponent = {**_EQUAL_RATES, **rates}, sparsity_exponent
         self._beta1, self._beta2, self._epsilon = beta1, beta2, epsilon
+        self._average_decay = average_decay
         self._rules = {EXPERTS: "dense" if experts == "adam" else experts, VOCABULARY: vocabulary}
 
     def build(self, model: nn.Module) -> CompositeOptimizer:
@@ -89,7 +95,8 @@ class Adam:
             [
                 build[rule]([{"params": parameters, "rate": rate} for rate, parameters in by_rate.items()])
                 for rule, by_rate in by_rule.items()
-            ]
+            ],
+            self._average_decay,
         )
 
     def gradient_bytes(self, group: str, parameter: Tensor, num_rows: int) -> int:
@@ -100,13 +107,17 @@ class Adam:
         return min(num_rows, parameter.shape[0]) * (parameter[0].numel() * size + 8)
 
     def state_bytes(self, group: str, parameter: Tensor) -> int:
-        """Return the bytes of both moments and of the step (float32); a factored moment is a row and a column."""
+        """Return the bytes of both moments, of the step (float32) and of the averaged weights.
+
+        A factored moment is a row and a column.
+        """
         numbers = {
             "dense": 2 * parameter.numel(),
             "factored": sum(parameter.numel() // max(1, size) for size in parameter.shape[-2:]),
             "lazy": parameter.numel() + parameter.shape[0],
         }
-        return numbers[self._rule(group)] * parameter.element_size() + 4
+        average = parameter.numel() if self._average_decay > 0 else 0
+        return (numbers[self._rule(group)] + average) * parameter.element_size() + 4
 
     def _rule(self, group: str) -> str:
         return self._rules.get(group, "dense")

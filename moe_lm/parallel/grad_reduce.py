@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moe_lm.ops.routing import segment_sizes, stable_sort_below
 from moe_lm.ops.sparse_rows import RowSparseParameter, SparseRowGrad, row_grad, set_row_grad, sum_duplicate_rows
-from moe_lm.optim import CompositeOptimizer
+from moe_lm.optim.composite import CompositeOptimizer
 from moe_lm.parallel.context import SINGLE_PROCESS, ParallelContext
 from moe_lm.parallel.group import Group
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from moe_lm.data.batching import GlobalBatch, MicroBatch
 from moe_lm.loss.objective import Gatings, Objective, Statistics, add_statistics, statistics_of
 from moe_lm.model.language_model import LanguageModel
-from moe_lm.optim import CompositeOptimizer
+from moe_lm.optim.composite import CompositeOptimizer
 from moe_lm.parallel.grad_reduce import GradReducer
 from moe_lm.seeds import derive_seed
 

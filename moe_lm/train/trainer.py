@@ -239,7 +239,8 @@ class Trainer:
         bar.set_postfix_str(f"loss {nats / max(words, 1):.3f}{now}{dropped}{best}", refresh=False)
 
     def _validate(self, bar: tqdm) -> None:
-        measured = self.validate()
+        with self.optimizer.averaged_weights():
+            measured = self.validate()
         if not math.isfinite(measured.perplexity):
             raise UserError(
                 f"the validation perplexity is not finite at step {self.progress.step}: lower "
@@ -266,7 +267,8 @@ class Trainer:
         state = {"data": self.fingerprint, "progress": asdict(self.progress)}
         kept = (self.progress.best, (self.progress.before_end or {}).get("best"))
         best = {int(found["step"]) for found in kept if found}
-        self.saver.save(self.progress.step, self.model, self.optimizer, state, best, wait=wait)
+        with self.optimizer.averaged_weights():
+            self.saver.save(self.progress.step, self.model, self.optimizer, state, best, wait=wait)
         self._saved_at = time.monotonic()
 
     def _progress_bar(self) -> tqdm:

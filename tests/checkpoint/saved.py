@@ -12,7 +12,7 @@ from moe_lm.checkpoint.saver import Saver
 from moe_lm.cli import machine as make
 from moe_lm.cli.config import composed, resolved
 from moe_lm.ops.sparse_rows import take_rows
-from moe_lm.optim import CompositeOptimizer
+from moe_lm.optim.composite import CompositeOptimizer
 
 CHECKPOINTS = Path("runs/tiny/checkpoints")
 LAST = CHECKPOINTS / "0000000012"

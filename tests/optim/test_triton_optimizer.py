@@ -13,7 +13,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from moe_lm.ops import adam
 from moe_lm.ops.triton import adam as triton_adam
-from moe_lm.optim import CompositeOptimizer, factored_adam
+from moe_lm.optim import factored_adam
+from moe_lm.optim.composite import CompositeOptimizer
 from moe_lm.optim.factored_adam import FactoredAdam
 
 

@@ -49,6 +49,7 @@ KINDS = {
     "shared_experts": ("model.num_shared_experts=2",),
     "recipe": ("recipe=small_batch",),
     "recipe_hierarchical": ("recipe=small_batch", *HIERARCHY, FACTORED),
+    "averaged": ("parallel.vocab=true", "optimizer.average_decay=0.6", FACTORED),
     "loss_free": gate("loss_free", "balance=[]"),
     "sinkhorn": gate("sinkhorn", "balance=[]"),
     "strictly_balanced": gate("strictly_balanced", "balance=[batchwise]"),
