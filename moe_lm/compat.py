@@ -57,6 +57,7 @@ _MODEL = {
     "gate_init_std": None,
     "gate_noise_scale": 1.0,
 }
+_TOP = {"init_noise": 0.1, "init_optimizer": False}
 ARGUMENTS = {
     "moe_lm.optim.adam.Adam": {
         "rates": {"experts": 1.0, "gates": 1.0, "feed_forward": 1.0, "vocabulary": 1.0, "rest": 1.0},
@@ -92,7 +93,7 @@ def current_metrics(line: dict) -> dict:
 
 def current_config(config: dict) -> dict:
     """Return a copy of a stored configuration with this version's keys and targets; values are not checked."""
-    config = _with_arguments(_with_targets(config, TARGETS))
+    config = {**_TOP, **_with_arguments(_with_targets(config, TARGETS))}
     if isinstance(config.get("model"), dict):
         config["model"] = {**_MODEL, **config["model"]}
     for old, new in KEYS.items():

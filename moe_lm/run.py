@@ -19,7 +19,7 @@ from moe_lm.errors import UserError
 
 IDENTITY = (
     *("model", "corpus", "vocabulary", "batch", "softmax", "optimizer", "schedule", "balance"),
-    *("seed", "init_from"),
+    *("seed", "init_from", "init_noise", "init_optimizer"),
 )
 """Keys of the configuration that identify a run: a different value is refused under the same run name."""
 
@@ -82,7 +82,7 @@ class Run:
         except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
             raise UserError(f"{self.config_file} cannot be read: {str(error).splitlines()[0]}") from error
         for key in (*IDENTITY, "training"):
-            if not (isinstance(config.get(key), dict) or key in ("seed", "init_from")):
+            if not (isinstance(config.get(key), dict) or key == "seed" or key.startswith("init_")):
                 raise UserError(f"{self.config_file} is damaged: {key} is missing")
         if moved := sorted(old for old in flatten(stored).keys() & KEYS.keys()):
             _log_stored_names(self.config_file, tuple(moved))

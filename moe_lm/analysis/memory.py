@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from moe_lm.errors import UserError
 from moe_lm.ops import grouped_gemm
-from moe_lm.optim import EXPERTS, REST, VOCABULARY, parameter_groups
-from moe_lm.optim.composite import OptimizerRecipe
+from moe_lm.optim import EXPERTS, REST, VOCABULARY, OptimizerRecipe, parameter_groups
 from moe_lm.parallel.context import expert_parallel_size
 from moe_lm.parallel.group import Group, shard_rows
 

@@ -14,8 +14,7 @@ from moe_lm.analysis.memory import (
     iter_parameters,
     num_candidates,
 )
-from moe_lm.optim import EXPERTS, VOCABULARY
-from moe_lm.optim.composite import OptimizerRecipe
+from moe_lm.optim import EXPERTS, VOCABULARY, OptimizerRecipe
 
 INT64, FLOAT64 = 8, 8
 """Bytes per number."""

@@ -8,7 +8,6 @@ from torch import nn
 from moe_lm.checkpoint import checkpoint, export
 from moe_lm.construction import build, build_model, check_targets, is_target_of
 from moe_lm.errors import UserError
-from moe_lm.parallel.context import SINGLE_PROCESS, ParallelContext
 from moe_lm.run import Run
 
 
@@ -37,15 +36,15 @@ def load(folder: Path, which: str, device: torch.device) -> dict[str, object]:
     return {"model": model, "vocabulary": vocabulary, "config": config, "step": step, "fingerprint": fingerprint}
 
 
-def fill(model: nn.Module, folder: Path, vocabulary: Path, parallel: ParallelContext = SINGLE_PROCESS) -> None:
-    """Load the weights that a training run starts from: another run's last checkpoint, or an export.
+def check_source(folder: Path, vocabulary: Path) -> dict:
+    """Return the configuration of the run or export that a training starts from.
 
-    Raises `UserError` if shapes differ, or the source's vocabulary differs from the one in the folder `vocabulary`.
+    Raises `UserError` if it is missing or altered, or its vocabulary differs from the one in the folder `vocabulary`.
     """
     if not folder.is_dir():
         raise UserError(f"init_from={folder} is no folder: name a run or an export, as in init_from=runs/moe_4")
-    source, is_export = Run(folder), export.is_export(folder)
-    if is_export:
+    source = Run(folder)
+    if export.is_export(folder):
         export.verify(folder)
     ours, theirs = ({file.name: file.read_bytes() for file in f.glob("*")} for f in (vocabulary, source.vocabulary))
     if ours != theirs:
@@ -54,11 +53,20 @@ def fill(model: nn.Module, folder: Path, vocabulary: Path, parallel: ParallelCon
             f"init_from={folder} has another vocabulary than this training: use the corpus and vocabulary keys that it "
             "was trained with" + (f", or vocabulary.file={file}" if file.exists() else "")
         )
-    if is_export:
-        export.load_weights(folder, model, parallel.shards)
+    return source.config()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the folder of a run's last checkpoint, None for an export."""
+    return None if export.is_export(folder) else find_checkpoint(Run(folder), "last")
+
+
+def load_weights(folder: Path, path: Path | None, model: nn.Module, shards: checkpoint.Shards) -> None:
+    """Load the weights of a run's checkpoint at `path`, or those of an export if there is none, in place."""
+    if path is None:
+        export.load_weights(folder, model, shards)
     else:
-        # One process finds it for all, because a run that is still training may save another checkpoint meanwhile.
-        checkpoint.load_model(parallel.first(lambda: find_checkpoint(source, "last")), model, parallel.shards)
+        checkpoint.load_model(path, model, shards)
 
 
 def find_checkpoint(run: Run, which: str) -> Path:
@@ -77,6 +85,11 @@ def find_checkpoint(run: Run, which: str) -> Path:
     if not which.isdecimal() or int(which) not in steps:
         raise UserError(f"{run.folder} has no checkpoint {which}: choose last, best or {', '.join(map(str, steps))}")
     return checkpoint.path_of(run.checkpoints, int(which))
+
+
+def stored_model(folder: Path) -> nn.Module:
+    """Return the model of a run's or export's configuration on the meta device."""
+    return _build(Run(folder).config(), Run(folder))[0]
 
 
 def _export_record(folder: Path, which: str) -> dict:

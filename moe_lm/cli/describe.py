@@ -17,7 +17,7 @@ from moe_lm.cli.config import composed, preset_of, resolved
 from moe_lm.cli.machine import build, build_model
 from moe_lm.errors import UserError
 from moe_lm.model.language_model import LanguageModel
-from moe_lm.optim.composite import OptimizerRecipe
+from moe_lm.optim import OptimizerRecipe
 from moe_lm.report.paper import TABLE_8, paper_result
 
 BENCHMARK, NEWS = 793_471, 100_000  # vocabulary sizes; the paper does not state the second, see docs/decisions/model.md

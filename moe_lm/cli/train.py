@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from moe_lm.checkpoint.load import fill
+from moe_lm.checkpoint.start import start_from
 from moe_lm.cli import log
 from moe_lm.cli import machine as make
 from moe_lm.cli.config import composed, default_name, preset_of, resolved
@@ -88,7 +88,7 @@ def _train(config: dict, preset: str, on: torch.device, stop: SignalHandler, par
     if trainer.resume():
         log_line(f"{run.folder}: resumed at step {trainer.progress.step}, {trainer.progress.words:,} words")
     elif config["init_from"] is not None:
-        fill(trainer.model, Path(config["init_from"]), run.vocabulary, parallel)
+        start_from(config, trainer.model, trainer.optimizer, run.vocabulary, trainer.parallel)
         log_line(f"{run.folder}: starts from the weights of {config['init_from']}")
     parallel.first(lambda: run.result_file.unlink(missing_ok=True))
     if code := _run(trainer, stop, config["batch"]["micro_words"]):

@@ -1,5 +1,6 @@
 """From a resolved configuration to the trainer of a run in this process."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -16,7 +17,7 @@ from moe_lm.errors import UserError
 from moe_lm.loss.objective import BalanceLoss, Objective
 from moe_lm.model.language_model import LanguageModel
 from moe_lm.model.moe import set_recompute
-from moe_lm.optim.composite import OptimizerRecipe
+from moe_lm.optim import OptimizerRecipe
 from moe_lm.optim.schedule import Schedule
 from moe_lm.parallel.context import SINGLE_PROCESS, ParallelContext
 from moe_lm.parallel.grad_reduce import GradReducer
@@ -35,6 +36,10 @@ def check(config: dict) -> None:
     for group, key in (("valid", "max_sentences"), ("checkpoint", "keep_last")):
         if config[group][key] < 1:
             raise UserError(f"{group}.{key}={config[group][key]}: must be at least 1")
+    if not 0 <= config["init_noise"] < math.inf:
+        raise UserError(f"init_noise={config['init_noise']}: must be at least 0 and finite")
+    if config["init_optimizer"] and config["init_from"] is None:
+        raise UserError("init_optimizer=true: name the run that has the optimizer state, as in init_from=runs/moe_4")
     with torch.device("meta"):
         model = make.build_model(config, _SOME_WORDS)
     check_losses(model, _balance(config))

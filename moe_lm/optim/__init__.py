@@ -1,8 +1,8 @@
-"""Groups of parameters that learn by different rules and rates, and the share of tokens that reaches each."""
+"""The contract of an optimizer recipe, and the groups of parameters that learn by different rules and rates."""
 
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 _T = TypeVar("_T")
 
@@ -34,3 +34,24 @@ def _declared(model: nn.Module, attribute: str, default: _T) -> dict[str, _T]:
 
     visit(model, "", default)
     return {name: found[name] for name, _ in model.named_parameters()}
+
+
+class OptimizerRecipe(Protocol):
+    """What a YAML under `configs/optimizer` builds: hyperparameters that become optimizers once there is a model."""
+
+    learning_rate: float
+    """Peak of the schedule, reached at the end of warm-up."""
+    clip_norm: float
+    """Largest global gradient norm; longer gradients are scaled down to it."""
+
+    def build(self, model: nn.Module) -> object:
+        """Return the `CompositeOptimizer` of all the model's parameters."""
+        ...
+
+    def gradient_bytes(self, group: str, parameter: Tensor, num_rows: int) -> int:
+        """Return the bytes of a parameter's gradient if a step touches `num_rows` of its rows."""
+        ...
+
+    def state_bytes(self, group: str, parameter: Tensor) -> int:
+        """Return the bytes of a parameter's optimizer state."""
+        ...

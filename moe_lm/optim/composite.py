@@ -1,35 +1,13 @@
-"""The optimizer of a whole model: several PyTorch optimizers as one, the averaged weights, and the recipe for both."""
+"""The optimizer of a whole model: several PyTorch optimizers as one, and the averaged weights."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moe_lm.ops.sparse_rows import row_grad
-
-
-class OptimizerRecipe(Protocol):
-    """What a YAML under `configs/optimizer` builds: hyperparameters that become optimizers once there is a model."""
-
-    learning_rate: float
-    """Peak of the schedule, reached at the end of warm-up."""
-    clip_norm: float
-    """Largest global gradient norm; longer gradients are scaled down to it."""
-
-    def build(self, model: nn.Module) -> "CompositeOptimizer":
-        """Return the optimizers of all the model's parameters."""
-        ...
-
-    def gradient_bytes(self, group: str, parameter: Tensor, num_rows: int) -> int:
-        """Return the bytes of a parameter's gradient if a step touches `num_rows` of its rows."""
-        ...
-
-    def state_bytes(self, group: str, parameter: Tensor) -> int:
-        """Return the bytes of a parameter's optimizer state."""
-        ...
 
 
 class CompositeOptimizer:
