@@ -57,7 +57,7 @@ _MODEL = {
     "gate_init_std": None,
     "gate_noise_scale": 1.0,
 }
-_TOP = {"init_noise": 0.1, "init_optimizer": False}
+_TOP = {"init_noise": 0.3, "init_optimizer": False}
 ARGUMENTS = {
     "moe_lm.optim.adam.Adam": {
         "rates": {"experts": 1.0, "gates": 1.0, "feed_forward": 1.0, "vocabulary": 1.0, "rest": 1.0},
